@@ -1,0 +1,56 @@
+# Two commands for users: `make demo` and `make test`. Each makes .venv and installs what it needs; the second time is quick.
+
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: demo test check fix bench peers golden clean help
+
+help:            ## list these targets
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: .venv/demo ## build real pairs, train a small CLIP on them, ask it what it never saw (under 5 minutes on 2 cores)
+	$(VENV)/python -m recipes.demo $(ARGS)
+
+test: .venv/demo .venv/dev ## run the tests
+	$(VENV)/python -m pytest -q -rs $(ARGS)
+
+check: .venv/demo .venv/dev ## ruff, pyright, import-linter
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/pyright
+	$(VENV)/lint-imports
+
+fix: .venv/dev   ## let ruff mend and format
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenizer
+	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py))); do \
+		echo "== $$file"; $(VENV)/python $$file $(ARGS); done
+
+peers: .venv-peers/done ## build the environment of the libraries we are compared with
+
+golden: peers    ## write the golden values of the tests anew, from the peers
+	.venv-peers/bin/python tests/golden/make_features.py
+	PYTHONPATH=src .venv-peers/bin/python tests/golden/make_tokenizer_fixture.py
+
+clean:           ## delete environments and runs
+	rm -rf .venv .venv-peers runs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-peers/done: constraints-peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement constraints-peers.txt
+	@touch $@

@@ -1,0 +1,68 @@
+"""diptych: build and use CLIP models from end to end.
+
+Names are imported when they are first used, so that `import diptych` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diptych.checkpoint import Loaded, load
+    from diptych.embed import embed_images, embed_texts
+    from diptych.errors import DiptychError
+    from diptych.image import Preprocess
+    from diptych.model.clip import CLIP
+    from diptych.model.config import PRESETS, CLIPConfig
+    from diptych.shards.dataset import load_dataset
+    from diptych.shards.write import write_shards
+    from diptych.tokenizer import Tokenizer
+    from diptych.train.loss import clip_loss
+    from diptych.zeroshot import ZeroShotClassifier, load_templates
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CLIP": "diptych.model.clip",
+    "CLIPConfig": "diptych.model.config",
+    "DiptychError": "diptych.errors",
+    "Loaded": "diptych.checkpoint",
+    "PRESETS": "diptych.model.config",
+    "Preprocess": "diptych.image",
+    "Tokenizer": "diptych.tokenizer",
+    "ZeroShotClassifier": "diptych.zeroshot",
+    "clip_loss": "diptych.train.loss",
+    "embed_images": "diptych.embed",
+    "embed_texts": "diptych.embed",
+    "load": "diptych.checkpoint",
+    "load_dataset": "diptych.shards.dataset",
+    "load_templates": "diptych.zeroshot",
+    "write_shards": "diptych.shards.write",
+}
+
+__all__ = [
+    "CLIP",
+    "CLIPConfig",
+    "DiptychError",
+    "Loaded",
+    "PRESETS",
+    "Preprocess",
+    "Tokenizer",
+    "ZeroShotClassifier",
+    "clip_loss",
+    "embed_images",
+    "embed_texts",
+    "load",
+    "load_dataset",
+    "load_templates",
+    "write_shards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'diptych' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,70 @@
+"""The exceptions someone catches, drawn as a tree.
+
+    DiptychError
+    ├── UsageError (ValueError)            a wrong argument: what was given, what is allowed, what to do
+    ├── NotFoundError (FileNotFoundError)  a path that is not there
+    ├── PictureError                       bytes that are not a usable picture; carries a counted `reason`
+    ├── ShardError                         a shard, index or dataset.json that cannot be read
+    ├── CheckpointError                    a checkpoint that is damaged or belongs to another model
+    └── NonFiniteLossError                 training stopped before the optimizer step
+
+The command line prints any of these as one line and exits with code 2; all else is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DiptychError(Exception):
+    """Root of every exception that `diptych` raises on purpose."""
+
+
+class UsageError(DiptychError, ValueError):
+    """The caller asked for something that cannot be done; the message says what can."""
+
+
+class NotFoundError(DiptychError, FileNotFoundError):
+    """A file or folder that was named does not exist."""
+
+    def __str__(self) -> str:  # OSError would print its arguments as a tuple
+        return str(self.args[0])
+
+
+class PictureError(DiptychError):
+    """The bytes are not a picture that can be used.
+
+    `reason` is one short word from `diptych.image.REASONS`: it is counted, printed and stored.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)  # it crosses process borders
+
+
+class ShardError(DiptychError):
+    """A shard, its index or its dataset.json is missing, damaged or contradicts the others."""
+
+
+class CheckpointError(DiptychError):
+    """A checkpoint is incomplete, damaged, or was made by another model or run."""
+
+
+class NonFiniteLossError(DiptychError):
+    """The loss is NaN or infinite; the weights were not touched by this step."""
+
+
+def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
+    """Build the error for a name that does not exist, with the nearest ones that do.
+
+    >>> str(unknown_name("preset", "ViT-B32", ["RN50", "ViT-B-32"]))
+    "unknown preset 'ViT-B32'; did you mean ViT-B-32? Known: RN50, ViT-B-32"
+    """
+    names = sorted(allowed)
+    folded = {name.casefold(): name for name in names}
+    near = [folded[match] for match in difflib.get_close_matches(given.casefold(), folded, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UsageError(f"unknown {kind} {given!r}; {hint}Known: {', '.join(names)}")

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from diptych.config import from_dict, to_dict
+from diptych.errors import UsageError
+from diptych.model.config import PRESETS, CLIPConfig, ResNetConfig, TextConfig, ViTConfig, get_preset
+from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.train.config import OptimConfig, TrainConfig
+from samples import TINY_RESNET, TINY_VIT, train_config
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), TINY_VIT, TINY_RESNET])
+def test_a_model_config_survives_json(config):
+    assert from_dict(CLIPConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_whole_run_survives_json():
+    config = train_config(Path("a"), Path("b"))
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_an_unknown_key_is_an_error_that_names_it():
+    with pytest.raises(UsageError, match="unknown key in OptimConfig 'learning_rate'"):
+        from_dict(OptimConfig, {"learning_rate": 1.0})
+
+
+def test_an_unknown_tower_type_is_an_error():
+    with pytest.raises(UsageError, match="unknown config type 'MLPMixer'"):
+        from_dict(CLIPConfig, {"vision": {"type": "MLPMixer"}})
+
+
+def test_a_near_miss_of_a_preset_gets_a_suggestion():
+    with pytest.raises(UsageError, match="did you mean ViT-B-32"):
+        get_preset("ViT-B/32")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ViTConfig(image_size=50, patch_size=16), "image_size 50 is not a multiple of patch_size 16; use 48"),
+        (lambda: ViTConfig(width=100, heads=3), "width 100 is not divisible by heads 3"),
+        (lambda: ViTConfig(image_size=224, patch_size=14, stem="conv"), "power of two"),
+        (lambda: ResNetConfig(image_size=100), "multiple of 32"),
+        (lambda: TextConfig(context_length=2), "at least 3"),
+        (lambda: LoaderConfig(batch_size=1), "nothing to contrast with"),
+        (lambda: LoaderConfig(min_crop=0.0), "min_crop"),
+        (lambda: SourceConfig(path=Path("x"), weight=0.0), "above 0"),
+        (lambda: SourceConfig.parse("a@b"), "PATH@WEIGHT"),
+        (lambda: OptimConfig(lr=0.0), "lr"),
+    ],
+)
+def test_contradictions_are_refused_where_they_are_written(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_a_source_is_written_as_path_at_weight():
+    assert SourceConfig.parse("a/b@0.5") == SourceConfig(path=Path("a/b"), weight=0.5)
+    assert SourceConfig.parse("a/b") == SourceConfig(path=Path("a/b"))
