@@ -1,0 +1,65 @@
+"""CLIP: two towers, one space, one temperature (paper Figure 3)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diptych.model.config import CLIPConfig, ResNetConfig, ViTConfig
+from diptych.model.resnet import ModifiedResNet
+from diptych.model.text import TextTransformer, trim_text
+from diptych.model.vision import VisionTransformer
+
+INIT_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100)  # section 2.5: logits are never scaled by more than 100
+
+
+class CLIPOutput(NamedTuple):
+    """Normalised features [N, E] of both towers and the scale exp(t) of their similarities."""
+
+    image_features: Float[Tensor, "N E"]
+    text_features: Float[Tensor, "N E"]
+    logit_scale: Float[Tensor, ""]
+
+
+class CLIP(nn.Module):
+    """The dual encoder.
+
+    `model(image, text)` is the upper half of Figure 3, `diptych.train.loss.clip_loss` the lower one:
+    logits_per_image = logit_scale * image_features @ text_features.T
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = build_image_tower(config)
+        self.text = TextTransformer(config.text, config.embed_dim, config.activation)
+        self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))  # a logarithm
+
+    def encode_image(self, image: Float[Tensor, "N 3 H W"], normalize: bool = False) -> Float[Tensor, "N E"]:
+        """Pictures, preprocessed -> features."""
+        features = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Int[Tensor, "N L"], normalize: bool = False) -> Float[Tensor, "N E"]:
+        """Tokens -> features. Nothing behind the longest end token of the batch is computed."""
+        features = self.text(trim_text(text, self.text.length_multiple))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, image: Float[Tensor, "N 3 H W"], text: Int[Tensor, "N L"]) -> CLIPOutput:
+        """Pictures and their texts -> normalised features and exp(logit_scale)."""
+        image_features = self.encode_image(image, normalize=True)
+        text_features = self.encode_text(text, normalize=True)
+        return CLIPOutput(image_features, text_features, self.logit_scale.exp())
+
+
+def build_image_tower(config: CLIPConfig) -> VisionTransformer | ModifiedResNet:
+    """Build the image tower that the type of `config.vision` asks for."""
+    match config.vision:
+        case ViTConfig():
+            return VisionTransformer(config.vision, config.embed_dim, config.activation)
+        case ResNetConfig():
+            return ModifiedResNet(config.vision, config.embed_dim)

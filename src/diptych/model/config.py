@@ -1,0 +1,181 @@
+"""The sizes of a CLIP model: frozen values, no torch.
+
+Names follow the paper's Tables 19 and 20; `PRESETS` holds its nine models and small ones for small machines.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from diptych.errors import UsageError, unknown_name
+
+Activation = Literal["quick_gelu", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A Vision Transformer image tower (Dosovitskiy et al. 2020, with the paper's extra `ln_pre`)."""
+
+    image_size: int = 224
+    """Side of the square input, pixels."""
+    patch_size: int = 32
+    """Side of a patch, pixels; the sequence has (image_size / patch_size)^2 + 1 tokens."""
+    width: int = 768
+    """Residual stream, channels."""
+    layers: int = 12
+    """Transformer blocks."""
+    heads: int = 12
+    """Attention heads; the paper keeps 64 channels a head."""
+    stem: Literal["patch", "conv"] = "patch"
+    """`patch`: one strided convolution, as in the paper. `conv`: a pyramid of 3x3 stride-2 convolutions
+    (Xiao et al. 2021), which learns faster from little data; for small models of our own."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise UsageError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
+                f"use {self.image_size // self.patch_size * self.patch_size or self.patch_size}"
+            )
+        _check_heads(self.width, self.heads)
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise UsageError(f"stem 'conv' halves the picture: patch_size {self.patch_size} must be a power of two")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """The paper's modified ResNet image tower (section 2.4): ResNet-D stem, blur pooling, attention pooling."""
+
+    image_size: int = 224
+    """Side of the square input, pixels; a multiple of 32."""
+    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
+    """Bottleneck blocks in each of the four stages."""
+    width: int = 64
+    """Channels after the stem; the last stage has 32 times as many (the paper's "ResNet width")."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % 32:
+            raise UsageError(f"image_size {self.image_size} is not a multiple of 32, the ResNet's total stride")
+        if self.width % 2:
+            raise UsageError(
+                f"width {self.width} must be even: the first two stem convolutions have width / 2 channels"
+            )
+
+    @property
+    def out_width(self) -> int:
+        """Channels of the final feature map."""
+        return self.width * 32
+
+    @property
+    def heads(self) -> int:
+        """Heads of the attention pool: 64 channels each."""
+        return self.out_width // 64
+
+    @property
+    def grid(self) -> int:
+        """Side of the final feature map."""
+        return self.image_size // 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text tower: a GPT-2 style causal Transformer (section 2.4)."""
+
+    context_length: int = 77
+    """Longest token sequence, start and end token included."""
+    vocab_size: int = 49408
+    """Tokens, the two special ones included; the end token is the largest id."""
+    width: int = 512
+    """Residual stream, channels."""
+    layers: int = 12
+    """Transformer blocks."""
+    heads: int = 8
+    """Attention heads; the paper keeps 64 channels a head."""
+
+    def __post_init__(self) -> None:
+        _check_heads(self.width, self.heads)
+        if self.context_length < 3:
+            raise UsageError(f"context_length {self.context_length} leaves no room for a word; use at least 3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Two towers that meet in one space."""
+
+    embed_dim: int = 512
+    """E: width of the shared embedding space."""
+    vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
+    """The image tower."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The text tower."""
+    activation: Activation = "quick_gelu"
+    """Of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise UsageError(f"width {width} is not divisible by heads {heads}; the paper uses width / 64 heads")
+
+
+def _vit(embed_dim: int, image_size: int, patch_size: int, width: int, layers: int, text_width: int) -> CLIPConfig:
+    return CLIPConfig(
+        embed_dim=embed_dim,
+        vision=ViTConfig(image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=width // 64),
+        text=TextConfig(width=text_width, heads=text_width // 64),
+    )
+
+
+def _resnet(
+    embed_dim: int, image_size: int, layers: tuple[int, int, int, int], width: int, text_width: int
+) -> CLIPConfig:
+    return CLIPConfig(
+        embed_dim=embed_dim,
+        vision=ResNetConfig(image_size=image_size, layers=layers, width=width),
+        text=TextConfig(width=text_width, heads=text_width // 64),
+    )
+
+
+def _small(vision: ViTConfig | ResNetConfig, *, width: int, layers: int) -> CLIPConfig:
+    text = TextConfig(width=width, layers=layers, heads=width // 64)
+    return CLIPConfig(embed_dim=width, vision=vision, text=text)
+
+
+PAPER_PRESETS: dict[str, CLIPConfig] = {
+    # Tables 19 and 20; parameter counts are checked to the last one in tests/model/test_clip.py.
+    "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
+    "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
+    "RN50x4": _resnet(640, 288, (4, 6, 10, 6), 80, 640),
+    "RN50x16": _resnet(768, 384, (6, 8, 18, 8), 96, 768),
+    "RN50x64": _resnet(1024, 448, (3, 15, 36, 10), 128, 1024),
+    "ViT-B-32": _vit(512, 224, 32, 768, 12, 512),
+    "ViT-B-16": _vit(512, 224, 16, 768, 12, 512),
+    "ViT-L-14": _vit(768, 224, 14, 1024, 24, 768),
+    "ViT-L-14-336": _vit(768, 336, 14, 1024, 24, 768),
+}
+
+_TINY = ViTConfig(image_size=64, patch_size=16, width=256, layers=6, heads=4)
+
+SMALL_PRESETS: dict[str, CLIPConfig] = {
+    # For small pictures and small machines: not in the paper.
+    "ViT-Ti-16": _small(_TINY, width=256, layers=4),
+    "ViT-Ti-16-conv": _small(replace(_TINY, stem="conv"), width=256, layers=4),
+    "ViT-Ti-16-112": _small(replace(_TINY, image_size=112), width=256, layers=4),
+    "ViT-S-16": _small(ViTConfig(image_size=112, patch_size=16, width=384, layers=12, heads=6), width=384, layers=6),
+    "RN-Ti": CLIPConfig(
+        embed_dim=256,
+        vision=ResNetConfig(image_size=32, layers=(2, 2, 2, 1), width=16),
+        text=TextConfig(width=192, layers=2, heads=3),
+    ),
+}
+
+PRESETS: dict[str, CLIPConfig] = PAPER_PRESETS | SMALL_PRESETS
+
+
+def get_preset(name: str) -> CLIPConfig:
+    """Look a preset up by name; a near miss is answered with suggestions."""
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]

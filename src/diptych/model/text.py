@@ -1,0 +1,57 @@
+"""The text tower: a causal Transformer whose feature is read at the end token (paper section 2.4)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diptych.model.config import Activation, TextConfig
+from diptych.model.transformer import Transformer
+
+
+class TextTransformer(nn.Module):
+    """Tokens [N, L] -> text features [N, E], not normalised. L may be anything up to `context_length`."""
+
+    def __init__(self, config: TextConfig, embed_dim: int, activation: Activation) -> None:
+        super().__init__()
+        self.context_length = config.context_length
+        self.length_multiple = 1  # a compiled tower is given few lengths, each compiled once
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.transformer = Transformer(config.width, config.layers, config.heads, activation, is_causal=True)
+        self.ln_final = nn.LayerNorm(config.width)
+        self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
+        self.reset_parameters()
+
+    def forward(self, text: Int[Tensor, "N L"]) -> Float[Tensor, "N E"]:
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # [N, L, D]
+        x = self.transformer(x)
+        # The end token is the largest id: argmax finds it. LayerNorm acts on each token alone: one is enough.
+        x = x[torch.arange(len(text), device=text.device), text.argmax(dim=-1)]  # [N, D]
+        return self.ln_final(x) @ self.text_projection
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """OpenAI's initialisation (GPT-2's, scaled by depth); what is not named keeps PyTorch's default."""
+        width, layers = self.positional_embedding.shape[1], len(self.transformer.resblocks)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        residual_std = width**-0.5 * (2 * layers) ** -0.5  # two residual additions a block
+        for block in self.transformer.blocks():
+            nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
+            nn.init.zeros_(block.attn.in_proj.bias)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+
+def trim_text(text: Int[Tensor, "N L"], multiple: int = 1) -> Int[Tensor, "N K"]:
+    """Cut a batch behind its longest end token, or at the next `multiple` behind it.
+
+    Exact: attention is causal, so what stands behind the end token never reaches its feature.
+    """
+    if not len(text):
+        return text
+    length = int(text.argmax(dim=-1).max()) + 1
+    return text[:, : -(-length // multiple) * multiple]

@@ -1,0 +1,89 @@
+"""The Transformer block that both towers share (paper section 2.4).
+
+Shapes: N pairs in the batch, L tokens, D width, A heads.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diptych.model.config import Activation
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with."""
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    `in_proj` is one Linear of 3 D outputs, in the order query, key, value, so that adapters can target it.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "N L D"], is_causal: bool) -> Float[Tensor, "N L D"]:
+        n, length, width = x.shape
+        qkv = self.in_proj(x).view(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, A, L, D / A]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(x.transpose(1, 2).reshape(n, length, width))
+
+
+class MLP(nn.Module):
+    """D -> 4 D -> D."""
+
+    def __init__(self, width: int, activation: Activation) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = ACTIVATIONS[activation]()
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, width: int, heads: int, activation: Activation) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, activation)
+
+    def forward(self, x: Float[Tensor, "N L D"], is_causal: bool) -> Float[Tensor, "N L D"]:
+        x = x + self.attn(self.ln_1(x), is_causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; causal for text, full for images."""
+
+    def __init__(self, width: int, layers: int, heads: int, activation: Activation, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
+
+    def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+        for block in self.resblocks:
+            x = block(x, self.is_causal)
+        return x
+
+    def blocks(self) -> Iterator[ResidualAttentionBlock]:
+        """The blocks with their type, which nn.ModuleList does not keep."""
+        return (block for block in self.resblocks if isinstance(block, ResidualAttentionBlock))

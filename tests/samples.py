@@ -1,0 +1,95 @@
+"""Small real things for tests: pictures, pairs, shards, models."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig
+from diptych.pair import Pair
+from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.shards.write import write_shards
+from diptych.train.config import OptimConfig, RunConfig, TrainConfig
+
+COLOURS = ["red", "green", "blue", "orange", "purple", "black", "gray", "brown"]
+SHAPES = ["circle", "square", "triangle", "cross", "bar", "ring", "corner", "dot"]
+
+
+def draw(colour: str, shape: str, size: int = 40) -> Image.Image:
+    """A coloured shape on white."""
+    image = Image.new("RGB", (size, size), "white")
+    pen, s = ImageDraw.Draw(image), size
+    match shape:
+        case "circle":
+            pen.ellipse((s * 0.1, s * 0.1, s * 0.9, s * 0.9), fill=colour)
+        case "square":
+            pen.rectangle((s * 0.15, s * 0.15, s * 0.85, s * 0.85), fill=colour)
+        case "triangle":
+            pen.polygon([(s * 0.5, s * 0.1), (s * 0.1, s * 0.9), (s * 0.9, s * 0.9)], fill=colour)
+        case "cross":
+            pen.rectangle((s * 0.4, 0, s * 0.6, s), fill=colour)
+            pen.rectangle((0, s * 0.4, s, s * 0.6), fill=colour)
+        case "bar":
+            pen.rectangle((0, s * 0.35, s, s * 0.65), fill=colour)
+        case "ring":
+            pen.ellipse((s * 0.1, s * 0.1, s * 0.9, s * 0.9), outline=colour, width=size // 8)
+        case "corner":
+            pen.polygon([(0, 0), (s, 0), (0, s)], fill=colour)
+        case "dot":
+            pen.ellipse((s * 0.4, s * 0.4, s * 0.6, s * 0.6), fill=colour)
+    return image
+
+
+def encode(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **({"quality": 95} if format == "JPEG" else {}) | options)
+    return buffer.getvalue()
+
+
+def make_pairs(count: int = 64) -> list[Pair]:
+    """Up to 64 pairs, all different: eight colours times eight shapes."""
+    everything = [(colour, shape) for colour in COLOURS for shape in SHAPES][:count]
+    return [
+        Pair(key=f"{c}-{s}", caption=f"a {c} {s}", image=encode(draw(c, s)), details={"source": "drawn", "label": s})
+        for c, s in everything
+    ]
+
+
+def write_samples(folder: Path, count: int = 64, samples_per_shard: int = 20) -> Path:
+    write_shards(make_pairs(count), folder, samples_per_shard=samples_per_shard)
+    return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A foreign tar with exactly these members."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def noise(size: tuple[int, int] = (37, 53), seed: int = 0, channels: int = 3) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze())
+
+
+TINY_TEXT = TextConfig(context_length=16, width=32, layers=2, heads=2)
+TINY_VIT = CLIPConfig(
+    embed_dim=24, vision=ViTConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2), text=TINY_TEXT
+)
+TINY_RESNET = CLIPConfig(embed_dim=24, vision=ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=4), text=TINY_TEXT)
+
+
+def train_config(data: Path, out: Path, *, model: CLIPConfig = TINY_VIT, steps: int = 20, **changes) -> TrainConfig:
+    return TrainConfig(
+        model=model,
+        data=(SourceConfig(path=data),),
+        out=out,
+        loader=LoaderConfig(batch_size=changes.pop("batch_size", 16), workers=changes.pop("workers", 0)),
+        optim=OptimConfig(lr=changes.pop("lr", 1e-3), warmup=changes.pop("warmup", 2)),
+        run=RunConfig(steps=steps, precision="float32", device="cpu", **changes),
+    )
