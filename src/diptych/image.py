@@ -1,0 +1,186 @@
+"""From bytes to pixels: decode, resize, crop, normalise.
+
+Two paths, one meaning. `Preprocess` is what a model sees when it is used: exactly OpenAI's (Pillow bicubic, centre
+crop). `read_crop` is what it sees while it is trained: a random square crop of the resized picture (paper section
+2.3), read from a JPEG that is decoded at a reduced scale where that loses next to nothing.
+
+Every picture is bounded before it is decoded; what cannot be used raises PictureError with a counted reason.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from diptych.errors import NotFoundError, PictureError, UsageError
+
+REASONS = ("empty", "not_a_picture", "truncated", "too_large", "too_small")
+"""Why a picture is not used: no bytes, no known format, breaks off or is damaged inside, more than MAX_PIXELS, a side
+of zero after resizing."""
+
+MAX_PIXELS = 100_000_000
+"""Larger pictures are refused from their header alone (decompression bombs)."""
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+SCALED_DECODE_MARGIN = 2.0
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 only if what comes out is still this many times larger than what is needed."""
+
+Picture = str | Path | bytes | Image.Image | NDArray[np.uint8]
+"""What a user may hand over: a path, encoded bytes, a Pillow picture, an array [H, W, 3]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """Pillow picture -> normalised pixels [3, image_size, image_size].
+
+    Resize the shorter side (bicubic, antialiased), crop the centre, convert to RGB, scale to 0..1, subtract the mean,
+    divide by the deviation: the order of operations, and so every bit, is openai/CLIP's.
+    """
+
+    image_size: int
+    """Side of the square that the model takes, pixels."""
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    """Per channel, of values 0..1."""
+    std: tuple[float, float, float] = OPENAI_STD
+    """Per channel, of values 0..1."""
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
+        return self.normalize(torch.from_numpy(self.pixels(image)).unsqueeze(0))[0]
+
+    def pixels(self, image: Image.Image) -> UInt8[np.ndarray, "3 H W"]:
+        """The part before normalisation: what is cheap to keep and to send."""
+        size = self.image_size
+        image = resize_shorter_side(image, size)
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+        image = image.crop((left, top, left + size, top + size))
+        return np.ascontiguousarray(np.asarray(to_rgb(image)).transpose(2, 0, 1))
+
+    def normalize(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
+        """Bytes 0..255 -> normalised float32, on the device where the bytes are."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Open whatever the user has; decoded completely, so that a damaged file fails here.
+
+    Raises NotFoundError for a path that is not there and PictureError for bytes that are no usable picture.
+    """
+    match picture:
+        case Image.Image():
+            return picture
+        case np.ndarray():
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise UsageError(
+                    f"an array of {picture.dtype} {list(picture.shape)} is not a picture; use uint8 [H, W, 3]"
+                )
+            return Image.fromarray(picture)
+        case bytes():
+            return decode(picture)
+        case str() | Path():
+            path = Path(picture)
+            if not path.is_file():
+                raise NotFoundError(f"no such picture: {path}")
+            return decode(path.read_bytes())
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a picture of any format that Pillow knows, first frame, completely."""
+    if not data:
+        raise PictureError("empty", "0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of bombs; both are decided here
+            image = Image.open(io.BytesIO(data))
+            _check_pixels(image.width, image.height)
+            image.load()
+    except UnidentifiedImageError:
+        raise PictureError("not_a_picture", f"{len(data)} bytes of no known format") from None
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError("too_large", str(error)) from None
+    except Exception as error:  # Pillow's plugins raise whatever their format made them stumble over
+        raise PictureError("truncated", f"{type(error).__name__}: {error}") from None
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB as Pillow does it: transparency is dropped, not blended."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
+    """Resize so that the shorter side is `size`, bicubic; the longer side is truncated as torchvision does."""
+    width, height = image.size
+    if min(width, height) == size:
+        return image
+    if width <= height:
+        new = size, int(size * height / width)
+    else:
+        new = int(size * width / height), size
+    return image.resize(new, Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """Which square of a picture to take, in fractions, so that it does not depend on the picture's size."""
+
+    side: float = 1.0
+    """Of the shorter side, in (0, 1]."""
+    left: float = 0.5
+    """0 touches the left edge, 1 the right."""
+    top: float = 0.5
+    """0 touches the upper edge, 1 the lower."""
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, upper, right and lower edge in pixels of a picture of this size."""
+        side = self.side * min(width, height)
+        left, top = self.left * (width - side), self.top * (height - side)
+        return left, top, left + side, top + side
+
+
+def read_crop(data: bytes, crop: Crop, size: int) -> UInt8[np.ndarray, "3 H W"]:
+    """Encoded picture -> bytes [3, size, size] of one square of it, resized bicubic with antialiasing.
+
+    Resizing the square alone equals resizing the picture and cropping, up to the filter's reach at the square's edge.
+    """
+    image = decode_for(data, round(size / crop.side))
+    if min(image.size) < 1:
+        raise PictureError("too_small", f"{image.width} x {image.height}")
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box(*image.size))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def decode_for(data: bytes, size: int) -> Image.Image:
+    """Decode to RGB, at a reduced scale if the picture is a JPEG much larger than `size` (its shorter side)."""
+    if data[:3] != b"\xff\xd8\xff":
+        return to_rgb(decode(data))
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(int(width), int(height))
+        if colorspace in ("CMYK", "YCCK"):
+            return to_rgb(decode(data))  # Pillow inverts Adobe's CMYK as it should
+        wanted = round(size * SCALED_DECODE_MARGIN)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=wanted, min_width=wanted, strict=True)
+    except PictureError:
+        raise
+    except ValueError:
+        return to_rgb(decode(data))  # damaged, or a variant that libjpeg-turbo refuses: Pillow decides
+    return Image.fromarray(pixels)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise PictureError("too_large", f"{width} x {height} pixels, at most {MAX_PIXELS:,}")

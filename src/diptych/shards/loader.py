@@ -1,0 +1,219 @@
+"""Shards to batches, exactly: the same batches for any number of workers or ranks, from any position.
+
+Batch b of an epoch is the positions [b B, (b + 1) B) of `EpochOrder`; rank r of W takes its W-th of them. Crops are
+drawn from a hash of (seed, epoch, position). So a batch is a pure function of its number, workers only decide who
+computes it, and resuming is an addition. What is left at the end of an epoch, less than a batch, is not used.
+
+A picture that does not decode gives its place to the next row of the same source, and is named in `Batch.skipped`.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from diptych.errors import PictureError, ShardError, UsageError
+from diptych.image import Crop, read_crop
+from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.shards.dataset import Dataset, load_dataset
+from diptych.shards.order import EpochOrder, SourceOrder, derive_seed, uniforms
+
+MAX_STAND_INS = 100
+"""Broken neighbours in a row after which a dataset is not skipped through any further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a run has read: all that is needed to go on, with any number of workers or ranks."""
+
+    epoch: int = 0
+    samples_consumed: int = 0
+    """In this epoch."""
+    seed: int
+    dataset_hash: str
+    batch_size: int
+    """Global."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step takes."""
+
+    image: UInt8[Tensor, "N 3 H W"]
+    text: Int[Tensor, "N L"]
+    position: Position
+    """Behind this batch: where a run goes on after it."""
+    keys: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    """(key, reason) of pictures that could not be used and were stood in for."""
+
+
+class Loader:
+    """An endless iterable of batches.
+
+    `tokenize` maps captions to token ids [N, L]; `image_size` is the side of the crops.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        config: LoaderConfig,
+        image_size: int,
+        tokenize: Callable[[list[str]], Int[Tensor, "N L"]],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not sources:
+            raise UsageError("no data was named; give at least one folder of shards")
+        if config.batch_size % world_size:
+            raise UsageError(f"batch_size {config.batch_size} does not divide among {world_size} ranks")
+        self.config = config
+        self.image_size = image_size
+        self.tokenize = tokenize
+        self.rank, self.world_size = rank, world_size
+        self.sources = [_Source(load_dataset(source.path), config.seed) for source in sources]
+        weights = [source.weight for source in sources]
+        self.order = EpochOrder([source.order for source in self.sources], weights, config.seed)
+        self.dataset_hash = _hash_sources(self.sources, weights)
+        if self.order.samples < config.batch_size:
+            raise UsageError(
+                f"the data holds {self.order.samples} samples an epoch, less than one batch of {config.batch_size}; "
+                "use a smaller batch_size"
+            )
+        self.position = Position(seed=config.seed, dataset_hash=self.dataset_hash, batch_size=config.batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples seen in an epoch: whole batches only."""
+        return self.batches_per_epoch * self.config.batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return self.order.samples // self.config.batch_size
+
+    def seek(self, position: Position) -> None:
+        """Go on behind a stored position; it must belong to the same data, seed and batch size."""
+        for field in ("dataset_hash", "seed", "batch_size"):
+            given, ours = getattr(position, field), getattr(self.position, field)
+            if given != ours:
+                raise UsageError(
+                    f"the stored position has {field} {given}, this run has {ours}; "
+                    "resume with the data and settings the run was started with"
+                )
+        self.position = position
+
+    def __iter__(self) -> Generator[Batch]:
+        """Batches from `position` on. Close the iterator to stop its workers."""
+        if not self.config.workers:
+            while True:
+                yield self._advance(self.read_batch(self.position))
+        ahead: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="diptych-loader")
+        try:
+            next_position = self.position
+            while True:
+                while len(ahead) < self.config.prefetch:
+                    ahead.append(pool.submit(self.read_batch, next_position))
+                    next_position = self._behind(next_position)
+                yield self._advance(ahead.popleft().result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def read_batch(self, position: Position) -> Batch:
+        """Read this rank's share of the batch at a position: a pure function, called from any thread."""
+        share = self.config.batch_size // self.world_size
+        first = position.samples_consumed + self.rank * share
+        places = np.arange(first, first + share, dtype=np.int64)
+        draws = uniforms(derive_seed("crop", self.config.seed, position.epoch), places, 3)
+        image = np.empty((share, 3, self.image_size, self.image_size), dtype=np.uint8)
+        captions, keys, skipped = [], [], []
+        for i in range(share):
+            side = self.config.min_crop + (1 - self.config.min_crop) * draws[i, 0]
+            crop = Crop(side=side, left=draws[i, 1], top=draws[i, 2])
+            sample = self._read_sample(position.epoch, int(places[i]), crop, skipped)
+            image[i] = sample.image
+            captions.append(sample.caption)
+            keys.append(sample.key)
+        return Batch(
+            image=torch.from_numpy(image),
+            text=self.tokenize(captions),
+            position=self._behind(position),
+            keys=tuple(keys),
+            skipped=tuple(skipped),
+        )
+
+    def _read_sample(self, epoch: int, place: int, crop: Crop, skipped: list[tuple[str, str]]) -> "_Sample":
+        chosen = self.order.place(epoch, place)
+        source = self.sources[chosen.source]
+        for row in range(chosen.row, chosen.row + MAX_STAND_INS):
+            try:
+                return source.read(row % source.order.samples, crop, self.image_size)
+            except PictureError as error:
+                skipped.append((source.key(row % source.order.samples), error.reason))
+        raise ShardError(f"{MAX_STAND_INS} broken pictures in a row in {source.dataset.path}; the last: {skipped[-1]}")
+
+    def _behind(self, position: Position) -> Position:
+        consumed = position.samples_consumed + self.config.batch_size
+        if consumed + self.config.batch_size > self.order.samples:
+            return replace(position, epoch=position.epoch + 1, samples_consumed=0)
+        return replace(position, samples_consumed=consumed)
+
+    def _advance(self, batch: Batch) -> Batch:
+        self.position = batch.position
+        return batch
+
+
+@dataclass(frozen=True)
+class _Sample:
+    key: str
+    caption: str
+    image: UInt8[np.ndarray, "3 H W"]
+
+
+class _Source:
+    """One dataset at hand: its order, its columns and its open files."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.order = SourceOrder(dataset.sizes, dataset.content_hash, seed)
+        self._columns = [
+            {name: shard.table.column(name) for name in ("key", "caption", "offset", "size")}
+            for shard in dataset.shards
+        ]
+        self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, row: int, crop: Crop, size: int) -> _Sample:
+        shard, local = self.order.locate(row)
+        columns = self._columns[shard]
+        data = os.pread(self._open(shard), columns["size"][local].as_py(), columns["offset"][local].as_py())
+        return _Sample(columns["key"][local].as_py(), columns["caption"][local].as_py(), read_crop(data, crop, size))
+
+    def key(self, row: int) -> str:
+        shard, local = self.order.locate(row)
+        return self._columns[shard]["key"][local].as_py()
+
+    def _open(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.dataset.shards[shard].path, os.O_RDONLY)
+            return self._files[shard]
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+
+def _hash_sources(sources: list[_Source], weights: list[float]) -> str:
+    parts: list[Any] = [(source.dataset.content_hash, weight) for source, weight in zip(sources, weights, strict=True)]
+    return f"{derive_seed('sources', parts):016x}"

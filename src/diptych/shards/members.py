@@ -1,0 +1,124 @@
+"""What lies where in a tar: headers are scanned, members are read in place, nothing is ever extracted.
+
+The scanner is written for broken files: a damaged header or a truncated end is reported and the scan goes on at the
+next header that holds together.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK = 512
+_ZERO = bytes(BLOCK)
+_REGULAR = b"0\0"  # type flags of an ordinary file; old tars write NUL
+_LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file inside a tar."""
+
+    name: str
+    offset: int
+    """First byte of its content in the tar."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A stretch of the tar that is no member."""
+
+    reason: str
+    """`damaged_header` or `truncated`."""
+    offset: int
+    """Where it begins, bytes."""
+    name: str = ""
+    """The member it hit, if that is known."""
+
+
+def iter_members(path: Path) -> Iterator[Member | Damage]:
+    """Walk the regular members of a tar in file order (ustar, GNU long names and PAX)."""
+    if path.stat().st_size == 0:
+        yield Damage("truncated", 0)
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        yield from _scan(tar)
+
+
+def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
+    position, end = 0, len(tar)
+    long_name, pax = "", {}
+    in_damage = False
+    while position + BLOCK <= end:
+        header = tar[position : position + BLOCK]
+        if header == _ZERO:
+            if tar[position + BLOCK : position + 2 * BLOCK] in (_ZERO, b""):
+                return  # two empty blocks end a tar; what tools pad behind them is not ours
+            position += BLOCK
+            continue
+        if not _is_header(header):
+            if not in_damage:
+                yield Damage("damaged_header", position)
+            in_damage = True
+            position += BLOCK
+            continue
+        in_damage = False
+        kind, size = header[156:157], _number(header[124:136])
+        size = int(pax.get("size", size))
+        content = position + BLOCK
+        position = content + -(-size // BLOCK) * BLOCK
+        if kind == _LONG_NAME:
+            long_name = _text(tar[content : content + size])
+            continue
+        if kind == _PAX:
+            pax = _read_pax(tar[content : content + size])
+            continue
+        name = pax.get("path") or long_name or _name(header)
+        long_name, pax = "", {}
+        if kind not in _REGULAR or name.endswith("/"):
+            continue  # folders, links, devices: never followed
+        if content + size > end:
+            yield Damage("truncated", content, name)
+            return
+        yield Member(name, content, size)
+    if not in_damage:
+        yield Damage("truncated", end)  # whole members, but the empty blocks that end a tar never came
+
+
+def _is_header(header: bytes) -> bool:
+    try:
+        stored = _number(header[148:156])
+    except ValueError:
+        return False
+    return stored == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+
+
+def _number(field: bytes) -> int:
+    if field[0] & 0x80:  # GNU base-256, for members of 8 GiB and more
+        return int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1))
+    digits = field.split(b"\0", 1)[0].strip()
+    return int(digits, 8) if digits else 0
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _name(header: bytes) -> str:
+    prefix = _text(header[345:500]) if header[257:262] == b"ustar" and header[257:263] != b"ustar " else ""
+    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+
+
+def _read_pax(content: bytes) -> dict[str, str]:
+    """Records `length key=value\\n`; a record that does not hold together ends the list."""
+    records: dict[str, str] = {}
+    while content:
+        length, _, _ = content.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(content):
+            break
+        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        content = content[int(length) :]
+    return records

@@ -1,0 +1,100 @@
+"""Pairs to shards: plain tars that WebDataset and OpenCLIP read too, an Arrow index beside each, one dataset.json."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diptych import files
+from diptych.errors import UsageError
+from diptych.pair import Pair
+from diptych.shards.dataset import DATASET_FILE, Dataset, describe
+from diptych.shards.index import ShardIndex, build_index, write_index
+
+_SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteReport:
+    """What `write_shards` did."""
+
+    samples: int
+    shards: int
+    dropped: dict[str, int]
+    """Reason -> how many pairs were not written."""
+    dataset_hash: str
+
+
+def write_shards(pairs: Iterable[Pair], folder: Path, *, samples_per_shard: int = 1000) -> WriteReport:
+    """Write pairs into `folder` as 00000.tar, 00001.tar, ... in the order they come.
+
+    The same pairs give the same bytes. A folder that already holds a dataset is refused.
+    """
+    if (folder / DATASET_FILE).exists():
+        raise UsageError(f"{folder} already holds a dataset; name another folder or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(folder)
+    dropped: dict[str, int] = {}
+    keys: set[str] = set()
+    indexes: list[ShardIndex] = []
+    waiting: list[tuple[Pair, str]] = []
+
+    def flush() -> None:
+        if waiting:
+            indexes.append(_write_shard(waiting, folder / f"{len(indexes):05d}.tar"))
+            waiting.clear()
+
+    for pair in pairs:
+        suffix = _suffix(pair.image or b"")
+        reason = _why_not(pair, suffix, keys)
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+            continue
+        keys.add(pair.key)
+        waiting.append((pair, suffix))
+        if len(waiting) == samples_per_shard:
+            flush()
+    flush()
+    if not indexes:
+        raise UsageError(f"no pair was left to write into {folder}; dropped: {dropped or 'none came'}")
+    dataset = Dataset.from_indexes(folder, indexes)
+    files.write_json(folder / DATASET_FILE, describe(dataset))
+    return WriteReport(samples=len(dataset), shards=len(indexes), dropped=dropped, dataset_hash=dataset.content_hash)
+
+
+def _why_not(pair: Pair, suffix: str, keys: set[str]) -> str:
+    """The reason to drop a pair, or nothing."""
+    if not pair.key or any(character in pair.key for character in "./\\\0"):
+        return "bad_key"
+    if pair.key in keys:
+        return "duplicate_key"
+    if not pair.image:
+        return "empty_image"
+    if not suffix:
+        return "not_a_picture"
+    return "" if pair.caption.strip() else "empty_caption"
+
+
+def _write_shard(pairs: list[tuple[Pair, str]], path: Path) -> ShardIndex:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for pair, suffix in pairs:
+            details = json.dumps({"caption": pair.caption, **pair.details}, ensure_ascii=False)
+            for ending, content in (
+                (suffix, pair.image or b""),
+                ("txt", pair.caption.encode()),
+                ("json", details.encode()),
+            ):
+                info = tarfile.TarInfo(f"{pair.key}.{ending}")  # no time, no owner: bytes depend on pairs alone
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    files.write_bytes(path, buffer.getvalue())
+    index = build_index(path)
+    write_index(index, path.with_suffix(".arrow"))
+    return index
+
+
+def _suffix(image: bytes) -> str:
+    return next((suffix for magic, suffix in _SUFFIXES.items() if image.startswith(magic)), "")

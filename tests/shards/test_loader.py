@@ -1,0 +1,145 @@
+import dataclasses
+from contextlib import closing
+from itertools import islice
+
+import pytest
+import torch
+
+from diptych.errors import NotFoundError, ShardError, UsageError
+from diptych.pair import Pair
+from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.shards.loader import Batch, Loader
+from diptych.shards.write import write_shards
+from samples import encode, make_pairs, noise, write_samples
+
+
+def tokenize(captions: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(caption), hash_text(caption)] for caption in captions])
+
+
+def hash_text(text: str) -> int:
+    return sum(ord(c) * (i + 1) for i, c in enumerate(text))
+
+
+def build(*folders, **config) -> Loader:
+    ranks = {key: config.pop(key) for key in ("rank", "world_size") if key in config}
+    sources = [f if isinstance(f, SourceConfig) else SourceConfig(path=f) for f in folders]
+    return Loader(sources, LoaderConfig(**{"batch_size": 8, "workers": 0} | config), 24, tokenize, **ranks)
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    with closing(iter(loader)) as batches:
+        return list(islice(batches, count))
+
+
+def assert_same(a: list[Batch], b: list[Batch]) -> None:
+    assert [x.keys for x in a] == [y.keys for y in b]
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.image, y.image)
+        assert torch.equal(x.text, y.text)
+        assert x.position == y.position
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_samples(tmp_path_factory.mktemp("loader") / "data", count=50, samples_per_shard=16)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_batches_are_the_same_for_any_number_of_workers(data, workers):
+    assert_same(take(build(data), 15), take(build(data, workers=workers), 15))
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_take_slices_of_the_same_batches(data, world_size):
+    whole = take(build(data), 8)
+    parts = [take(build(data, rank=rank, world_size=world_size), 8) for rank in range(world_size)]
+    for i, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[i].image for part in parts]), batch.image)
+        assert sum((part[i].keys for part in parts), ()) == batch.keys
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 5, 6, 7, 13])
+def test_resuming_anywhere_gives_the_batches_that_would_have_come(data, consumed):
+    straight = take(build(data), 20)
+    loader = build(data, workers=2)
+    if consumed:
+        loader.seek(straight[consumed - 1].position)
+    assert_same(take(loader, 20 - consumed), straight[consumed:])
+
+
+def test_the_position_is_that_of_batches_handed_out_not_of_those_read_ahead(data):
+    loader = build(data, workers=2, prefetch=5)
+    take(loader, 3)
+    assert loader.position.samples_consumed == 24
+
+
+def test_an_epoch_shows_every_sample_once_but_for_the_last_partial_batch(data):
+    loader = build(data)
+    keys = [key for batch in take(loader, loader.batches_per_epoch) for key in batch.keys]
+    assert len(keys) == len(set(keys)) == 48
+    assert loader.position.epoch == 1
+    assert loader.position.samples_consumed == 0
+
+
+def test_crops_differ_between_epochs_and_seeds_but_not_between_runs(data):
+    def picture(seed, epoch):
+        loader = build(data, seed=seed, min_crop=0.5)
+        batches = take(loader, (epoch + 1) * loader.batches_per_epoch)[-loader.batches_per_epoch :]
+        return next(b.image[b.keys.index("red-ring")] for b in batches if "red-ring" in b.keys)
+
+    assert torch.equal(picture(2, 0), picture(2, 0))
+    assert not torch.equal(picture(2, 0), picture(2, 2))
+
+
+def test_a_position_of_other_data_seed_or_batch_size_is_refused(data, tmp_path):
+    position = build(data).position
+    other = write_samples(tmp_path / "other", count=30)
+    for loader, field in (
+        (build(other), "dataset_hash"),
+        (build(data, seed=1), "seed"),
+        (build(data, batch_size=4), "batch_size"),
+    ):
+        with pytest.raises(UsageError, match=f"the stored position has {field}"):
+            loader.seek(position)
+
+
+def test_a_broken_picture_is_stood_in_for_by_the_next_row_on_every_path(tmp_path):
+    broken = [
+        Pair(key="cut", caption="x", image=encode(noise())[:200]),
+        Pair(key="bomb", caption="x", image=b"\x89PNG\r\n\x1a\n" + bytes(50)),
+    ]
+    pairs = make_pairs(30)
+    write_shards([*pairs[:10], *broken, *pairs[10:]], tmp_path / "data")
+    batches = take(build(tmp_path / "data"), 4)
+    assert_same(batches, take(build(tmp_path / "data", workers=2), 4))
+    # "bomb" is in its own place, and would have stood in for "cut"
+    assert sorted(s for b in batches for s in b.skipped) == [("bomb", "not_a_picture")] * 2 + [("cut", "truncated")]
+    assert all(len(batch.image) == 8 for batch in batches)
+    assert not {"cut", "bomb"} & {key for batch in batches for key in batch.keys}
+
+
+def test_a_dataset_of_broken_pictures_ends_with_an_error(tmp_path):
+    write_shards([Pair(key=str(i), caption="x", image=b"\xff\xd8\xff") for i in range(20)], tmp_path / "data")
+    with pytest.raises(ShardError, match="100 broken pictures in a row"):
+        take(build(tmp_path / "data", workers=1), 1)
+
+
+def test_several_sources_are_weighted(data, tmp_path):
+    more = tmp_path / "more"
+    write_shards([dataclasses.replace(p, key=f"more-{p.key}") for p in make_pairs(40)], more)
+    loader = build(data, SourceConfig(path=more, weight=0.5))
+    assert loader.batches_per_epoch == (50 + 20) // 8
+    keys = [key for batch in take(loader, loader.batches_per_epoch) for key in batch.keys]
+    assert 16 <= sum(key.startswith("more-") for key in keys) <= 20
+
+
+def test_impossible_loaders_are_refused_with_the_cure(data, tmp_path):
+    with pytest.raises(UsageError, match="less than one batch of 64"):
+        build(data, batch_size=64)
+    with pytest.raises(UsageError, match="does not divide among 3 ranks"):
+        build(data, world_size=3)
+    with pytest.raises(UsageError, match="no data was named"):
+        build()
+    with pytest.raises(NotFoundError, match="no such dataset"):
+        build(tmp_path / "none")
