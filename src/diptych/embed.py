@@ -1,0 +1,46 @@
+"""Many pictures or texts to features: float32 [N, E], normalised, in the order they were given."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diptych.checkpoint import Loaded
+from diptych.image import Picture, open_picture
+
+BATCH_SIZE = 64
+"""Pictures or texts at a time."""
+
+
+@torch.inference_mode()
+def embed_images(loaded: Loaded, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE) -> Float[Tensor, "N E"]:
+    """Pictures (paths, bytes, Pillow pictures, arrays [H, W, 3]) to features.
+
+    Raises PictureError for one that cannot be used; sort those out with `diptych.image.open_picture` first.
+    """
+    model, preprocess, _ = loaded
+    features = [torch.empty(0, model.config.embed_dim)]
+    remaining = iter(pictures)
+    while some := list(islice(remaining, batch_size)):
+        pixels = torch.stack([torch.from_numpy(preprocess.pixels(open_picture(picture))) for picture in some])
+        image = preprocess.normalize(pixels.to(model.logit_scale.device))
+        features.append(model.encode_image(image, normalize=True).float().cpu())
+    return torch.cat(features)
+
+
+@torch.inference_mode()
+def embed_texts(loaded: Loaded, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Float[Tensor, "N E"]:
+    """Texts to features.
+
+    Texts of like length are computed together, since a batch is as long as its longest one.
+    """
+    model, _, tokenizer = loaded
+    tokens = tokenizer(list(texts))  # [N, L]
+    order = tokens.argmax(dim=-1).argsort(stable=True)  # by the place of the end token
+    features = torch.empty(len(tokens), model.config.embed_dim)
+    for rows in order.split(batch_size):
+        text = tokens[rows].to(model.logit_scale.device)
+        features[rows] = model.encode_text(text, normalize=True).float().cpu()
+    return features

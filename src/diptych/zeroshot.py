@@ -1,0 +1,123 @@
+"""Zero-shot prediction: class names in, labels out (paper section 3.1).
+
+Every class name is put into every template; the text features are normalised, averaged and normalised again, and are
+then the columns of a linear classifier (section 3.1.4). A class may have several names; all of them are averaged.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.checkpoint import Loaded
+from diptych.embed import embed_images, embed_texts
+from diptych.errors import UsageError, unknown_name
+from diptych.image import Picture
+
+Classnames = Sequence[str | Sequence[str]]
+"""One entry a class: its name, or several names for it."""
+
+
+@lru_cache
+def load_templates(name: str) -> tuple[str, ...]:
+    """A list of prompt templates by name: `imagenet_80` (the paper's ensemble), `imagenet_7` (the seven that forward
+    selection kept of them), `simple` (a photo of a ...), `none` (the bare name)."""
+    known: Mapping[str, list[str]] = json.loads(
+        resources.files("diptych.assets").joinpath("templates.json").read_text("utf-8")
+    )
+    if name not in known:
+        raise unknown_name("template list", name, known)
+    return tuple(known[name])
+
+
+def fill_template(template: str, name: str) -> str:
+    """Put a class name into a template's `{}`; other braces are left alone."""
+    if template.count("{}") != 1:
+        raise UsageError(f"template {template!r} needs exactly one {{}} where the class name goes")
+    return template.replace("{}", name)
+
+
+def names_of_classes(classnames: Classnames) -> tuple[tuple[str, ...], ...]:
+    """Every class as a tuple of its names."""
+    names = tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in classnames)
+    if not names or not all(names):
+        raise UsageError("a classifier needs at least one class, and a name for every class")
+    return names
+
+
+def build_classifier(
+    loaded: Loaded, classnames: Classnames, templates: Sequence[str] = ("a photo of a {}.",)
+) -> Float[Tensor, "E C"]:
+    """Build the weights of a zero-shot classifier: logits are exp(t) * image_features @ weights."""
+    names = names_of_classes(classnames)
+    if not templates:
+        raise UsageError("a classifier needs at least one template; {} is the bare name")
+    prompts = [fill_template(template, name) for entry in names for name in entry for template in templates]
+    features = embed_texts(loaded, prompts)  # [all names * T, E], normalised
+    counts = [len(entry) * len(templates) for entry in names]
+    means = [of_class.mean(dim=0) for of_class in features.split(counts)]
+    return F.normalize(torch.stack(means), dim=-1).T.contiguous()
+
+
+class ZeroShotClassifier:
+    """A classifier made of words, with scikit-learn's manners.
+
+    >>> classifier = ZeroShotClassifier(load("runs/demo"), ["cat", "dog"])      # doctest: +SKIP
+    >>> classifier.predict(["a.jpg", "b.png"])                                  # doctest: +SKIP
+    array(['cat', 'dog'], dtype='<U3')
+
+    `classnames` may give several names for a class: [["happy", "smiling"], "sad"]; the first is its label.
+    """
+
+    def __init__(
+        self, loaded: Loaded, classnames: Classnames, templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> None:
+        self.loaded = loaded
+        self.classnames = names_of_classes(classnames)
+        self.templates = tuple(templates)
+        labels = [names[0] for names in self.classnames]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise UsageError(f"class {repeated[0]!r} is named twice; give several names of a class as one list")
+        self.classes_ = np.array(labels)
+        self.weights_ = _cached_classifier(loaded, self.classnames, self.templates)  # [E, C]
+
+    def decision_function(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
+        """Logits [N, C]: exp(t) times the cosine similarity of picture and class."""
+        features = embed_images(self.loaded, pictures)
+        scale = self.loaded.model.logit_scale.detach().exp().cpu()
+        return (scale * features @ self.weights_).numpy()
+
+    def predict_proba(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
+        """Softmax of the logits over the classes [N, C]."""
+        return torch.from_numpy(self.decision_function(pictures)).softmax(dim=-1).numpy()
+
+    def predict(self, pictures: Iterable[Picture]) -> NDArray[Any]:
+        """The likeliest label of each picture [N]."""
+        return self.classes_[self.decision_function(pictures).argmax(axis=-1)]
+
+
+_CLASSIFIERS: dict[str, Tensor] = {}
+_MAX_CACHED = 64
+
+
+def _cached_classifier(loaded: Loaded, classnames: Classnames, templates: Sequence[str]) -> Float[Tensor, "E C"]:
+    """Classifiers of this process by what they are made of, weights of the text tower included."""
+    digest = hashlib.sha256(repr((classnames, templates, loaded.tokenizer.fingerprint)).encode())
+    for tensor in loaded.model.text.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    key = digest.hexdigest()
+    if key not in _CLASSIFIERS:
+        while len(_CLASSIFIERS) >= _MAX_CACHED:
+            del _CLASSIFIERS[next(iter(_CLASSIFIERS))]
+        _CLASSIFIERS[key] = build_classifier(loaded, classnames, templates)
+    return _CLASSIFIERS[key]

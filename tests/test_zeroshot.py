@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+
+from diptych import zeroshot
+from diptych.checkpoint import Loaded
+from diptych.embed import embed_images, embed_texts
+from diptych.errors import UsageError
+from diptych.image import Preprocess
+from diptych.model.clip import CLIP
+from diptych.tokenizer import Tokenizer
+from diptych.zeroshot import ZeroShotClassifier, build_classifier, load_templates
+from samples import TINY_VIT, draw, noise
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    torch.manual_seed(0)
+    return Loaded(CLIP(TINY_VIT).eval(), Preprocess(image_size=32), Tokenizer.clip(16))
+
+
+def test_template_lists_are_the_published_ones():
+    assert len(set(load_templates("imagenet_80"))) == 80
+    assert set(load_templates("imagenet_7")) < set(load_templates("imagenet_80"))
+    assert len(load_templates("imagenet_7")) == 7
+    with pytest.raises(UsageError, match="did you mean imagenet_80"):
+        load_templates("imagenet80")
+
+
+def test_the_classifier_is_normalise_average_normalise(loaded):
+    templates, names = ["a {}.", "the {} here", "{}"], ["cat", ["dog", "hound"]]
+    weights = build_classifier(loaded, names, templates)
+    for column, aliases in zip(weights.T, (["cat"], ["dog", "hound"]), strict=True):
+        features = torch.cat(
+            [
+                loaded.model.encode_text(loaded.tokenizer([template.replace("{}", name)]))
+                for name in aliases
+                for template in templates
+            ]
+        )
+        mean = (features / features.norm(dim=-1, keepdim=True)).mean(dim=0)
+        torch.testing.assert_close(column, (mean / mean.norm()).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_classifier_has_scikit_learns_manners(loaded):
+    classifier = ZeroShotClassifier(loaded, ["red", ["blue", "azure"], "green"])
+    pictures = [draw("red", "dot"), draw("blue", "ring"), np.asarray(draw("green", "bar"))]
+    assert classifier.classes_.tolist() == ["red", "blue", "green"]
+    probabilities = classifier.predict_proba(pictures)
+    assert probabilities.shape == (3, 3)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert classifier.predict(pictures).tolist() == classifier.classes_[probabilities.argmax(axis=1)].tolist()
+    expected = embed_images(loaded, pictures) @ build_classifier(loaded, ["red", ["blue", "azure"], "green"])
+    scale = loaded.model.logit_scale.exp().item()
+    np.testing.assert_allclose(classifier.decision_function(pictures), scale * expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_is_built_once_and_anew_when_the_weights_change(loaded, monkeypatch):
+    built = []
+    real = zeroshot.build_classifier
+    monkeypatch.setattr(zeroshot, "build_classifier", lambda *given: built.append(1) or real(*given))
+    monkeypatch.setattr(zeroshot, "_CLASSIFIERS", {})
+    first = ZeroShotClassifier(loaded, ["one", "two"])
+    second = ZeroShotClassifier(loaded, ["one", "two"])
+    assert built == [1]
+    assert first.weights_ is second.weights_
+    with torch.no_grad():
+        loaded.model.text.text_projection[0, 0] += 1
+    ZeroShotClassifier(loaded, ["one", "two"])
+    assert built == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        ([], ["{}"], "at least one class"),
+        (["a", []], ["{}"], "a name for every class"),
+        (["a"], [], "at least one template"),
+        (["a"], ["a photo"], "exactly one {}"),
+        (["a", "b", "a"], ["{}"], "'a' is named twice"),
+    ],
+)
+def test_classifiers_that_make_no_sense_are_refused(loaded, names, templates, message):
+    with pytest.raises(UsageError, match=message):
+        ZeroShotClassifier(loaded, names, templates)
+
+
+def test_embedding_keeps_the_order_whatever_the_batches(loaded):
+    pictures = [noise(seed=seed) for seed in range(7)]
+    texts = ["a", "a much longer text about cats and dogs", "b c", "", "d"]
+    torch.testing.assert_close(
+        embed_images(loaded, pictures, 2), embed_images(loaded, pictures, 7), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(embed_texts(loaded, texts, 2), embed_texts(loaded, texts, 5), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        embed_texts(loaded, texts),
+        torch.nn.functional.normalize(loaded.model.text(loaded.tokenizer(texts)), dim=-1).detach(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert embed_images(loaded, []).shape == embed_texts(loaded, []).shape == (0, 24)
