@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test check fix bench peers golden clean help
+.PHONY: demo test check fix bench peers docs golden clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -29,6 +29,9 @@ bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenize
 		echo "== $$file"; $(VENV)/python $$file $(ARGS); done
 
 peers: .venv-peers/done ## build the environment of the libraries we are compared with
+
+docs: .venv/demo ## write docs/cli.md from the commands' own help
+	$(VENV)/python -m recipes.docs
 
 golden: peers    ## write the golden values of the tests anew, from the peers
 	.venv-peers/bin/python tests/golden/make_features.py

@@ -74,6 +74,18 @@ def test_the_text_tower_never_computes_past_the_longest_end_token():
     assert lengths == [7]
 
 
+def test_a_batch_is_computed_in_groups_of_like_length_and_put_back_in_order():
+    model, shapes = CLIP(TINY_VIT).double().eval(), []
+    text = tokens(*torch.randint(2, 17, (300,)).tolist())
+    expected = model.text(text)
+    model.text.transformer.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:2]))
+    torch.testing.assert_close(model.encode_text(text), expected, rtol=0, atol=1e-12)
+    lengths = [length for _, length in shapes]
+    assert [n for n, _ in shapes] == [75] * 4
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == 16
+
+
 def test_text_may_be_cut_at_a_multiple():
     text = tokens(3, 9)
     assert [trim_text(text, multiple).shape[1] for multiple in (1, 4, 8, 16)] == [9, 12, 16, 16]

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from diptych.model.config import Activation, TextConfig
 from diptych.model.transformer import Transformer
 
+MAX_GROUPS, MIN_GROUP = 8, 64
+"""Into how many groups of like length a batch is split at most, and how many texts a group has at least."""
+
 
 class TextTransformer(nn.Module):
     """Tokens [N, L] -> text features [N, E], not normalised. L may be anything up to `context_length`."""
@@ -24,9 +27,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, text: Int[Tensor, "N L"]) -> Float[Tensor, "N E"]:
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # [N, L, D]
-        x = self.transformer(x)
-        # The end token is the largest id: argmax finds it. LayerNorm acts on each token alone: one is enough.
-        x = x[torch.arange(len(text), device=text.device), text.argmax(dim=-1)]  # [N, D]
+        x = self.transformer(x, text.argmax(dim=-1))  # [N, D]; the end token is the largest id
         return self.ln_final(x) @ self.text_projection
 
     @torch.no_grad()
@@ -44,6 +45,15 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
         nn.init.normal_(self.text_projection, std=width**-0.5)
+
+
+def split_by_length(text: Int[Tensor, "N L"]) -> tuple[Int[Tensor, " K"], ...]:
+    """Split the rows of a batch into groups of like length, short ones first.
+
+    Captions differ much in length, and a batch is computed as long as its longest one.
+    """
+    groups = min(MAX_GROUPS, max(1, len(text) // MIN_GROUP))
+    return text.argmax(dim=-1).argsort(stable=True).chunk(groups)
 
 
 def trim_text(text: Int[Tensor, "N L"], multiple: int = 1) -> Int[Tensor, "N K"]:

@@ -3,10 +3,8 @@
 Shapes: N pairs in the batch, L tokens, D width, A heads.
 """
 
-from collections.abc import Iterator
-
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +15,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with."""
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702  # the same function; silu has a fused derivative, the product has not
 
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -36,11 +34,26 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "N L D"], is_causal: bool) -> Float[Tensor, "N L D"]:
+        q, k, v = self.project(x)
+        return self.out_proj(_join_heads(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)))
+
+    def read(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"], is_causal: bool) -> Float[Tensor, "N D"]:
+        """The output at one token of each row: one query instead of L."""
+        n, length, _ = x.shape
+        q, k, v = self.project(x)
+        q = q[torch.arange(n, device=x.device), :, token].unsqueeze(2)  # [N, A, 1, D / A]
+        seen = (torch.arange(length, device=x.device) <= token[:, None])[:, None, None] if is_causal else None
+        return self.out_proj(_join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)).squeeze(1))
+
+    def project(self, x: Float[Tensor, "N L D"]) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each [N, A, L, D / A]."""
         n, length, width = x.shape
         qkv = self.in_proj(x).view(n, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, A, L, D / A]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-        return self.out_proj(x.transpose(1, 2).reshape(n, length, width))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _join_heads(x: Float[Tensor, "N A L D2"]) -> Float[Tensor, "N L D"]:
+    return x.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -52,7 +65,7 @@ class MLP(nn.Module):
         self.gelu = ACTIVATIONS[activation]()
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+    def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 
@@ -70,20 +83,29 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.attn(self.ln_1(x), is_causal)
         return x + self.mlp(self.ln_2(x))
 
+    def read(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"], is_causal: bool) -> Float[Tensor, "N D"]:
+        """`forward` at one token of each row, computed for that token alone."""
+        one = x[torch.arange(len(x), device=x.device), token] + self.attn.read(self.ln_1(x), token, is_causal)
+        return one + self.mlp(self.ln_2(one))
+
 
 class Transformer(nn.Module):
-    """A stack of blocks; causal for text, full for images."""
+    """A stack of blocks, causal for text, full for images, of whose output one token a row is read.
+
+    So the last block computes that token alone: its other outputs would be thrown away.
+    """
 
     def __init__(self, width: int, layers: int, heads: int, activation: Activation, is_causal: bool) -> None:
         super().__init__()
         self.is_causal = is_causal
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
 
-    def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
-        for block in self.resblocks:
+    def forward(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        *blocks, last = self.blocks()
+        for block in blocks:
             x = block(x, self.is_causal)
-        return x
+        return last.read(x, token, self.is_causal)
 
-    def blocks(self) -> Iterator[ResidualAttentionBlock]:
+    def blocks(self) -> list[ResidualAttentionBlock]:
         """The blocks with their type, which nn.ModuleList does not keep."""
-        return (block for block in self.resblocks if isinstance(block, ResidualAttentionBlock))
+        return [block for block in self.resblocks if isinstance(block, ResidualAttentionBlock)]

@@ -32,8 +32,9 @@ class VisionTransformer(nn.Module):
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [N, D, g, g] -> [N, g * g, D]
         class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [N, g * g + 1, D]
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        class_tokens = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        x = self.transformer(self.ln_pre(x), class_tokens)  # [N, D]
+        return self.ln_post(x) @ self.proj
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
