@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ def draw_similarity(matrix: NDArray[np.float32], captions: Sequence[str]) -> str
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(matrix, cmap="viridis")
+    captions = [textwrap.shorten(caption, 28, placeholder=" …") for caption in captions]
     axes.set_xticks(range(len(captions)), captions, rotation=90, fontsize=7)
     axes.set_yticks(range(len(captions)), captions, fontsize=7)
     axes.set(xlabel="text", ylabel="picture of")

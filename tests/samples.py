@@ -14,6 +14,7 @@ from diptych.shards.write import write_shards
 from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black", "gray", "brown"]
+LONG = {("brown", "ring"): " on a large and very plain white page", ("red", "dot"): " in the middle of a white page"}
 SHAPES = ["circle", "square", "triangle", "cross", "bar", "ring", "corner", "dot"]
 
 
@@ -49,10 +50,15 @@ def encode(image: Image.Image, format: str = "JPEG", **options) -> bytes:
 
 
 def make_pairs(count: int = 64) -> list[Pair]:
-    """Up to 64 pairs, all different: eight colours times eight shapes."""
+    """Up to 64 pairs, all different; two captions are long, so that batches differ."""
     everything = [(colour, shape) for colour in COLOURS for shape in SHAPES][:count]
     return [
-        Pair(key=f"{c}-{s}", caption=f"a {c} {s}", image=encode(draw(c, s)), details={"source": "drawn", "label": s})
+        Pair(
+            key=f"{c}-{s}",
+            caption=f"a {c} {s}{LONG.get((c, s), '')}",
+            image=encode(draw(c, s)),
+            details={"source": "drawn", "label": s},
+        )
         for c, s in everything
     ]
 

@@ -61,7 +61,7 @@ def fingerprint(out: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.parametrize(("workers", "compile"), [(0, False), (1, False), (2, False), (0, True)])
+@pytest.mark.parametrize(("workers", "compile"), [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)])
 def test_a_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path, workers, compile):
     if compile and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
@@ -155,6 +155,27 @@ def test_another_runs_folder_is_refused_with_the_difference(data, tmp_path):
     loop.run(train_config(data, tmp_path / "run", steps=4))
     with pytest.raises(UsageError, match=r"lr 0\.001 there, 0\.01 here"):
         loop.run(train_config(data, tmp_path / "run", steps=4, lr=0.01))
+
+
+def test_a_run_that_made_no_checkpoint_does_not_block_its_folder(data, tmp_path, monkeypatch):
+    def interrupted(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(train_config(data, tmp_path / "run", steps=4), on_step=interrupted)
+    assert loop.run(train_config(data, tmp_path / "run", steps=4, lr=0.01)).steps == 4
+
+
+def test_a_resumed_run_keeps_the_precision_it_began_with(data, tmp_path, monkeypatch):
+    config = train_config(data, tmp_path / "run", steps=4, checkpoint_every=2)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision="auto"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    loop.run(config)
+    (tmp_path / "run/step_00000004/model.safetensors").unlink()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    loop.run(config)
+    training = checkpoint.load_training(tmp_path / "run/step_00000004")
+    assert training.values["dtype"] == "bfloat16"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from diptych.model.config import CLIPConfig, ResNetConfig, ViTConfig
 from diptych.model.resnet import ModifiedResNet
-from diptych.model.text import TextTransformer, split_by_length, trim_text
+from diptych.model.text import TextTransformer
 from diptych.model.vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -45,10 +45,8 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Int[Tensor, "N L"], normalize: bool = False) -> Float[Tensor, "N E"]:
-        """Tokens -> features. Nothing behind the longest end token of a group of like length is computed."""
-        groups = split_by_length(text)
-        features = torch.cat([self.text(trim_text(text[rows], self.text.length_multiple)) for rows in groups])
-        features = features[torch.cat(groups).argsort()]  # back into the order of the batch
+        """Tokens -> features. Padding costs nothing: the tower cuts it off."""
+        features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Float[Tensor, "N 3 H W"], text: Int[Tensor, "N L"]) -> CLIPOutput:

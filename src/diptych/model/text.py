@@ -26,9 +26,18 @@ class TextTransformer(nn.Module):
         self.reset_parameters()
 
     def forward(self, text: Int[Tensor, "N L"]) -> Float[Tensor, "N E"]:
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # [N, L, D]
-        x = self.transformer(x, text.argmax(dim=-1))  # [N, D]; the end token is the largest id
+        """Nothing behind the longest end token of a group of like length is computed."""
+        ends = text.argmax(dim=-1)  # the end token is the largest id
+        text = trim_text(text, self.length_multiple)
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # [N, L, D]; looked up once
+        groups = split_by_length(ends)
+        x = torch.cat([self.transformer(self.trim(x[rows], ends[rows]), ends[rows]) for rows in groups])  # [N, D]
+        x = x[torch.cat(groups).argsort()]  # back into the order of the batch
         return self.ln_final(x) @ self.text_projection
+
+    def trim(self, x: Float[Tensor, "N L D"], ends: Int[Tensor, " N"]) -> Float[Tensor, "N K D"]:
+        """Cut a group behind its longest end token, as `trim_text` cuts the batch."""
+        return x[:, : longest(ends, self.length_multiple)]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -47,13 +56,13 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
 
-def split_by_length(text: Int[Tensor, "N L"]) -> tuple[Int[Tensor, " K"], ...]:
-    """Split the rows of a batch into groups of like length, short ones first.
+def split_by_length(ends: Int[Tensor, " N"]) -> tuple[Int[Tensor, " K"], ...]:
+    """Split the rows of a batch into groups of like length, short ones first, by the place of the end token.
 
-    Captions differ much in length, and a batch is computed as long as its longest one.
+    Captions differ much in length, and a group is computed as long as its longest one.
     """
-    groups = min(MAX_GROUPS, max(1, len(text) // MIN_GROUP))
-    return text.argmax(dim=-1).argsort(stable=True).chunk(groups)
+    groups = min(MAX_GROUPS, max(1, len(ends) // MIN_GROUP))
+    return ends.argsort(stable=True).chunk(groups)
 
 
 def trim_text(text: Int[Tensor, "N L"], multiple: int = 1) -> Int[Tensor, "N K"]:
@@ -61,7 +70,9 @@ def trim_text(text: Int[Tensor, "N L"], multiple: int = 1) -> Int[Tensor, "N K"]
 
     Exact: attention is causal, so what stands behind the end token never reaches its feature.
     """
-    if not len(text):
-        return text
-    length = int(text.argmax(dim=-1).max()) + 1
-    return text[:, : -(-length // multiple) * multiple]
+    return text[:, : longest(text.argmax(dim=-1), multiple)]
+
+
+def longest(ends: Int[Tensor, " N"], multiple: int) -> int | None:
+    """Tokens up to the last of these end tokens, or to the next `multiple` behind it; None for no rows."""
+    return -(-(int(ends.max()) + 1) // multiple) * multiple if len(ends) else None

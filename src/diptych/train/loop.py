@@ -98,9 +98,7 @@ def run(
     clock = _Clock(trainer.steps, config.loader.batch_size)
     with closing(iter(trainer.loader)) as batches:
         while trainer.state.step < trainer.steps:
-            with clock.waiting():
-                batch = next(batches)
-            trainer.train_step(batch)
+            trainer.train_step(clock.take(batches))
             trainer.log_step(report := clock.report(trainer.state, trainer.optimizer, trainer.model))
             on_step(report)
             if trainer.is_due(config.run.evaluate_every):
@@ -160,11 +158,10 @@ class _Trainer:
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(out)
-        ours = to_dict(self.config)
-        if (out / CONFIG).exists():
-            require_same_run(json.loads((out / CONFIG).read_text()), self.config)
-        files.write_json(out / CONFIG, ours)
         newest, passed_over = checkpoint.newest_valid(out)
+        if newest is not None:
+            require_same_run(json.loads((out / CONFIG).read_text()), self.config)
+        files.write_json(out / CONFIG, to_dict(self.config))
         if newest is not None:
             self._restore(newest)
         return self.state.step, passed_over
@@ -175,6 +172,7 @@ class _Trainer:
         restore_optimizer(self.optimizer, self.model, training.tensors)
         torch.set_rng_state(training.tensors["rng.cpu"])
         values = training.values
+        self.dtype = getattr(torch, values["dtype"])  # what `auto` meant on the machine where the run began
         self.loader.seek(from_dict(Position, values["position"]))
         self.state = _State(
             step=values["step"],
@@ -277,6 +275,7 @@ class _Trainer:
             "log_bytes": logs,
             "skipped": dict(self.state.skipped),
             "metrics": self.state.metrics,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "config": to_dict(self.config),
         }
         tensors = optimizer_tensors(self.optimizer, self.model) | {"rng.cpu": torch.get_rng_state()}
@@ -296,14 +295,12 @@ class _Clock:
         self._waited = 0.0
         self._smooth = 0.0
 
-    def waiting(self) -> "_Clock":
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        self._waited = time.monotonic() - self._began
+    def take(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; how long it took to come is in the next report."""
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited = time.monotonic() - began
+        return batch
 
     def report(self, state: _State, optimizer: torch.optim.Optimizer, model: CLIP) -> StepReport:
         now = time.monotonic()
