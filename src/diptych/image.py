@@ -8,9 +8,11 @@ Every picture is bounded before it is decoded; what cannot be used raises Pictur
 """
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diptych.errors import NotFoundError, PictureError, UsageError
+from diptych.errors import NotFoundError, PictureError, UsageError, unknown_name
 
 REASONS = ("empty", "not_a_picture", "truncated", "too_large", "too_small")
 """Why a picture is not used: no bytes, no known format, breaks off or is damaged inside, more than MAX_PIXELS, a side
@@ -44,7 +46,11 @@ class Preprocess:
     """Pillow picture -> normalised pixels [3, image_size, image_size].
 
     Resize the shorter side (bicubic, antialiased), crop the centre, convert to RGB, scale to 0..1, subtract the mean,
-    divide by the deviation: the order of operations, and so every bit, is openai/CLIP's.
+    divide by the deviation: the order of operations, and so every bit, is openai/CLIP's. Some later models were
+    trained on pictures squashed to a square, or with a bilinear filter; the checkpoint says so.
+
+    What each kind of picture gets (docs/checkpoints.md has the whole table): transparency is dropped, not blended;
+    16-bit grey is clipped to 8 bits, as Pillow does it; an EXIF orientation is not applied.
     """
 
     image_size: int
@@ -53,16 +59,32 @@ class Preprocess:
     """Per channel, of values 0..1."""
     std: tuple[float, float, float] = OPENAI_STD
     """Per channel, of values 0..1."""
+    resize: Literal["shorter_side", "squash"] = "shorter_side"
+    """`shorter_side`: to image_size, then the centre is cropped. `squash`: both sides, whatever the proportions."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """The filter, antialiased in both cases."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UsageError(f"image_size {self.image_size} is no picture; use at least 1")
+        for name, allowed in (("resize", ("shorter_side", "squash")), ("interpolation", ("bicubic", "bilinear"))):
+            if getattr(self, name) not in allowed:
+                raise unknown_name(name, str(getattr(self, name)), allowed)
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or 0 in self.std:
+            raise UsageError(f"mean {self.mean} and std {self.std} must be finite, and no deviation 0")
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         return self.normalize(torch.from_numpy(self.pixels(image)).unsqueeze(0))[0]
 
     def pixels(self, image: Image.Image) -> UInt8[np.ndarray, "3 H W"]:
         """The part before normalisation: what is cheap to keep and to send."""
-        size = self.image_size
-        image = resize_shorter_side(image, size)
-        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        image = image.crop((left, top, left + size, top + size))
+        size, resample = self.image_size, Image.Resampling[self.interpolation.upper()]
+        if self.resize == "squash":
+            image = image if image.size == (size, size) else image.resize((size, size), resample)
+        else:
+            image = resize_shorter_side(image, size, resample)
+            left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+            image = image.crop((left, top, left + size, top + size))
         return np.ascontiguousarray(np.asarray(to_rgb(image)).transpose(2, 0, 1))
 
     def normalize(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
@@ -118,11 +140,18 @@ def decode(data: bytes) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB as Pillow does it: transparency is dropped, not blended."""
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    if isinstance(image.info.get("transparency"), bytes):  # one alpha for each colour: Pillow drops it with a warning
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
 
 
-def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter side is `size`, bicubic; the longer side is truncated as torchvision does."""
+def resize_shorter_side(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Resize so that the shorter side is `size`; the longer side is truncated as torchvision does."""
     width, height = image.size
     if min(width, height) == size:
         return image
@@ -130,7 +159,7 @@ def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
         new = size, int(size * height / width)
     else:
         new = int(size * width / height), size
-    return image.resize(new, Image.Resampling.BICUBIC)
+    return image.resize(new, resample)
 
 
 @dataclass(frozen=True, kw_only=True)
