@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test check fix bench peers docs golden clean help
+.PHONY: demo test check fix bench parity hostile peers docs golden clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,8 +25,14 @@ fix: .venv/dev   ## let ruff mend and format
 	$(VENV)/ruff format .
 
 bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenizer
-	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py))); do \
+	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/parity.py benchmarks/hostile.py,$(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(VENV)/python $$file $(ARGS); done
+
+parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)
+	$(VENV)/python benchmarks/parity.py $(ARGS)
+
+hostile: .venv/demo ## load files made to harm, each in a process of its own
+	$(VENV)/python benchmarks/hostile.py
 
 peers: .venv-peers/done ## build the environment of the libraries we are compared with
 
@@ -35,6 +41,8 @@ docs: .venv/demo ## write docs/cli.md from the commands' own help
 
 golden: peers    ## write the golden values of the tests anew, from the peers
 	.venv-peers/bin/python tests/golden/make_features.py
+	.venv-peers/bin/python tests/golden/make_checkpoints.py
+	.venv-peers/bin/python -W ignore tests/golden/make_preprocess.py
 	PYTHONPATH=src .venv-peers/bin/python tests/golden/make_tokenizer_fixture.py
 
 clean:           ## delete environments and runs

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import tyro
 
-from diptych import checkpoint, cli, files
+from diptych import cli, files
+from diptych.checkpoint import layouts
 from diptych.config import to_dict
 from diptych.embed import embed_images, embed_texts
 from diptych.evaluate import classification, retrieval
@@ -117,7 +118,7 @@ def train_config(demo: Demo) -> TrainConfig:
 
 def evaluate(demo: Demo) -> dict[str, Any]:
     """Ask the trained model what it never saw, and draw the report."""
-    loaded = checkpoint.load(demo.out)
+    loaded = layouts.load(demo.out)
     manifest = json.loads((demo.pairs / "manifest.json").read_text())
     training = load_dataset(demo.pairs / "training")
     family = list(load_dataset(demo.pairs / "family").pairs)

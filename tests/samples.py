@@ -2,15 +2,21 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from diptych.checkpoint.loaded import Loaded
+from diptych.image import Preprocess
+from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig
 from diptych.pair import Pair
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.write import write_shards
+from diptych.tokenizer import Tokenizer
 from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black", "gray", "brown"]
@@ -88,6 +94,34 @@ TINY_VIT = CLIPConfig(
     embed_dim=24, vision=ViTConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2), text=TINY_TEXT
 )
 TINY_RESNET = CLIPConfig(embed_dim=24, vision=ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=4), text=TINY_TEXT)
+
+
+SMALL_VOCABULARY = Tokenizer(("t h", "th e</w>", "c a", "ca t</w>", "a n", "an d</w>"), context_length=16)
+
+
+def small(config: CLIPConfig, **changes) -> CLIPConfig:
+    """A tiny model of a tiny vocabulary, 64 channels a head: what a bare file can hold, in 0.3 MB."""
+    text = replace(config.text, vocab_size=SMALL_VOCABULARY.vocab_size, width=64, layers=1, heads=1)
+    vision = config.vision
+    if isinstance(vision, ViTConfig):
+        vision = replace(vision, width=64, layers=1, heads=1)
+    return replace(config, vision=vision, text=text, **changes)
+
+
+def make_loaded(config: CLIPConfig, tokenizer: Tokenizer | None = None, seed: int = 0, **preprocess) -> Loaded:
+    """A model of random weights, whose every tensor is random: biases and BatchNorm statistics too."""
+    torch.manual_seed(seed)
+    model = CLIP(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point() and name != "logit_scale":
+                tensor.normal_(std=0.05 + (tensor.ndim > 1) * tensor[0].numel() ** -0.5 if tensor.ndim else 0.05)
+                if tensor.ndim == 1 and name.endswith("weight"):
+                    tensor.add_(1)
+    tokenizer = tokenizer or (SMALL_VOCABULARY if config.text.vocab_size == 520 else Tokenizer.clip(16))
+    return Loaded(model, Preprocess(image_size=config.vision.image_size, **preprocess), tokenizer)
 
 
 def train_config(data: Path, out: Path, *, model: CLIPConfig = TINY_VIT, steps: int = 20, **changes) -> TrainConfig:

@@ -1,11 +1,26 @@
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
+from diptych.checkpoint import layouts, native, openai
 from diptych.cli import find_pictures, main
 from diptych.errors import NotFoundError
 from diptych.train import loop
-from samples import draw, encode, noise, train_config, write_samples
+from samples import (
+    SMALL_VOCABULARY,
+    TINY_RESNET,
+    TINY_VIT,
+    draw,
+    encode,
+    make_loaded,
+    noise,
+    small,
+    train_config,
+    write_samples,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +113,110 @@ def test_pictures_are_found_in_folders_and_by_globs(tmp_path, monkeypatch):
     assert [p.name for p in find_pictures([f"{tmp_path}/*.jpg"])] == ["b.jpg"]
     with pytest.raises(NotFoundError):
         find_pictures(["sub/*.jpg"])
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_what_a_run_holds(run, capsys):
+    assert call("inspect", run) == 0
+    output = capsys.readouterr().out
+    for part in (
+        *(
+            "layout:         diptych",
+            "ViT, patch 8, width 32, 2 layers of 2 heads, 32 px",
+            "quick_gelu (checkpoint.json",
+        ),
+        *("32 px, bicubic, shorter side, centre crop", "OpenAI's vocabulary, 49,408 ids", "float32 ", "sha256 "),
+        *("model.safetensors", "parameters in all"),
+    ):
+        assert part in output, part
+
+
+def test_inspect_prints_json_for_machines_and_needs_no_activation(tmp_path, capsys):
+    loaded = make_loaded(small(TINY_VIT))
+    SMALL_VOCABULARY.save(tmp_path)
+    torch.save(openai.openai_state(loaded.model.state_dict().items()), tmp_path / "bare.pt")
+    assert call("inspect", tmp_path / "bare.pt", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layout"], found["activation"], found["model"]["activation"]) == ("state dict", None, None)
+    assert found["parameters"]["total"] == sum(p.numel() for p in loaded.model.parameters())
+    assert found["dtype"] == {"float32": found["parameters"]["total"]}
+    digest = hashlib.sha256((tmp_path / "bare.pt").read_bytes()).hexdigest()
+    assert found["files"]["bare.pt"] == {"bytes": (tmp_path / "bare.pt").stat().st_size, "sha256": digest}
+    assert call("inspect", tmp_path / "bare.pt") == 0
+    assert "activation:     not known (nothing shows it: --activation quick_gelu or" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["diptych", "open_clip", "transformers", "openai"])
+def test_convert_writes_a_layout_that_classify_takes(tmp_path, capsys, layout):
+    width = 64  # OpenAI's layout takes 64 channels a head for granted
+    text = replace(TINY_VIT.text, width=width, heads=1)
+    vision = replace(TINY_VIT.vision, width=width, heads=1)
+    native.save(tmp_path / "model", make_loaded(replace(TINY_VIT, text=text, vision=vision)))
+    out = tmp_path / "out"
+    arguments = ["convert", tmp_path / "model", out, "--to", layout, "--image-size", 48, "--context-length", 20]
+    assert call(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "image features before and after differ by 0.0e+00" in printed
+    assert f"written: {out} ({layout}, float32)" in printed
+    assert call(*arguments) == 2
+    assert "exists; name another place, or --overwrite" in capsys.readouterr().err
+    assert call(*arguments, "--overwrite", "--precision", "float16") == 0
+    capsys.readouterr()
+    (tmp_path / "a.png").write_bytes(encode(noise(), "PNG"))
+    activation = ["--activation", "quick_gelu"] if layout == "openai" else []
+    assert call("classify", tmp_path / "a.png", "--labels", "x", "y", "--json", "--model", out, *activation) == 0
+    assert len(json.loads(capsys.readouterr().out)["labels"]) == 2
+    assert layouts.load(out, activation="quick_gelu").tokenizer.context_length == 20
+
+
+def test_verify_finds_a_model_sound_or_names_what_is_wrong(run, tmp_path, capsys):
+    assert call("verify", run) == 0
+    output = capsys.readouterr().out
+    assert "model.safetensors  (agrees with XXH3 in checkpoint.json)" in output
+    assert "every number finite; temperature" in output
+    assert output.endswith("sound\n")
+    loaded = make_loaded(small(TINY_RESNET))
+    with torch.no_grad():
+        loaded.model.visual.layer1[0].bn1.running_var[1] = -1
+    native.save(tmp_path / "negative", loaded)
+    assert call("verify", tmp_path / "negative") == 2
+    assert "visual.layer1.0.bn1.running_var holds negative variances" in capsys.readouterr().err
+    with torch.no_grad():
+        loaded.model.visual.layer1[0].bn1.running_var[1] = 1
+        loaded.model.text.text_projection[2, 3] = float("nan")
+    native.save(tmp_path / "nan", loaded)
+    assert call("verify", tmp_path / "nan") == 2
+    assert "text.text_projection holds values that are no numbers (1 NaN)" in capsys.readouterr().err
+
+
+def test_verify_says_when_there_was_no_hash_to_hold_a_file_to(tmp_path, capsys):
+    layouts.save(make_loaded(small(TINY_VIT)), tmp_path / "m", "transformers")
+    assert call("verify", tmp_path / "m") == 0
+    assert capsys.readouterr().out.endswith("sound, as far as a file without a stored hash can show\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "no such model: nowhere"),
+        (["verify", "ViT-B-32/opnai"], "ViT-B-32/openai"),
+        (["convert", "nowhere", "out", "--to", "openai"], "no such model: nowhere"),
+        (["convert", "hf-hub:x", "out", "--to", "openai"], "names no repository"),
+    ],
+)
+def test_a_wrong_model_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("diptych: ")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layout_that_cannot_hold_a_model_says_why(tmp_path, capsys):
+    native.save(tmp_path / "rn", make_loaded(small(TINY_RESNET)))
+    assert call("convert", tmp_path / "rn", tmp_path / "out", "--to", "transformers") == 2
+    assert "cannot hold this model: transformers' CLIPModel has no ResNet image tower" in capsys.readouterr().err

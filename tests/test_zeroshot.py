@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from diptych import zeroshot
-from diptych.checkpoint import Loaded
+from diptych.checkpoint.loaded import Loaded
 from diptych.embed import embed_images, embed_texts
 from diptych.errors import UsageError
 from diptych.image import Preprocess

@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diptych.checkpoint import Loaded, load
+    from diptych.checkpoint.layouts import load, save
+    from diptych.checkpoint.loaded import Loaded
     from diptych.embed import embed_images, embed_texts
     from diptych.errors import DiptychError
     from diptych.image import Preprocess
@@ -25,7 +26,7 @@ _HOME = {
     "CLIP": "diptych.model.clip",
     "CLIPConfig": "diptych.model.config",
     "DiptychError": "diptych.errors",
-    "Loaded": "diptych.checkpoint",
+    "Loaded": "diptych.checkpoint.loaded",
     "PRESETS": "diptych.model.config",
     "Preprocess": "diptych.image",
     "Tokenizer": "diptych.tokenizer",
@@ -33,9 +34,10 @@ _HOME = {
     "clip_loss": "diptych.train.loss",
     "embed_images": "diptych.embed",
     "embed_texts": "diptych.embed",
-    "load": "diptych.checkpoint",
+    "load": "diptych.checkpoint.layouts",
     "load_dataset": "diptych.shards.dataset",
     "load_templates": "diptych.zeroshot",
+    "save": "diptych.checkpoint.layouts",
     "write_shards": "diptych.shards.write",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "load",
     "load_dataset",
     "load_templates",
+    "save",
     "write_shards",
 ]
 

@@ -24,7 +24,8 @@ def to_dict(config: object) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
-    """Build a config of class `cls` from plain JSON values; raises UsageError on a key it does not know."""
+    """Build a config of class `cls` from plain JSON values; raises UsageError on a key it does not know and
+    on a value of the wrong type."""
     hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
@@ -44,6 +45,9 @@ def _encode(hint: Any, value: Any) -> Any:
 
 
 def _decode(hint: Any, value: Any) -> Any:
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if value is None and type(None) in options:
+        return None
     classes = _dataclasses_in(hint)
     if classes and isinstance(value, Mapping):
         fields = dict(value)
@@ -53,14 +57,31 @@ def _decode(hint: Any, value: Any) -> Any:
         if name not in classes:
             raise unknown_name("config type", str(name), classes)
         return from_dict(classes[name], fields)
-    if typing.get_origin(hint) is tuple:
-        item_hint = typing.get_args(hint)[0]
-        return tuple(_decode(item_hint, item) for item in value)
-    if value is not None and Path in (hint, *typing.get_args(hint)):
-        return Path(value)
-    if _is_union(hint) and isinstance(value, list):
-        raise UsageError(f"a list is not one of the values that {hint} allows")
-    return value
+    for option in options:
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            return _decode_tuple(typing.get_args(option), value)
+        if _fits(option, value):
+            return value
+    raise UsageError(f"{str(value)[:80]!r} is not one of the values that {hint} allows")
+
+
+def _decode_tuple(hints: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
+    if hints[-1] is ...:
+        return tuple(_decode(hints[0], value) for value in values)
+    if len(hints) != len(values):
+        raise UsageError(f"{len(values)} values where {len(hints)} are needed")
+    return tuple(_decode(hint, value) for hint, value in zip(hints, values, strict=True))
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a plain JSON value is of a plain type; true is no number, an integer is a float."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint) and not isinstance(value, float)
+    if hint is float:
+        return type(value) in (int, float)
+    return hint is Any or type(value) is hint
 
 
 def _dataclasses_in(hint: Any) -> dict[str, type]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diptych.checkpoint import Loaded
+from diptych.checkpoint.loaded import Loaded
 from diptych.image import Picture, open_picture
 
 BATCH_SIZE = 64

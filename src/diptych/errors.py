@@ -2,10 +2,12 @@
 
     DiptychError
     ├── UsageError (ValueError)            a wrong argument: what was given, what is allowed, what to do
+    │   └── ActivationUnknownError         weights that do not show which activation they were trained with
     ├── NotFoundError (FileNotFoundError)  a path that is not there
     ├── PictureError                       bytes that are not a usable picture; carries a counted `reason`
     ├── ShardError                         a shard, index or dataset.json that cannot be read
     ├── CheckpointError                    a checkpoint that is damaged or belongs to another model
+    ├── DownloadError                      weights that could not be fetched
     └── NonFiniteLossError                 training stopped before the optimizer step
 
 The command line prints any of these as one line and exits with code 2; all else is a bug and keeps its traceback.
@@ -21,6 +23,10 @@ class DiptychError(Exception):
 
 class UsageError(DiptychError, ValueError):
     """The caller asked for something that cannot be done; the message says what can."""
+
+
+class ActivationUnknownError(UsageError):
+    """Nothing shows which activation these weights were trained with; the caller has to say."""
 
 
 class NotFoundError(DiptychError, FileNotFoundError):
@@ -51,6 +57,10 @@ class ShardError(DiptychError):
 
 class CheckpointError(DiptychError):
     """A checkpoint is incomplete, damaged, or was made by another model or run."""
+
+
+class DownloadError(DiptychError):
+    """Weights could not be fetched: the network, the hub or the disk; the message names the repository."""
 
 
 class NonFiniteLossError(DiptychError):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.checkpoint import Loaded
+from diptych.checkpoint.loaded import Loaded
 from diptych.embed import embed_images, embed_texts
 from diptych.errors import UsageError, unknown_name
 from diptych.image import Picture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diptych.model.clip import CLIP
-from diptych.model.config import PAPER_PRESETS, PRESETS, get_preset
+from diptych.model.config import OPEN_CLIP_PRESETS, PAPER_PRESETS, SMALL_PRESETS, get_preset
 from diptych.model.text import trim_text
 from samples import TINY_RESNET, TINY_VIT
 
@@ -21,6 +21,18 @@ PARAMETERS = {
     "ViT-L-14-336": (304_293_888, 123_650_304, 427_944_193),
 }
 
+# open_clip 3.3.0, docs/model_profile.csv
+OPEN_CLIP_MILLIONS = {
+    "ViT-B-32-256": 151.29,
+    "ViT-B-16-plus-240": 208.38,
+    "ViT-L-16": 427.74,
+    "ViT-L-14-280": 427.76,
+    "ViT-H-14": 986.11,
+    "ViT-H-14-378": 986.71,
+    "ViT-g-14": 1366.68,
+    "ViT-bigG-14": 2539.57,
+}
+
 
 def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
@@ -33,9 +45,16 @@ def test_parameter_counts_are_the_papers_to_the_last_one(name):
     assert (count(model.visual), count(model.text), count(model)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - PAPER_PRESETS.keys()))
+@pytest.mark.parametrize("name", OPEN_CLIP_PRESETS)
+def test_parameter_counts_of_later_models_are_open_clips(name):
+    with torch.device("meta"):
+        model = CLIP(get_preset(name))
+    assert count(model) / 1e6 == pytest.approx(OPEN_CLIP_MILLIONS[name], abs=0.006)
+
+
+@pytest.mark.parametrize("name", SMALL_PRESETS)
 def test_small_presets_compute_features(name):
-    config = PRESETS[name]
+    config = SMALL_PRESETS[name]
     size = config.vision.image_size
     output = CLIP(config).eval()(torch.randn(2, 3, size, size), torch.tensor([[1, 2, config.text.vocab_size - 1]] * 2))
     assert output.image_features.shape == output.text_features.shape == (2, config.embed_dim)

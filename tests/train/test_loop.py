@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diptych import checkpoint
+from diptych.checkpoint import layouts, native
 from diptych.embed import embed_images, embed_texts
 from diptych.errors import NonFiniteLossError, UsageError
 from diptych.evaluate import retrieval
@@ -86,7 +86,7 @@ def test_a_tiny_model_overfits_64_pairs_and_retrieves_all_of_them(data, tmp_path
     config = train_config(data, tmp_path / "run", model=TINY_VIT, steps=250, batch_size=64, lr=3e-3, warmup=10)
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, min_crop=1.0))
     loop.run(config)
-    loaded = checkpoint.load(tmp_path / "run")
+    loaded = layouts.load(tmp_path / "run")
     pairs = list(load_dataset(data).pairs)
     images, texts = embed_images(loaded, [p.image for p in pairs]), embed_texts(loaded, [p.caption for p in pairs])
     assert set(retrieval(images, texts, ks=(1,)).values()) == {1.0}
@@ -94,7 +94,7 @@ def test_a_tiny_model_overfits_64_pairs_and_retrieves_all_of_them(data, tmp_path
 
 def test_a_resnet_trains_and_its_running_statistics_are_saved(data, tmp_path):
     report = loop.run(train_config(data, tmp_path / "run", model=TINY_RESNET, steps=4))
-    model = checkpoint.load(tmp_path / "run").model
+    model = layouts.load(tmp_path / "run").model
     assert report.steps == 4
     assert model.visual.bn1.num_batches_tracked.item() == 4
 
@@ -177,7 +177,7 @@ def test_a_resumed_run_keeps_the_precision_it_began_with(data, tmp_path, monkeyp
     (tmp_path / "run/step_00000004/model.safetensors").unlink()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     loop.run(config)
-    training = checkpoint.load_training(tmp_path / "run/step_00000004")
+    training = native.load_training(tmp_path / "run/step_00000004")
     assert training.values["dtype"] == "bfloat16"
 
 

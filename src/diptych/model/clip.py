@@ -39,9 +39,14 @@ class CLIP(nn.Module):
         self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))  # a logarithm
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, and so of the features outside autocast."""
+        return self.logit_scale.dtype
+
     def encode_image(self, image: Float[Tensor, "N 3 H W"], normalize: bool = False) -> Float[Tensor, "N E"]:
-        """Pictures, preprocessed -> features."""
-        features = self.visual(image)
+        """Pictures, preprocessed -> features, in the type of the weights."""
+        features = self.visual(image.to(self.dtype))
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Int[Tensor, "N L"], normalize: bool = False) -> Float[Tensor, "N E"]:

@@ -1,6 +1,7 @@
 """The sizes of a CLIP model: frozen values, no torch.
 
-Names follow the paper's Tables 19 and 20; `PRESETS` holds its nine models and small ones for small machines.
+Names follow the paper's Tables 19 and 20; `PRESETS` holds its nine models, larger
+ones that others trained since, and small ones for small machines.
 """
 
 from dataclasses import dataclass, field, replace
@@ -25,17 +26,20 @@ class ViTConfig:
     """Transformer blocks."""
     heads: int = 12
     """Attention heads; the paper keeps 64 channels a head."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of the MLP, in multiples of `width`; the paper's is 4, some larger OpenCLIP models have more."""
     stem: Literal["patch", "conv"] = "patch"
     """`patch`: one strided convolution, as in the paper. `conv`: a pyramid of 3x3 stride-2 convolutions
     (Xiao et al. 2021), which learns faster from little data; for small models of our own."""
 
     def __post_init__(self) -> None:
+        _check_positive(self)
         if self.image_size % self.patch_size:
             raise UsageError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
                 f"use {self.image_size // self.patch_size * self.patch_size or self.patch_size}"
             )
-        _check_heads(self.width, self.heads)
+        _check_block(self.width, self.heads, self.mlp_ratio)
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise UsageError(f"stem 'conv' halves the picture: patch_size {self.patch_size} must be a power of two")
 
@@ -43,6 +47,11 @@ class ViTConfig:
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden channels of the MLP."""
+        return round(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,7 @@ class ResNetConfig:
     """Channels after the stem; the last stage has 32 times as many (the paper's "ResNet width")."""
 
     def __post_init__(self) -> None:
+        _check_positive(self)
         if self.image_size % 32:
             raise UsageError(f"image_size {self.image_size} is not a multiple of 32, the ResNet's total stride")
         if self.width % 2:
@@ -94,11 +104,19 @@ class TextConfig:
     """Transformer blocks."""
     heads: int = 8
     """Attention heads; the paper keeps 64 channels a head."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of the MLP, in multiples of `width`."""
 
     def __post_init__(self) -> None:
-        _check_heads(self.width, self.heads)
+        _check_positive(self)
+        _check_block(self.width, self.heads, self.mlp_ratio)
         if self.context_length < 3:
             raise UsageError(f"context_length {self.context_length} leaves no room for a word; use at least 3")
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden channels of the MLP."""
+        return round(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +132,53 @@ class CLIPConfig:
     activation: Activation = "quick_gelu"
     """Of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
 
+    def __post_init__(self) -> None:
+        _check_positive(self)
 
-def _check_heads(width: int, heads: int) -> None:
+
+def check_activation(name: str) -> Activation:
+    """The activation of this name; UsageError if there is none."""
+    if name == "quick_gelu" or name == "gelu":
+        return name
+    raise unknown_name("activation", name, ("quick_gelu", "gelu"))
+
+
+def _check_positive(config: object) -> None:
+    for name, value in vars(config).items():
+        if not all(number >= 1 for number in (value if isinstance(value, tuple) else (value,)) if type(number) is int):
+            raise UsageError(f"{name} {value} must be at least 1")
+
+
+def _check_block(width: int, heads: int, mlp_ratio: float) -> None:
     if width % heads:
         raise UsageError(f"width {width} is not divisible by heads {heads}; the paper uses width / 64 heads")
+    if not 1 <= width * mlp_ratio < 1 << 31:
+        raise UsageError(f"mlp_ratio {mlp_ratio} is no ratio for an MLP; the paper uses 4")
 
 
-def _vit(embed_dim: int, image_size: int, patch_size: int, width: int, layers: int, text_width: int) -> CLIPConfig:
-    return CLIPConfig(
-        embed_dim=embed_dim,
-        vision=ViTConfig(image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=width // 64),
-        text=TextConfig(width=text_width, heads=text_width // 64),
+def _vit(
+    embed_dim: int,
+    image_size: int,
+    patch_size: int,
+    width: int,
+    layers: int,
+    text_width: int,
+    *,
+    heads: int | None = None,
+    mlp_width: int | None = None,
+    text_layers: int = 12,
+    activation: Activation = "quick_gelu",
+) -> CLIPConfig:
+    vision = ViTConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        width=width,
+        layers=layers,
+        heads=heads or width // 64,
+        mlp_ratio=mlp_width / width if mlp_width else 4.0,
     )
+    text = TextConfig(width=text_width, layers=text_layers, heads=text_width // 64)
+    return CLIPConfig(embed_dim=embed_dim, vision=vision, text=text, activation=activation)
 
 
 def _resnet(
@@ -156,6 +209,19 @@ PAPER_PRESETS: dict[str, CLIPConfig] = {
     "ViT-L-14-336": _vit(768, 336, 14, 1024, 24, 768),
 }
 
+OPEN_CLIP_PRESETS: dict[str, CLIPConfig] = {
+    # Larger and smaller ViTs that OpenCLIP, DataComp, DFN and MetaCLIP trained (OpenCLIP 3.3.0's configurations).
+    # Most were trained with GELU; a checkpoint that needs the other activation says so itself.
+    "ViT-B-32-256": _vit(512, 256, 32, 768, 12, 512, activation="gelu"),
+    "ViT-B-16-plus-240": _vit(640, 240, 16, 896, 12, 640, activation="gelu"),
+    "ViT-L-14-280": _vit(768, 280, 14, 1024, 24, 768, activation="gelu"),
+    "ViT-L-16": _vit(768, 224, 16, 1024, 24, 768, activation="gelu"),
+    "ViT-H-14": _vit(1024, 224, 14, 1280, 32, 1024, heads=16, text_layers=24, activation="gelu"),
+    "ViT-H-14-378": _vit(1024, 378, 14, 1280, 32, 1024, heads=16, text_layers=24, activation="gelu"),
+    "ViT-g-14": _vit(1024, 224, 14, 1408, 40, 1024, heads=16, mlp_width=6144, text_layers=24, activation="gelu"),
+    "ViT-bigG-14": _vit(1280, 224, 14, 1664, 48, 1280, heads=16, mlp_width=8192, text_layers=32, activation="gelu"),
+}
+
 _TINY = ViTConfig(image_size=64, patch_size=16, width=256, layers=6, heads=4)
 
 SMALL_PRESETS: dict[str, CLIPConfig] = {
@@ -171,7 +237,7 @@ SMALL_PRESETS: dict[str, CLIPConfig] = {
     ),
 }
 
-PRESETS: dict[str, CLIPConfig] = PAPER_PRESETS | SMALL_PRESETS
+PRESETS: dict[str, CLIPConfig] = PAPER_PRESETS | OPEN_CLIP_PRESETS | SMALL_PRESETS
 
 
 def get_preset(name: str) -> CLIPConfig:

@@ -20,7 +20,7 @@ class TextTransformer(nn.Module):
         self.length_multiple = 1  # a compiled tower is given few lengths, each compiled once
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.transformer = Transformer(config.width, config.layers, config.heads, activation, is_causal=True)
+        self.transformer = Transformer(config, activation, is_causal=True)
         self.ln_final = nn.LayerNorm(config.width)
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
         self.reset_parameters()

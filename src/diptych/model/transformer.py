@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diptych.model.config import Activation
+from diptych.model.config import Activation, TextConfig, ViTConfig
 
 
 class QuickGELU(nn.Module):
@@ -57,13 +57,13 @@ def _join_heads(x: Float[Tensor, "N A L D2"]) -> Float[Tensor, "N L D"]:
 
 
 class MLP(nn.Module):
-    """D -> 4 D -> D."""
+    """D -> mlp_width -> D; the paper's mlp_width is 4 D."""
 
-    def __init__(self, width: int, activation: Activation) -> None:
+    def __init__(self, width: int, mlp_width: int, activation: Activation) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_fc = nn.Linear(width, mlp_width)
         self.gelu = ACTIVATIONS[activation]()
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_proj = nn.Linear(mlp_width, width)
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
         return self.c_proj(self.gelu(self.c_fc(x)))
@@ -72,12 +72,12 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Pre-norm: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def __init__(self, width: int, heads: int, activation: Activation) -> None:
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, activation)
+        self.mlp = MLP(width, mlp_width, activation)
 
     def forward(self, x: Float[Tensor, "N L D"], is_causal: bool) -> Float[Tensor, "N L D"]:
         x = x + self.attn(self.ln_1(x), is_causal)
@@ -85,7 +85,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def read(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"], is_causal: bool) -> Float[Tensor, "N D"]:
         """`forward` at one token of each row, computed for that token alone."""
-        one = x[torch.arange(len(x), device=x.device), token] + self.attn.read(self.ln_1(x), token, is_causal)
+        one = x[torch.arange(x.shape[0], device=x.device), token] + self.attn.read(self.ln_1(x), token, is_causal)
         return one + self.mlp(self.ln_2(one))
 
 
@@ -95,10 +95,13 @@ class Transformer(nn.Module):
     So the last block computes that token alone: its other outputs would be thrown away.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, activation: Activation, is_causal: bool) -> None:
+    def __init__(self, config: ViTConfig | TextConfig, activation: Activation, is_causal: bool) -> None:
         super().__init__()
         self.is_causal = is_causal
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(config.width, config.heads, config.mlp_width, activation)
+            for _ in range(config.layers)
+        )
 
     def forward(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         *blocks, last = self.blocks()

@@ -23,16 +23,16 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.grid**2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, activation, is_causal=False)
+        self.transformer = Transformer(config, activation, is_causal=False)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
         self.reset_parameters()
 
     def forward(self, image: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [N, D, g, g] -> [N, g * g, D]
-        class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [N, g * g + 1, D]
-        class_tokens = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        class_tokens = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         x = self.transformer(self.ln_pre(x), class_tokens)  # [N, D]
         return self.ln_post(x) @ self.proj
 

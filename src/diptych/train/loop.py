@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diptych import checkpoint, files
+from diptych import files
+from diptych.checkpoint import native
+from diptych.checkpoint.loaded import Loaded
 from diptych.config import from_dict, to_dict
 from diptych.errors import NonFiniteLossError, NotFoundError, UsageError
 from diptych.image import Preprocess
@@ -113,7 +115,7 @@ def run(
         loss=trainer.state.loss,
         skipped=dict(Counter(reason for *_, reason in trainer.skipped_by_index) + trainer.state.skipped),
         metrics=trainer.state.metrics,
-        checkpoint=checkpoint.step_folder(config.out, trainer.state.step),
+        checkpoint=native.step_folder(config.out, trainer.state.step),
         seconds=time.monotonic() - started,
     )
 
@@ -158,7 +160,7 @@ class _Trainer:
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(out)
-        newest, passed_over = checkpoint.newest_valid(out)
+        newest, passed_over = native.newest_valid(out)
         if newest is not None:
             require_same_run(json.loads((out / CONFIG).read_text()), self.config)
         files.write_json(out / CONFIG, to_dict(self.config))
@@ -167,8 +169,8 @@ class _Trainer:
         return self.state.step, passed_over
 
     def _restore(self, folder: Path) -> None:
-        checkpoint.load_weights(self.model, folder)
-        training = checkpoint.load_training(folder)
+        native.load_weights(self.model, folder)
+        training = native.load_training(folder)
         restore_optimizer(self.optimizer, self.model, training.tensors)
         torch.set_rng_state(training.tensors["rng.cpu"])
         values = training.values
@@ -279,10 +281,10 @@ class _Trainer:
             "config": to_dict(self.config),
         }
         tensors = optimizer_tensors(self.optimizer, self.model) | {"rng.cpu": torch.get_rng_state()}
-        checkpoint.save(
-            checkpoint.step_folder(self.config.out, self.state.step),
-            checkpoint.Loaded(self.model, self.preprocess, self.tokenizer),
-            checkpoint.TrainingState(tensors=tensors, values=values),
+        native.save(
+            native.step_folder(self.config.out, self.state.step),
+            Loaded(self.model, self.preprocess, self.tokenizer),
+            native.TrainingState(tensors=tensors, values=values),
         )
 
 

@@ -1,0 +1,146 @@
+"""From a checkpoint that was looked into to a model that is ready: what every layout comes down to.
+
+A layout's reader returns `Opened`: everything known before a weight is read, in our terms. `build` holds the weights'
+names and shapes against the config, and only then asks for memory.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from diptych.checkpoint.tensors import TensorFile, short
+from diptych.checkpoint.weights import Source, Weights
+from diptych.errors import CheckpointError
+from diptych.image import Preprocess
+from diptych.model.clip import CLIP
+from diptych.model.config import CLIPConfig, ResNetConfig
+from diptych.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+    """What is needed to use a model: the three agree with each other."""
+
+    model: CLIP
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A checkpoint of any layout, looked into but not read."""
+
+    layout: str
+    path: Path
+    config: CLIPConfig
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    weights: Weights
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    """What decided what the weights do not say: activation, heads, preprocessing."""
+    files: tuple[Path, ...] = ()
+    """Every file that was used."""
+
+
+def build(opened: Opened, dtype: torch.dtype = torch.float32) -> Loaded:
+    """Read the weights into a model in evaluation mode, all floating tensors as `dtype`.
+
+    Raises CheckpointError if names or shapes do not fit the config, or model, preprocessing and tokenizer each other.
+    """
+    try:
+        check_agreement(opened)
+        model = build_meta(opened.config)
+        shapes = dict(opened.weights.shapes)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if shapes.get("logit_scale") == (1,):  # some of OpenCLIP's models keep it as a vector
+            shapes["logit_scale"] = ()
+        counters = {name for name in expected.keys() - shapes.keys() if name.endswith("num_batches_tracked")}
+        check_shapes(opened.weights.file.paths[0], expected, shapes | dict.fromkeys(counters, ()))
+        for name, source in opened.weights.sources.items():
+            check_dtype(opened.weights.file, name, source)
+        weights = opened.weights.read(dtype)
+    except CheckpointError:
+        opened.weights.check_hash()  # damage explains the rest
+        raise
+    weights["logit_scale"] = weights["logit_scale"].reshape(())
+    model.load_state_dict(weights | {name: torch.zeros((), dtype=torch.int64) for name in counters}, assign=True)
+    return Loaded(model.eval(), opened.preprocess, opened.tokenizer)
+
+
+def build_meta(config: CLIPConfig) -> CLIP:
+    """Build a model of names and shapes without memory, on the meta device, in milliseconds."""
+    with torch.device("meta"), _WithoutInit():
+        return CLIP(config)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leaves out torch.nn.init: there are no values to set, and its `normal_` imports the compiler for a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def check_agreement(opened: Opened) -> None:
+    """Raise CheckpointError if config, preprocessing, tokenizer and the file's size contradict each other."""
+    config, where = opened.config, opened.path
+    if opened.preprocess.image_size != config.vision.image_size:
+        raise CheckpointError(
+            f"{where}: the model takes pictures of {config.vision.image_size} px, "
+            f"its preprocessing makes {opened.preprocess.image_size} px"
+        )
+    if opened.tokenizer.vocab_size > config.text.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer has {opened.tokenizer.vocab_size} ids, the model {config.text.vocab_size}"
+        )
+    if opened.tokenizer.context_length != config.text.context_length:
+        raise CheckpointError(
+            f"{where}: the tokenizer makes {opened.tokenizer.context_length} tokens a text, "
+            f"the model takes {config.text.context_length}"
+        )
+    layers = config.vision.layers
+    blocks = config.text.layers + (layers if isinstance(layers, int) else sum(layers))
+    if blocks > len(opened.weights.file.entries):  # before a model of that many blocks is built
+        raise CheckpointError(f"{where}: the config names {blocks} blocks, the weights hold fewer tensors than that")
+
+
+def check_shapes(where: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless names and shapes match to the last."""
+    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{where} belongs to another model: {len(missing)} tensors are missing ({_examples(missing)}), "
+            f"{len(unexpected)} unexpected ({_examples(unexpected)})"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{where} belongs to another model: {name} has shape {short(list(found[name]))}, not {list(shape)}"
+            )
+
+
+def check_dtype(file: TensorFile, name: str, source: Source) -> None:
+    """Raise CheckpointError if a tensor has a type that its part of the model cannot have."""
+    counts = name.endswith("num_batches_tracked")
+    for part in source.names:
+        dtype = file.entries[part].dtype
+        if dtype.is_floating_point == counts:
+            raise CheckpointError(f"{file.paths[0]}: {part} has type {dtype}, which is no type for {name}")
+
+
+def why_only_diptych(config: CLIPConfig) -> str | None:
+    """Why no other library has this architecture, if so."""
+    if not isinstance(config.vision, ResNetConfig) and config.vision.stem != "patch":
+        return "its image tower begins with a pyramid of convolutions, which only diptych has"
+    return None
+
+
+def _examples(names: set[str]) -> str:
+    return short(", ".join(sorted(names)[:3])) or "none"

@@ -1,0 +1,262 @@
+"""From what a user says to a place on this machine.
+
+    runs/demo  ViT-B-32.pt            a path: no network, ever
+    hf-hub:owner/name[@revision]      a repository, fetched file by file into huggingface_hub's cache
+    ViT-B-32/openai                   a published name, which stands for a repository (assets/published.json)
+
+The cache, tokens, progress bars, resumption of broken transfers and offline mode (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE,
+HF_ENDPOINT) are the library's. What was downloaded is held against the sha256 that the hub names it by.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from diptych import files
+from diptych.checkpoint.tensors import beside, read_json, short
+from diptych.errors import CheckpointError, DownloadError, NotFoundError, UsageError, unknown_name
+from diptych.model.config import Activation
+
+HUB = "hf-hub:"
+_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# What each layout consists of: its config, what may lie beside it, and its weights, the best first.
+_NATIVE = "checkpoint.json"
+_FOREIGN = {
+    "open_clip_config.json": ((), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
+    "config.json": (
+        (
+            *("preprocessor_config.json", "processor_config.json"),
+            *("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"),
+        ),
+        ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    ),
+}
+
+_ALL_CONFIGS = (_NATIVE, *_FOREIGN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What is known of weights that were published under a name."""
+
+    name: str
+    """ARCHITECTURE/TAG, as in OpenCLIP's tables."""
+    repository: str
+    activation: Activation
+    mean: tuple[float, float, float] | None = None
+    """Of the preprocessing, where it is not OpenAI's; so the next three."""
+    std: tuple[float, float, float] | None = None
+    resize: Literal["shorter_side", "squash"] | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    file: str | None = None
+    """Name under which the weights were also published as a single file."""
+    sha256: str | None = None
+    """Of that file, or the beginning of it."""
+
+
+class Resolved(NamedTuple):
+    """Where a checkpoint lies, and what is known of it beforehand."""
+
+    path: Path
+    published: Published | None = None
+
+
+def resolve(source: str | Path) -> Resolved:
+    """Find a checkpoint, fetching it if it is named by repository or published name and not in the cache.
+
+    Raises NotFoundError for what does not exist, DownloadError if the network fails, CheckpointError for a repository
+    that holds no checkpoint or a download that came out wrong.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or isinstance(source, Path):
+        if not path.exists() and not path.is_symlink():
+            raise NotFoundError(f"no such model: {path} (a checkpoint folder or file, or a run's folder)")
+        return Resolved(path)
+    if source.startswith(HUB):
+        match = _REPOSITORY.fullmatch(source.removeprefix(HUB))
+        if match is None:
+            raise UsageError(f"{source!r} names no repository; use hf-hub:owner/name or hf-hub:owner/name@revision")
+        return Resolved(fetch(match[1], match[2]))
+    published = find_name(source)
+    return Resolved(fetch(published.repository), published)
+
+
+@cache
+def load_published() -> Mapping[str, Published]:
+    """The published weights by name; facts from OpenCLIP's tables (assets/README.md)."""
+    text = resources.files("diptych.assets").joinpath("published.json").read_text("utf-8")
+    return {name: _published(name, entry) for name, entry in json.loads(text).items()}
+
+
+def _published(name: str, entry: dict) -> Published:
+    entry = dict(entry)
+    file = entry.pop("file", {})
+    for key in ("mean", "std"):
+        if key in entry:
+            entry[key] = tuple(entry[key])
+    return Published(name=name, file=file.get("name"), sha256=file.get("sha256"), **entry)
+
+
+def find_name(name: str) -> Published:
+    """Look a published name up; `-quickgelu` may be added to the architecture where it says the truth."""
+    table = load_published()
+    plain = name.replace("-quickgelu/", "/")
+    if (found := table.get(plain)) is not None:
+        if plain != name and found.activation != "quick_gelu":
+            raise UsageError(f"{name} does not exist: these weights were trained with GELU; use {plain}")
+        return found
+    looks_like_a_path = name.startswith((".", "/", "~")) or "\\" in name or Path(name).suffix in _SUFFIXES
+    if "/" not in name or looks_like_a_path or name.count("/") > 1:
+        raise NotFoundError(
+            f"no such model: {name} (no file or folder of this name; repositories are named hf-hub:owner/name, "
+            "published weights like ViT-B-32/openai)"
+        )
+    architecture = name.split("/")[0]
+    if any(known.split("/")[0] == architecture for known in table):
+        raise unknown_name("published weights", name, (n for n in table if n.split("/")[0] == architecture))
+    near = str(unknown_name("architecture", architecture, {known.split("/")[0] for known in table}))
+    raise NotFoundError(f"no such model: {name} (no such path, and no published weights: {near})")
+
+
+_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".safetensors", ".json"})
+
+
+def find_published(file: Path) -> Published | None:
+    """The published weights that a file is: by its name and the sha256 of its content, not by its name alone."""
+    for published in load_published().values():
+        if published.file == file.name and published.sha256:
+            return published if files.sha256(file).startswith(published.sha256) else None
+    return None
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def fetch(repository: str, revision: str | None = None) -> Path:
+    """Bring what a layout needs of a repository into the cache; the folder where it lies."""
+    # What is in the cache comes first, so that a hub out of reach is not waited for.
+    for config in sorted(_ALL_CONFIGS, key=lambda name: not isinstance(_cached(repository, name, revision), Path)):
+        path = _download(repository, config, revision)
+        if path is None:
+            continue
+        if config == "config.json" and read_json(path).get("model_type") is None:
+            continue
+        commit = path.parent.name  # everything else from the same commit
+        if config == _NATIVE:
+            listed = read_json(path).get("files")
+            for name in listed if isinstance(listed, dict) else ():
+                _require(repository, [beside(path, name).name], commit)
+            return path.parent
+        more, weights = _FOREIGN[config]
+        for name in more:
+            _download(repository, name, commit)
+        found = _require(repository, weights, commit)
+        if found.name.endswith(".index.json"):
+            shards = read_json(found).get("weight_map")
+            for name in sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else ():
+                _require(repository, [beside(found, name).name], commit)
+        return path.parent
+    raise CheckpointError(
+        f"{HUB}{repository} holds no checkpoint of CLIP: none of {_NATIVE}, {', '.join(_FOREIGN)} with its weights"
+    )
+
+
+def _require(repository: str, names: Sequence[str], commit: str) -> Path:
+    for name in names:
+        if (path := _download(repository, name, commit)) is not None:
+            return path
+    raise CheckpointError(f"{HUB}{repository} is incomplete: it has none of {', '.join(map(short, names))}")
+
+
+def _download(repository: str, name: str, revision: str | None) -> Path | None:
+    """One file, from the cache or the hub; None if the repository does not have it."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = _cached(repository, name, revision)
+    if cached is False and revision and _COMMIT.fullmatch(revision):
+        return None  # a commit does not change
+    try:
+        with _one_line(repository):
+            path = Path(hf_hub_download(repository, name, revision=revision))
+    except LocalEntryNotFoundError as error:  # not in the cache, and the hub was not asked or did not answer
+        if cached is False:
+            return None
+        if not constants.HF_HUB_OFFLINE:
+            reason = short(str(error.__cause__ or error).split("\n")[0])
+            raise DownloadError(
+                f"{HUB}{repository}: {name} cannot be fetched and is not in the cache ({reason})"
+            ) from None
+        if name in _ALL_CONFIGS and not any(_cached(repository, config, revision) for config in _ALL_CONFIGS):
+            raise DownloadError(
+                f"{HUB}{repository} is not in the cache, and offline mode is on (HF_HUB_OFFLINE); "
+                "fetch it once without it"
+            ) from None
+        return None
+    except EntryNotFoundError:
+        return None
+    if not isinstance(cached, Path) and (expected := expected_sha256(path)) is not None:
+        check_download(path, expected)
+    return path
+
+
+def _cached(repository: str, name: str, revision: str | None) -> Path | Literal[False] | None:
+    """Where the cache has a file; False if it knows that the repository has none; None if it knows nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with _one_line(repository):
+        found = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None if found is None else False
+
+
+def expected_sha256(path: Path) -> str | None:
+    """The sha256 by which the hub knows a file in its cache: the name of the blob that it links to."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
+
+
+def check_download(path: Path, expected: str) -> None:
+    """Hold a fresh download to its hash; a wrong one is removed, so that the next try fetches it again."""
+    if (found := files.sha256(path)) != expected:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} came out wrong: its sha256 is {found}, not {expected}; it was removed, try again"
+        )
+
+
+@contextmanager
+def _one_line(repository: str) -> Iterator[None]:
+    """The library's errors as ours, except a file that is not there."""
+    from huggingface_hub import errors
+
+    name = f"{HUB}{repository}"
+    try:
+        yield
+    except errors.EntryNotFoundError:
+        raise
+    except errors.GatedRepoError:
+        raise DownloadError(
+            f"{name} is gated: accept its conditions on its page, then log in (`hf auth login`, or HF_TOKEN)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise NotFoundError(f"{name} has no such revision") from None
+    except errors.RepositoryNotFoundError:
+        raise NotFoundError(
+            f"no such model: {name} (no such repository, or a private one: log in, or set HF_TOKEN)"
+        ) from None
+    except errors.HFValidationError as error:
+        raise UsageError(f"{name} names no repository: {short(str(error))}") from None
+    except OSError as error:  # HTTP errors, a lost connection, a full disk
+        raise DownloadError(f"{name} cannot be fetched: {short(str(error).strip() or type(error).__name__)}") from None
+    except Exception as error:  # of the HTTP library below, whose tree is not part of the hub library's interface
+        raise DownloadError(f"{name} cannot be fetched: {type(error).__name__}: {short(str(error))}") from None

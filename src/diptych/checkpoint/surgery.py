@@ -1,0 +1,88 @@
+"""Changing a model that is there: resolution, context length, precision.
+
+Only position embeddings depend on how many patches a picture has or how many tokens a text; they are resized as
+pictures and curves are. A model so changed works at once and is better for some training (the paper trains its
+ViT-L/14 one more epoch at 336 px, Table 20).
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.checkpoint.config import Precision, Resize
+from diptych.checkpoint.loaded import Loaded, build_meta
+from diptych.errors import unknown_name
+from diptych.model.clip import CLIP
+from diptych.model.config import CLIPConfig
+from diptych.tokenizer import Tokenizer
+
+PRECISIONS: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def resize_image(loaded: Loaded, image_size: int, resize: Resize = "open_clip") -> Loaded:
+    """The same model for pictures of another size, pixels. Also a ResNet's, whose attention pool has positions."""
+    if resize not in get_args(Resize):
+        raise unknown_name("way to resize", str(resize), get_args(Resize))
+    config = loaded.model.config
+    config = replace(config, vision=replace(config.vision, image_size=image_size))
+    name = "visual.attnpool.positional_embedding"
+    state = dict(loaded.model.state_dict())
+    name = name if name in state else "visual.positional_embedding"
+    state[name] = resize_grid(state[name], config.vision.grid, resize)
+    return Loaded(_rebuild(config, state), replace(loaded.preprocess, image_size=image_size), loaded.tokenizer)
+
+
+def resize_grid(positions: Float[Tensor, "P D"], grid: int, resize: Resize) -> Float[Tensor, "Q D"]:
+    """Resize a square of positions to grid * grid; the first one, of the class token or the mean, stays."""
+    first, square = positions[:1], positions[1:]
+    side = round(len(square) ** 0.5)
+    if side == grid:
+        return positions
+    image = square.float().T.reshape(1, -1, side, side)  # [1, D, g, g]
+    image = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False, antialias=resize == "open_clip")
+    return torch.cat([first, image.flatten(2)[0].T.to(positions.dtype)])
+
+
+def resize_context(loaded: Loaded, context_length: int) -> Loaded:
+    """The same model for texts of another length, tokens.
+
+    Shorter: the first positions stay, so the features of texts that fit do not change. Longer: linear interpolation,
+    as in OpenCLIP, which moves every position.
+    """
+    config = loaded.model.config
+    config = replace(config, text=replace(config.text, context_length=context_length))
+    state = dict(loaded.model.state_dict())
+    positions = state["text.positional_embedding"]
+    if context_length > len(positions):
+        curve = positions.float().T.unsqueeze(0)  # [1, D, L]
+        curve = F.interpolate(curve, context_length, mode="linear", align_corners=False)
+        state["text.positional_embedding"] = curve[0].T.to(positions.dtype)
+    else:
+        state["text.positional_embedding"] = positions[:context_length].clone()
+    tokenizer = Tokenizer(loaded.tokenizer.merges, context_length, loaded.tokenizer.special_tokens)
+    return Loaded(_rebuild(config, state), loaded.preprocess, tokenizer)
+
+
+def change_precision(loaded: Loaded, precision: Precision) -> Loaded:
+    """The same model with weights of another type; `float16` and `bfloat16` halve it and round."""
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", str(precision), PRECISIONS)
+    model = copy.deepcopy(loaded.model).to(PRECISIONS[precision])
+    return Loaded(model, loaded.preprocess, loaded.tokenizer)
+
+
+def _rebuild(config: CLIPConfig, state: Mapping[str, Tensor]) -> CLIP:
+    """A model of this config that holds copies of these tensors."""
+    model = build_meta(config)
+    model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
+    return model.eval()
