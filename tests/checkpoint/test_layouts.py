@@ -245,6 +245,30 @@ def test_a_file_of_weights_is_read_with_the_config_beside_it(tmp_path):
     assert (opened.layout, opened.config.activation) == ("open_clip", "gelu")
 
 
+def test_of_several_files_the_one_that_was_named_is_read(tmp_path):
+    one, two, three = (make_loaded(STOCK, seed=seed) for seed in (1, 2, 3))
+    layouts.save(one, tmp_path / "m", "open_clip")
+    torch.save(openai_state(two), tmp_path / "m" / "open_clip_pytorch_model.bin")
+    layouts.save(three, tmp_path / "t", "transformers")
+    for file in (tmp_path / "t").iterdir():
+        file.rename(tmp_path / "m" / file.name)
+    assert same_weights(layouts.load(tmp_path / "m"), one)
+    assert same_weights(layouts.load(tmp_path / "m/open_clip_pytorch_model.bin"), two)
+    assert same_weights(layouts.load(tmp_path / "m/model.safetensors"), three)
+
+
+def test_a_model_in_training_or_half_precision_is_converted_as_it_is_used(tmp_path):
+    loaded = make_loaded(replace(RESNET, text=STOCK.text))
+    before = loaded.model.visual.bn1.running_mean.clone()
+    loaded.model.train()
+    assert layouts.convert(loaded, tmp_path / "a", "open_clip") == {"image": 0, "text": 0}
+    assert loaded.model.training
+    assert torch.equal(loaded.model.visual.bn1.running_mean, before)
+    half = layouts.load(tmp_path / "a", dtype=torch.bfloat16)
+    assert layouts.convert(half, tmp_path / "b", "diptych") == {"image": 0, "text": 0}
+    assert set(layouts.open_checkpoint(tmp_path / "b").weights.dtypes) == {torch.float32}
+
+
 # --- evidence for the activation ------------------------------------------------------------------------------------
 
 

@@ -98,11 +98,11 @@ def sources(names: Mapping[str, str], where: Path) -> dict[str, Source]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path) -> Opened:
-    """Look into a transformers folder."""
+def open_folder(folder: Path, weights: Path | None = None) -> Opened:
+    """Look into a transformers folder; of several files of weights `weights` may name one."""
     path = folder / CONFIG
     config = read_config(path, read_json(path))
-    file = read_tensor_file(find_weights(folder, WEIGHTS, CONFIG))
+    file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
     preprocess, preprocess_files = read_preprocess(folder, config.vision.image_size)
     tokenizer, tokenizer_files = read_tokenizer(folder, config.text)
     return Opened(

@@ -69,46 +69,38 @@ def load(
 def open_checkpoint(source: str | Path, *, activation: Activation | None = None, preset: str | None = None) -> Opened:
     """Look into a checkpoint of any layout, without reading its weights. Arguments and errors as `load`."""
     path, published = sources.resolve(source)
-    if path.is_file() and (folder := _described_by(path)) is not None:
-        path = folder  # the config beside a file of weights is better evidence than the file alone
-    if path.is_file():
-        return openai.open_file(path, activation, preset, published)
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path} is neither a file nor a folder")
-    if (path / open_clip.CONFIG).exists() and not (path / native.DESCRIPTION).exists():
-        return open_clip.open_folder(path, activation, published)
-    opened = _open_folder(path)
+    # The config beside a file of weights is better evidence than the file alone.
+    folder, weights = (path.parent, path) if path.is_file() else (path, None)
+
+    def describes(config: str, names: tuple[str, ...]) -> bool:
+        return (folder / config).is_file() and (weights is None or weights.name in names)
+
+    if describes(native.DESCRIPTION, (native.WEIGHTS,)):
+        opened = native.open_folder(folder)
+    elif describes(open_clip.CONFIG, open_clip.WEIGHTS):
+        return open_clip.open_folder(folder, weights, activation, published)
+    elif describes(huggingface.CONFIG, huggingface.WEIGHTS) and "model_type" in read_json(folder / huggingface.CONFIG):
+        opened = huggingface.open_folder(folder, weights)
+    elif weights is not None:
+        return openai.open_file(weights, activation, preset, published)
+    elif any(folder.glob("step_*")):
+        opened = native.open_folder(native.find(folder))
+    else:
+        raise _no_checkpoint(folder)
     if activation is None:
         return opened
     config = replace(opened.config, activation=check_activation(activation))
     return replace(opened, config=config, evidence={**opened.evidence, "activation": "given by the caller"})
 
 
-def _open_folder(path: Path) -> Opened:
-    if (path / native.DESCRIPTION).exists():
-        return native.open_folder(path)
-    if (path / huggingface.CONFIG).exists() and "model_type" in read_json(path / huggingface.CONFIG):
-        return huggingface.open_folder(path)
-    if any(path.glob("step_*")):
-        return native.open_folder(native.find(path))
-    weights = sorted(file.name for pattern in ("*.pt", "*.bin", "*.safetensors") for file in path.glob(pattern))
+def _no_checkpoint(folder: Path) -> NotFoundError:
+    weights = sorted(file.name for pattern in ("*.pt", "*.bin", "*.safetensors") for file in folder.glob(pattern))
     hint = f"; name one of its files: {', '.join(weights[:5])}" if weights else ""
-    raise NotFoundError(
-        f"no checkpoint in {path}: none of {native.DESCRIPTION}, {open_clip.CONFIG}, {huggingface.CONFIG}{hint}"
+    return NotFoundError(
+        f"no checkpoint in {folder}: none of {native.DESCRIPTION}, {open_clip.CONFIG}, {huggingface.CONFIG}{hint}"
     )
-
-
-def _described_by(file: Path) -> Path | None:
-    """The folder of a file of weights, if a config there is about this file."""
-    folder = file.parent
-    for config, names in (
-        (native.DESCRIPTION, (native.WEIGHTS,)),
-        (open_clip.CONFIG, open_clip.WEIGHTS),
-        (huggingface.CONFIG, huggingface.WEIGHTS),
-    ):
-        if file.name in names and (folder / config).is_file():
-            return folder
-    return None
 
 
 def save(loaded: Loaded, out: Path | str, layout: str = "diptych", *, overwrite: bool = False) -> None:
@@ -134,9 +126,9 @@ def convert(
     Returns the largest difference of image and of text features, relative to their length. Raises CheckpointError, and
     leaves nothing behind, if it is above the layout's tolerance, or what rounding to `precision` explains.
     """
-    changed = loaded if precision == "float32" else surgery.change_precision(loaded, precision)
+    changed, reference = (surgery.change_precision(loaded, wanted) for wanted in (precision, "float32"))
     with _writing(changed, Path(out), layout, overwrite) as written:
-        differences = LAYOUTS[layout].check(written, loaded)
+        differences = LAYOUTS[layout].check(written, reference)
         allowed = max(LAYOUTS[layout].tolerance, ROUNDING[precision])
         for tower, difference in differences.items():
             if not difference <= allowed:
@@ -148,7 +140,7 @@ def convert(
 
 
 def compare(before: Loaded, after: Loaded) -> dict[str, float]:
-    """Largest difference between features of two models, relative to their length, on drawn pictures and some texts."""
+    """Largest difference between features of two float32 models, relative to their length, on drawn inputs."""
     generator = torch.Generator().manual_seed(0)
     size = before.model.config.vision.image_size
     image = torch.randn(4, 3, size, size, generator=generator)

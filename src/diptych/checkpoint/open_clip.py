@@ -52,12 +52,17 @@ _AS_IN_CLIP: Mapping[str, tuple[Any, ...]] = {
 _NOTHING = (None, False, {}, [])
 
 
-def open_folder(folder: Path, activation: Activation | None = None, published: Published | None = None) -> Opened:
-    """Look into an OpenCLIP folder."""
+def open_folder(
+    folder: Path,
+    weights: Path | None = None,
+    activation: Activation | None = None,
+    published: Published | None = None,
+) -> Opened:
+    """Look into an OpenCLIP folder; of several files of weights `weights` may name one."""
     path = folder / CONFIG
     record = read_json(path)
     config, reason = read_config(path, record, activation, published)
-    file = read_tensor_file(find_weights(folder, WEIGHTS, CONFIG))
+    file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
     preprocess = read_preprocess(path, record.get("preprocess_cfg") or {}, config, published)
     return Opened(
         layout="open_clip",

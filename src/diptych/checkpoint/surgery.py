@@ -74,10 +74,15 @@ def resize_context(loaded: Loaded, context_length: int) -> Loaded:
 
 
 def change_precision(loaded: Loaded, precision: Precision) -> Loaded:
-    """The same model with weights of another type; `float16` and `bfloat16` halve it and round."""
+    """The same model with weights of another type, on the CPU in evaluation mode; the two halves round.
+
+    A model that is all of this already is returned as it is.
+    """
     if precision not in PRECISIONS:
         raise unknown_name("precision", str(precision), PRECISIONS)
-    model = copy.deepcopy(loaded.model).to(PRECISIONS[precision])
+    model, dtype = loaded.model, PRECISIONS[precision]
+    if model.dtype != dtype or model.training or model.logit_scale.device.type != "cpu":
+        model = copy.deepcopy(model).to("cpu", dtype).eval()
     return Loaded(model, loaded.preprocess, loaded.tokenizer)
 
 
