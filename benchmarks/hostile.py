@@ -54,6 +54,7 @@ def kind_of(name: str) -> str:
         "config": "folder",
         "transformers": "folder",
         "shard": "folder",
+        "tokenizer": "folder",
         "tensor": "storage",
     }.get(first, first if first in ("pickle", "storage", "zip", "torchscript", "safetensors", "truncated") else "other")
 

@@ -24,13 +24,16 @@ def to_dict(config: object) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
-    """Build a config of class `cls` from plain JSON values; raises UsageError on a key it does not know and
+    """Build a config of class `cls` from plain JSON values; raises UsageError on a key it does not know or misses and
     on a value of the wrong type."""
     hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in names:
             raise unknown_name(f"key in {cls.__name__}", key, names)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in data:
+            raise UsageError(f"{cls.__name__} needs {f.name}, which is not given")
     return cls(**{key: _decode(hints[key], value) for key, value in data.items()})
 
 
@@ -54,7 +57,7 @@ def _decode(hint: Any, value: Any) -> Any:
         if len(classes) == 1:
             return from_dict(next(iter(classes.values())), fields)
         name = fields.pop("type", None)
-        if name not in classes:
+        if not isinstance(name, str) or name not in classes:
             raise unknown_name("config type", str(name), classes)
         return from_dict(classes[name], fields)
     for option in options:
@@ -62,6 +65,8 @@ def _decode(hint: Any, value: Any) -> Any:
             return Path(value)
         if typing.get_origin(option) is tuple and isinstance(value, list):
             return _decode_tuple(typing.get_args(option), value)
+        if option is float and type(value) is int and abs(value) < 1 << 53:
+            return float(value)
         if _fits(option, value):
             return value
     raise UsageError(f"{str(value)[:80]!r} is not one of the values that {hint} allows")
@@ -76,11 +81,9 @@ def _decode_tuple(hints: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a plain JSON value is of a plain type; true is no number, an integer is a float."""
+    """Whether a plain JSON value is of a plain type; true is no number."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint) and not isinstance(value, float)
-    if hint is float:
-        return type(value) in (int, float)
     return hint is Any or type(value) is hint
 
 

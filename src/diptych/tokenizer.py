@@ -238,7 +238,7 @@ class Tokenizer:
             raise NotFoundError(f"no {FILE_NAME} in {folder}; name a folder that Tokenizer.save wrote")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not JSON ({error}); save the tokenizer again") from error
         return _from_record(record, path)
 

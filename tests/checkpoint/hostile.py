@@ -619,6 +619,11 @@ CASES["transformers_preprocessor_of_a_gigapixel"] = folder_case(
 )
 CASES["forged_width_of_a_trillion"] = forged(lambda d: d["model"]["vision"].update(width=1 << 60, heads=1))
 CASES["forged_image_of_a_trillion_pixels"] = forged(lambda d: d["model"]["vision"].update(image_size=1 << 40))
+CASES["forged_image_and_preprocessing_of_a_trillion_pixels"] = forged(
+    lambda d: (d["model"]["vision"].update(image_size=1 << 40), d["preprocess"].update(image_size=1 << 40))
+)
+CASES["forged_vocabulary_beyond_any_tensor"] = forged(lambda d: d["model"]["text"].update(vocab_size=1 << 62))
+CASES["forged_sizes_beyond_64_bits"] = forged(lambda d: d["model"].update(embed_dim=1 << 70))
 CASES["forged_layers_of_a_trillion"] = forged(lambda d: d["model"]["text"].update(layers=1 << 40))
 CASES["forged_text_for_numbers"] = forged(lambda d: d["model"]["text"].update(width="a"))
 CASES["forged_null_for_a_tower"] = forged(lambda d: d["model"].update(vision=None))
@@ -638,6 +643,13 @@ def config_of_100_megabytes(folder: Path, canary: Path) -> Path:
         file.write(b'{"a": "')
         file.truncate(100 << 20)
     return model
+
+
+@case
+def tokenizer_nested_too_deep(folder: Path, canary: Path) -> Path:
+    path = write_safetensors(folder, *header())
+    (folder / "diptych_tokenizer.json").write_bytes(b"[" * 100_000)
+    return path
 
 
 @case

@@ -295,6 +295,7 @@ def test_the_table_decides_where_the_config_is_silent_and_a_contradiction_is_ref
         ("./none", "no file or folder"),
         ("none.pt", "no file or folder"),
         ("model", "published weights like ViT-B-32/openai"),
+        ("x" * 5000, "no such model: xxx"),
     ],
 )
 def test_a_name_that_nobody_knows_is_answered_with_what_is_known(name, message):

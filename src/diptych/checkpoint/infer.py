@@ -20,9 +20,9 @@ CHANNELS_PER_HEAD = 64
 
 def infer_config(shapes: Shapes, activation: Activation, preset: str | None, where: Path) -> tuple[CLIPConfig, str]:
     """The config whose tensors have these shapes, and how the number of heads was decided."""
+    _refuse_other_families(shapes, where)
     if preset is not None:
         return replace(get_preset(preset), activation=activation), f"preset {preset} was asked for"
-    _refuse_other_families(shapes, where)
     try:
         config = _infer(shapes, activation)
     except KeyError as error:

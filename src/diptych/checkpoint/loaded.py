@@ -71,9 +71,15 @@ def build(opened: Opened, dtype: torch.dtype = torch.float32) -> Loaded:
 
 
 def build_meta(config: CLIPConfig) -> CLIP:
-    """Build a model of names and shapes without memory, on the meta device, in milliseconds."""
-    with torch.device("meta"), _WithoutInit():
-        return CLIP(config)
+    """Build a model of names and shapes without memory, on the meta device, in milliseconds.
+
+    Raises CheckpointError for sizes that no tensor can have.
+    """
+    try:
+        with torch.device("meta"), _WithoutInit():
+            return CLIP(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"a model of these sizes cannot be built: {short(str(error))}") from None
 
 
 class _WithoutInit(TorchFunctionMode):

@@ -13,6 +13,7 @@ different model. An older format version is brought up to date in memory, step b
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ FORMAT_VERSION = 2
 DESCRIPTION, WEIGHTS = "checkpoint.json", "model.safetensors"
 TRAINING, TRAINING_TENSORS = "training.json", "training.safetensors"
 _STEP_PREFIX = "step_"
+_HASH = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,8 @@ def read_description(folder: Path, later: Collection[str] = ()) -> dict[str, Any
         )
     for name, expected in description["files"].items():
         file = beside(path, name)
-        if not isinstance(expected, dict) or expected.keys() != {"bytes", "xxh3"}:
+        hashed = isinstance(expected, dict) and expected.keys() == {"bytes", "xxh3"}
+        if not hashed or not _HASH.fullmatch(str(expected["xxh3"])):
             raise CheckpointError(f"{path} is damaged: it does not give size and hash of {short(name)}")
         if not file.is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing")

@@ -63,7 +63,8 @@ def open_folder(
     record = read_json(path)
     config, reason = read_config(path, record, activation, published)
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
-    preprocess = read_preprocess(path, record.get("preprocess_cfg") or {}, config, published)
+    section = {} if record.get("preprocess_cfg") is None else _section(path, record, "preprocess_cfg")
+    preprocess = read_preprocess(path, section, config, published)
     return Opened(
         layout="open_clip",
         path=folder,
@@ -190,7 +191,11 @@ def read_preprocess(
     resize = {"shortest": "shorter_side", "squash": "squash", None: base.resize}
     interpolation = {"bicubic": "bicubic", "bilinear": "bilinear", None: base.interpolation}
     modes = record.get("resize_mode"), record.get("interpolation")
-    if modes[0] not in resize or modes[1] not in interpolation:
+    if (
+        not all(isinstance(mode, str | None) for mode in modes)
+        or modes[0] not in resize
+        or modes[1] not in interpolation
+    ):
         raise CheckpointError(f"{path}: pictures resized with {short(modes)} are not supported")
     if record.get("size") not in (None, size, [size, size], [3, size, size]):
         raise CheckpointError(f"{path}: pictures of {short(record.get('size'))} do not fit image_size {size}")

@@ -76,9 +76,13 @@ def resolve(source: str | Path) -> Resolved:
     Raises NotFoundError for what does not exist, DownloadError if the network fails, CheckpointError for a repository
     that holds no checkpoint or a download that came out wrong.
     """
-    path = Path(source).expanduser()
-    if path.exists() or isinstance(source, Path):
-        if not path.exists() and not path.is_symlink():
+    try:
+        path = Path(source).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a home that is not known
+        raise NotFoundError(f"no such model: {short(str(source))} ({error})") from None
+    if exists or isinstance(source, Path):
+        if not exists and not path.is_symlink():
             raise NotFoundError(f"no such model: {path} (a checkpoint folder or file, or a run's folder)")
         return Resolved(path)
     if source.startswith(HUB):

@@ -1,0 +1,120 @@
+"""Random damage to configs and weights: either it loads, or it ends in an error of ours."""
+
+import copy
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from diptych.checkpoint import huggingface, layouts, native, openai
+from diptych.errors import DiptychError
+from samples import SMALL_VOCABULARY, TINY_VIT, make_loaded, small
+
+FOREIGN = Path(__file__).parents[1] / "fixtures" / "checkpoints"
+VALUES = [None, [], {}, -1, 0, 1, 7, 1e308, "x", "", True, [[1]], {"a": 1}, 1 << 70, "gelu", [0.5, 0.5, 0.5]]
+
+
+def iter_places(value, place=()):
+    """The way to every value inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*place, key)
+        yield from iter_places(inner, (*place, key))
+
+
+def changed(record, place, value):
+    record = copy.deepcopy(record)
+    holder = record
+    for key in place[:-1]:
+        holder = holder[key]
+    if value is ...:
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = value
+    return record
+
+
+def load_or_refuse(place) -> bool:
+    try:
+        layouts.load(place, activation="gelu")
+    except DiptychError as error:
+        message = str(error)
+    else:
+        return True
+    assert message.isprintable()
+    return False
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [
+        ("open_clip", "open_clip_config.json"),
+        ("open_clip", "diptych_tokenizer.json"),
+        ("transformers", "config.json"),
+        ("transformers", "preprocessor_config.json"),
+        ("transformers", "tokenizer_config.json"),
+        ("transformers", "vocab.json"),
+        ("diptych", "checkpoint.json"),
+    ],
+)
+def test_any_value_in_a_config_may_be_anything(tmp_path, layout, file):
+    if layout == "diptych":
+        native.save(tmp_path / "m", make_loaded(small(TINY_VIT)))
+    elif layout == "open_clip":
+        shutil.copytree(FOREIGN / "open_clip_vit", tmp_path / "m")
+    else:
+        (tmp_path / "m").mkdir()
+        huggingface.write(tmp_path / "m", make_loaded(small(TINY_VIT)))
+    path = tmp_path / "m" / file
+    record = json.loads(path.read_text())
+    draw = random.Random(0)
+    places = list(iter_places(record))
+    for place in draw.sample(places, min(len(places), 20)):
+        for value in [*draw.sample(VALUES, 8), ...]:
+            mutated = changed(record, place, value)
+            if file == "checkpoint.json" and place[0] != "self":
+                mutated.pop("self", None)
+                mutated["self"] = native._fingerprint(mutated)
+            path.write_text(json.dumps(mutated))
+            load_or_refuse(tmp_path / "m")
+    path.write_text(json.dumps(record))
+    assert load_or_refuse(tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torchscript", "state_dict"])
+def test_any_byte_of_a_description_may_be_anything(tmp_path, kind):
+    path = tmp_path / "weights"
+    SMALL_VOCABULARY.save(tmp_path)
+    if kind == "safetensors":
+        shutil.copy(FOREIGN / "open_clip_vit/open_clip_model.safetensors", path)
+    elif kind == "torchscript":
+        shutil.copy(FOREIGN / "torchscript_vit/model.pt", path)
+    else:
+        state = openai.openai_state(make_loaded(small(TINY_VIT)).model.state_dict().items())
+        torch.save({"epoch": 1, "state_dict": state, "optimizer": {"a": [1, 2.0, "x", None]}}, path)
+    original = path.read_bytes()
+    if kind == "safetensors":
+        regions = [(0, 8 + int.from_bytes(original[:8], "little"))]
+    else:
+        pickle = original.index(b"data.pkl")
+        regions = [(pickle, pickle + 4000), (original.index(b"PK\x01\x02"), len(original)), (0, len(original))]
+    draw = random.Random(0)
+    for _ in range(150):
+        data = bytearray(original)
+        begin, end = draw.choice(regions)
+        for _ in range(draw.choice([1, 1, 2, 4])):
+            at = draw.randrange(begin, end)
+            match draw.randrange(4):
+                case 0 | 1:
+                    data[at] ^= 1 << draw.randrange(8)
+                case 2:
+                    del data[at : at + draw.randrange(1, 9)]
+                case 3:
+                    data[at:at] = draw.randbytes(draw.randrange(1, 9))
+        path.write_bytes(data)
+        load_or_refuse(path)
+    path.write_bytes(original)
+    assert load_or_refuse(path)
