@@ -177,6 +177,7 @@ WRAPPERS = {
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.98)}]},
     },
     "model_state_dict": lambda s: {"model_state_dict": s, "args": {"lr": 0.1}},
+    "tensors beside it": lambda s: {"rng_state": torch.zeros(3), "state_dict": s, "logit_scale": torch.tensor(0.0)},
     "openai extras": lambda s: {
         **s,
         "input_resolution": torch.tensor(32),

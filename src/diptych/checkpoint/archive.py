@@ -47,7 +47,8 @@ def read_archive(path: Path) -> TensorFile:
         if isinstance(root, Instance):
             named = dict(_walk_module(root, classes, path))
         else:
-            named = {name: value for name, value in _unwrap(root).items() if isinstance(name, str)}
+            state = _unwrap(root) if isinstance(root, dict) else {}
+            named = {name: value for name, value in state.items() if isinstance(name, str)}
         entries = {
             name: members.entry(name, call)
             for name, value in named.items()
@@ -183,15 +184,14 @@ def _read_up_to(file: IO[bytes], count: int) -> bytes:
     return bytes(data)
 
 
-def _unwrap(root: Any) -> dict[Any, Any]:
+def _unwrap(root: dict[Any, Any]) -> dict[Any, Any]:
     """The state dict inside what a training script saved."""
     for _ in range(3):
-        if not isinstance(root, dict):
-            return {}
-        if any(_tensor_call(value) is not None for value in root.values()):
-            return root
-        root = next((root[key] for key in _WRAPPERS if isinstance(root.get(key), dict)), None)
-    return {}
+        inner = next((root[key] for key in _WRAPPERS if isinstance(root.get(key), dict)), None)
+        if inner is None:
+            break
+        root = inner
+    return root
 
 
 def _walk_module(module: Instance, classes: dict[str, str], path: Path) -> Iterator[tuple[str, Any]]:
