@@ -8,19 +8,11 @@ import torch
 
 from diptych.checkpoint import layouts
 from diptych.checkpoint.surgery import resize_grid
+from golden.weights import inputs
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 FEATURES = np.load(FOLDER / "features.npz")
 POSITIONS = np.load(FOLDER / "positions.npz")
-
-
-def inputs(size):
-    draw = np.random.default_rng(size)
-    text = np.zeros((3, 16), dtype=np.int64)
-    for row, length in zip(text, (2, 9, 16), strict=True):
-        row[:length] = draw.integers(1, 518, length)
-        row[0], row[length - 1] = 518, 519
-    return torch.from_numpy(draw.standard_normal((2, 3, size, size)).astype(np.float32)), torch.from_numpy(text)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +32,7 @@ def test_features_are_those_of_the_library_that_wrote_the_checkpoint(name, layou
     assert (opened.layout, opened.config.activation) == (layout, activation)
     model, preprocess, tokenizer = layouts.load(place)
     assert (preprocess.image_size, tokenizer.vocab_size) == (model.config.vision.image_size, 520)
-    image, text = inputs(preprocess.image_size)
+    image, text = map(torch.from_numpy, inputs(preprocess.image_size, 16, 520, pictures=2))
     for tower, ours in (("image", model.encode_image(image)), ("text", model.encode_text(text))):
         expected = torch.from_numpy(FEATURES[f"{name}/{tower}"])
         assert ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 1e-5

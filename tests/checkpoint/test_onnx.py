@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diptych.checkpoint import layouts, onnx
-from diptych.errors import CheckpointError, UsageError
+from diptych.errors import CheckpointError, NotFoundError, UsageError
 from samples import TINY_RESNET, TINY_VIT, make_loaded, small
 
 VIT = small(TINY_VIT)
@@ -38,6 +38,8 @@ def test_both_towers_compute_the_same_under_onnxruntime_for_any_number_of_inputs
         ):
             theirs = run(tmp_path / "out" / f"{tower}.onnx", tower, example)
             assert ((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).max() < 1e-5
+    with pytest.raises(NotFoundError, match="a computation that cannot be read back"):
+        layouts.load(tmp_path / "out")
     assert {f.name for f in (tmp_path / "out").iterdir()} == {
         *("image.onnx", "text.onnx", "preprocess.json", "diptych_tokenizer.json")
     }

@@ -18,7 +18,7 @@ import open_clip
 import torch
 import transformers
 from open_clip.push_to_hf_hub import save_for_hf
-from weights import fill
+from weights import fill, inputs
 
 OUT = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 TEXT = {"context_length": 16, "vocab_size": 520, "width": 64, "layers": 1, "heads": 1}
@@ -39,14 +39,10 @@ MODELS = {
 MERGES = ("t h", "th e</w>", "c a", "ca t</w>", "a n", "an d</w>")
 
 
-def inputs(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [2, 3, H, W] and texts [3, 16]."""
-    draw = np.random.default_rng(size)
-    text = np.zeros((3, 16), dtype=np.int64)
-    for row, length in zip(text, (2, 9, 16), strict=True):
-        row[:length] = draw.integers(1, 518, length)
-        row[0], row[length - 1] = 518, 519
-    return torch.from_numpy(draw.standard_normal((2, 3, size, size)).astype(np.float32)), torch.from_numpy(text)
+def tensors(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two pictures and three texts of the small vocabulary."""
+    image, text = inputs(size, 16, 520, pictures=2)
+    return torch.from_numpy(image), torch.from_numpy(text)
 
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
@@ -131,13 +127,13 @@ def main() -> None:
     OUT.mkdir()
     features = {}
     for name, config in MODELS.items():
-        image, text = inputs(config["vision_cfg"]["image_size"])
+        image, text = tensors(config["vision_cfg"]["image_size"])
         model = write_open_clip(name, config)
         pair = {"image": model.encode_image(image).numpy(), "text": model.encode_text(text).numpy()}
         write_torchscript(name, model, image, text)
         for layout in ("open_clip", "torchscript"):
             features |= {f"{layout}_{name}/{tower}": values for tower, values in pair.items()}
-    image, text = write_transformers(*inputs(32))
+    image, text = write_transformers(*tensors(32))
     features |= {"transformers_vit/image": image.numpy(), "transformers_vit/text": text.numpy()}
     np.savez(OUT / "features.npz", **features)
     np.savez(OUT / "positions.npz", **positions())

@@ -38,11 +38,16 @@ def fill(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: draw(name, shape) for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
 
 
-def inputs(image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures float32 [3, 3, H, W] and texts int64 [3, 20] of 2, 9 and 20 tokens."""
+def inputs(
+    image_size: int,
+    context_length: int = TEXT["context_length"],
+    vocab_size: int = TEXT["vocab_size"],
+    pictures: int = 3,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures float32 [N, 3, H, W] and texts int64 [3, L] of 2, 9 and L tokens."""
     rng = np.random.default_rng(image_size)
-    text = np.zeros((3, TEXT["context_length"]), dtype=np.int64)
-    for row, length in zip(text, (2, 9, 20), strict=True):
-        row[:length] = rng.integers(1, 49406, length)
-        row[0], row[length - 1] = 49406, 49407
-    return rng.standard_normal((3, 3, image_size, image_size)).astype(np.float32), text
+    text = np.zeros((3, context_length), dtype=np.int64)
+    for row, length in zip(text, (2, 9, context_length), strict=True):
+        row[:length] = rng.integers(1, vocab_size - 2, length)
+        row[0], row[length - 1] = vocab_size - 2, vocab_size - 1
+    return rng.standard_normal((pictures, 3, image_size, image_size)).astype(np.float32), text

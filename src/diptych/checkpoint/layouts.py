@@ -96,6 +96,8 @@ def open_checkpoint(source: str | Path, *, activation: Activation | None = None,
 
 
 def _no_checkpoint(folder: Path) -> NotFoundError:
+    if any((folder / name).is_file() for name in onnx.FILES.values()):
+        return NotFoundError(f"no checkpoint in {folder}: it holds ONNX files, a computation that cannot be read back")
     weights = sorted(file.name for pattern in ("*.pt", "*.bin", "*.safetensors") for file in folder.glob(pattern))
     hint = f"; name one of its files: {', '.join(weights[:5])}" if weights else ""
     return NotFoundError(
@@ -189,7 +191,7 @@ def check_place(out: Path, name: str, *, overwrite: bool) -> None:
 
 
 def _holds_a_model(folder: Path) -> bool:
-    names = {native.DESCRIPTION, open_clip.CONFIG, huggingface.CONFIG, "image.onnx", "text.onnx"}
+    names = {native.DESCRIPTION, open_clip.CONFIG, huggingface.CONFIG, *onnx.FILES.values()}
     return any((folder / name).is_file() for name in names) or not any(folder.iterdir())
 
 
