@@ -13,7 +13,7 @@ VIT = small(TINY_VIT)
 CONFIGS = {
     "vit": VIT,
     "resnet": small(TINY_RESNET, activation="gelu"),
-    "conv": replace(VIT, vision=replace(VIT.vision, stem="conv")),
+    "conv": replace(VIT, vision=replace(VIT.vision, stem="conv"), activation="gelu"),
 }
 
 
@@ -51,6 +51,18 @@ def test_the_plain_text_tower_equals_the_real_one():
     text = loaded.tokenizer([("the cat and " * (i % 7)) for i in range(150)])
     ours, plain = loaded.model.encode_text(text), onnx.PlainText(loaded.model.text)(text)
     assert (ours - plain).abs().max() < 1e-5
+
+
+def test_a_model_in_training_is_exported_in_evaluation_mode_and_left_as_it_was(tmp_path, capfd):
+    model = make_loaded(CONFIGS["resnet"]).model.train()
+    model.visual.layer1.eval()  # frozen: one flag for all would not bring this back
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    onnx.export(model, tmp_path)
+    assert max(onnx.compare(model, tmp_path).values()) < 1e-5
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch):

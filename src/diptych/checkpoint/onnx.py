@@ -9,7 +9,6 @@ hold a computation; they cannot be read back into a model.
 
 import contextlib
 import importlib.util
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from diptych.model.text import TextTransformer
 
 OPSET = 20
 FILES = {"image": "image.onnx", "text": "text.onnx"}
+_REGISTRY = "torch.onnx._internal.exporter._registration"
 
 
 class PlainText(nn.Module):
@@ -48,12 +48,16 @@ class PlainText(nn.Module):
 
 
 def export(model: CLIP, folder: Path) -> None:
-    """Write both towers into a folder. Raises UsageError if a package is missing or the model is not float32."""
+    """Write both towers, in evaluation mode, into a folder.
+
+    Raises UsageError if a package is missing or the model is not float32.
+    """
     require_packages()
     if model.dtype != torch.float32:
         raise UsageError(f"ONNX files are written in float32, the model is {model.dtype}; use precision float32")
-    for tower, module in _modules(model).items():
-        _export(module, _example(model, tower, 2), folder / FILES[tower], tower)
+    with _evaluating(model):
+        for tower, module in _modules(model).items():
+            _export(module, _example(model, tower, 2), folder / FILES[tower], tower)
 
 
 def compare(model: CLIP, folder: Path) -> dict[str, float]:
@@ -70,7 +74,7 @@ def compare(model: CLIP, folder: Path) -> dict[str, float]:
         for count in (1, 3, 8):
             example = _example(model, tower, count)
             (theirs,) = session.run(None, {tower: example.numpy()})
-            with torch.inference_mode():
+            with _evaluating(model), torch.inference_mode():
                 ours = encode(example)
             difference = (torch.from_numpy(theirs) - ours).norm(dim=-1) / ours.norm(dim=-1)
             largest = max(largest, difference.max().item())
@@ -86,7 +90,7 @@ def require_packages() -> None:
 
 
 def _modules(model: CLIP) -> dict[str, nn.Module]:
-    return {"image": model.visual, "text": PlainText(model.text)}
+    return {"image": model.visual, "text": PlainText(model.text).eval()}
 
 
 def _example(model: CLIP, tower: str, count: int) -> Tensor:
@@ -103,7 +107,6 @@ def _example(model: CLIP, tower: str, count: int) -> Tensor:
 
 
 def _export(module: nn.Module, example: Tensor, path: Path, tower: str) -> None:
-    module.eval()
     with _quiet(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
             module,
@@ -120,14 +123,26 @@ def _export(module: nn.Module, example: Tensor, path: Path, tower: str) -> None:
 
 
 @contextlib.contextmanager
+def _evaluating(model: CLIP) -> Iterator[None]:
+    """Evaluation mode for a while; then every module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of its passes and deprecations, which are no concern of who calls it."""
-    logger = logging.getLogger("torch.onnx")
+    """The exporter copies a deprecated class of its own and misses torchvision: no concern of who calls it."""
+    logger = logging.getLogger(_REGISTRY)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
         logger.setLevel(level)
