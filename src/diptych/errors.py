@@ -8,6 +8,8 @@
     ├── ShardError                         a shard, index or dataset.json that cannot be read
     ├── CheckpointError                    a checkpoint that is damaged or belongs to another model
     ├── DownloadError                      weights that could not be fetched
+    ├── RunLockedError                     another process is training in this folder
+    ├── RankLostError                      another process of the job died or did not answer in time
     └── NonFiniteLossError                 training stopped before the optimizer step
 
 The command line prints any of these as one line and exits with code 2; all else is a bug and keeps its traceback.
@@ -61,6 +63,14 @@ class CheckpointError(DiptychError):
 
 class DownloadError(DiptychError):
     """Weights could not be fetched: the network, the hub or the disk; the message names the repository."""
+
+
+class RunLockedError(DiptychError):
+    """Another process holds this run; two would overwrite each other."""
+
+
+class RankLostError(DiptychError):
+    """Another process of the job died or did not answer in time; the run goes on from its last checkpoint."""
 
 
 class NonFiniteLossError(DiptychError):
