@@ -130,6 +130,10 @@ def train_config(data: Path, out: Path, *, model: CLIPConfig = TINY_VIT, steps: 
         data=(SourceConfig(path=data),),
         out=out,
         loader=LoaderConfig(batch_size=changes.pop("batch_size", 16), workers=changes.pop("workers", 0)),
-        optim=OptimConfig(lr=changes.pop("lr", 1e-3), warmup=changes.pop("warmup", 2)),
+        optim=OptimConfig(
+            lr=changes.pop("lr", 1e-3),
+            warmup=changes.pop("warmup", 2),
+            half_statistics=changes.pop("half_statistics", False),
+        ),
         run=RunConfig(steps=steps, precision="float32", device="cpu", **changes),
     )

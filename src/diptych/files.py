@@ -59,12 +59,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         sync_folder(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            remove_folder(path)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, of which a kill leaves all or a leftover, never a part under its name."""
+    leftover = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    os.replace(path, leftover)
+    shutil.rmtree(leftover)
 
 
 def remove_leftovers(folder: Path) -> None:

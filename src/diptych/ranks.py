@@ -8,6 +8,7 @@ Every exchange is counted in `Ranks.sent`, bytes that this rank puts on the wire
 
 import contextlib
 import datetime
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class Ranks:
             rows = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
         everyone = rows.new_empty(self.world_size * longest, *rows.shape[1:])
         self._count("all_gather", everyone, 1)
-        dist.all_gather_into_tensor(everyone, rows.contiguous())
+        dist.all_gather_single(everyone, rows.contiguous())
         if min(counts) == longest:
             return everyone
         parts = everyone.split(longest)
@@ -72,7 +73,7 @@ class Ranks:
             rows = padded.flatten(0, 1)
         mine = rows.new_empty(longest, *rows.shape[1:])
         self._count("reduce_scatter", rows, 1)
-        dist.reduce_scatter_tensor(mine, rows.contiguous())
+        dist.reduce_scatter_single(mine, rows.contiguous())
         return mine[: counts[self.rank]]
 
     def sum(self, value: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Ranks:
             return [mine]
         everyone = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
         self._count("all_gather", everyone, 1)
-        dist.all_gather_into_tensor(everyone, torch.tensor([mine], device=self._device))
+        dist.all_gather_single(everyone, torch.tensor([mine], device=self._device))
         return everyone.tolist()
 
     def tell(self, value: Any = None) -> Any:
@@ -140,8 +141,8 @@ class Ranks:
 def connect(timeout: float = TIMEOUT, device: str = "auto") -> Ranks:
     """Join the job that the environment describes; a job of one if it describes none.
 
-    `torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` the first three are read from
-    Slurm's own variables. Raises UsageError if they are incomplete.
+    `torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` the first three are read
+    from Slurm's own variables. Raises UsageError if they are incomplete.
     """
     values = {name: os.environ.get(name) or os.environ.get(slurm) for name, slurm in _ENVIRONMENT.items()}
     world_size = int(values["WORLD_SIZE"] or 1)
@@ -173,6 +174,7 @@ _ENVIRONMENT = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RAN
 def disconnect(ranks: Ranks) -> None:
     """Leave the job, if there is one."""
     if ranks.world_size > 1 and dist.is_initialized():
+        gc.collect()  # what still holds on to the group would keep its threads until the process is torn down
         dist.destroy_process_group()
 
 

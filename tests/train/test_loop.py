@@ -100,7 +100,7 @@ def test_a_resnet_trains_and_its_running_statistics_are_saved(data, tmp_path):
 
 
 def test_temperature_never_passes_100(data, tmp_path, monkeypatch):
-    def rewarded_for_scale(image_features, text_features, logit_scale):
+    def rewarded_for_scale(image_features, text_features, logit_scale, **_):
         return (image_features.sum() + text_features.sum()) * 0 - logit_scale
 
     monkeypatch.setattr(loop, "clip_loss", rewarded_for_scale)
@@ -133,7 +133,7 @@ def test_evaluators_see_the_model_in_evaluation_mode_and_their_numbers_are_kept(
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(data, tmp_path, monkeypatch):
     real, weights = loop.clip_loss, {}
 
-    def poisoned(image_features, text_features, logit_scale):
+    def poisoned(image_features, text_features, logit_scale, **_):
         weights["calls"] = weights.get("calls", 0) + 1
         loss = real(image_features, text_features, logit_scale)
         return loss * float("nan") if weights["calls"] == 3 else loss

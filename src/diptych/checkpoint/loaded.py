@@ -145,6 +145,8 @@ def why_only_diptych(config: CLIPConfig) -> str | None:
     """Why no other library has this architecture, if so."""
     if not isinstance(config.vision, ResNetConfig) and config.vision.stem != "patch":
         return "its image tower begins with a pyramid of convolutions, which only diptych has"
+    if config.logit_bias:
+        return "its logits have a bias, for the sigmoid loss; readers of this layout would drop it"
     return None
 
 

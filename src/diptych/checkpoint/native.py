@@ -33,10 +33,10 @@ from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig
 from diptych.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DESCRIPTION, WEIGHTS = "checkpoint.json", "model.safetensors"
 TRAINING, TRAINING_TENSORS = "training.json", "training.safetensors"
-_STEP_PREFIX = "step_"
+STEP_PREFIX = "step_"
 _HASH = re.compile(r"[0-9a-f]{32}")
 
 
@@ -118,12 +118,12 @@ def open_weights(folder: Path, description: Mapping[str, Any]) -> Weights:
     return Weights(file=file, sources={name: Source((name,)) for name in file.entries}, xxh3=xxh3)
 
 
-def load_weights(model: CLIP, folder: Path) -> None:
-    """Fill a model that is there, on its device; names and shapes must match to the last."""
+def read_weights(model: CLIP, folder: Path) -> dict[str, Tensor]:
+    """The weights for a model that is there; names and shapes must match to the last."""
     weights = open_weights(folder, read_description(folder, later={WEIGHTS}))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(folder / WEIGHTS, expected, weights.shapes)
-    model.load_state_dict(weights.read(dtype=None))
+    return weights.read(dtype=None)
 
 
 def load_training(folder: Path) -> TrainingState:
@@ -175,7 +175,12 @@ def _to_version_2(description: dict[str, Any]) -> dict[str, Any]:
     return description | {"version": 2, "model": model, "preprocess": preprocess}
 
 
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _to_version_2}
+def _to_version_3(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 knows models whose logits have a bias."""
+    return description | {"version": 3, "model": {"logit_bias": False} | description["model"]}
+
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _to_version_2, 2: _to_version_3}
 """From this version to the next. A published version is never forgotten."""
 
 
@@ -195,7 +200,7 @@ def find(path: Path) -> Path:
 def newest_valid(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint of a run whose files are all intact, and those passed over with the reason."""
     skipped = []
-    for folder in sorted(run.glob(f"{_STEP_PREFIX}*"), reverse=True):
+    for folder in sorted(run.glob(f"{STEP_PREFIX}*"), reverse=True):
         try:
             read_description(folder)
         except (CheckpointError, NotFoundError) as error:
@@ -207,7 +212,13 @@ def newest_valid(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def step_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return run / f"{_STEP_PREFIX}{step:08d}"
+    return run / f"{STEP_PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step whose checkpoint lies there, if one does by its name."""
+    digits = folder.name.removeprefix(STEP_PREFIX)
+    return int(digits) if digits.isdigit() else None
 
 
 def _fingerprint(description: Mapping[str, Any]) -> str:

@@ -25,6 +25,18 @@ class CLIPOutput(NamedTuple):
     logit_scale: Float[Tensor, ""]
 
 
+class BiasedOutput(NamedTuple):
+    """What a model with a bias returns: for the sigmoid loss, logits are logit_scale * similarity + logit_bias."""
+
+    image_features: Float[Tensor, "N E"]
+    text_features: Float[Tensor, "N E"]
+    logit_scale: Float[Tensor, ""]
+    logit_bias: Float[Tensor, ""]
+
+
+Output = CLIPOutput | BiasedOutput
+
+
 class CLIP(nn.Module):
     """The dual encoder.
 
@@ -38,15 +50,22 @@ class CLIP(nn.Module):
         self.visual = build_image_tower(config)
         self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))  # a logarithm
+        self.logit_bias = nn.Parameter(torch.tensor(0.0)) if config.logit_bias else None
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights, and so of the features outside autocast."""
         return self.logit_scale.dtype
 
-    def encode_image(self, image: Float[Tensor, "N 3 H W"], normalize: bool = False) -> Float[Tensor, "N E"]:
-        """Pictures, preprocessed -> features, in the type of the weights."""
-        features = self.visual(image.to(self.dtype))
+    def encode_image(
+        self,
+        image: Float[Tensor, "N 3 H W"],
+        normalize: bool = False,
+        patches: Int[Tensor, "N K"] | None = None,
+    ) -> Float[Tensor, "N E"]:
+        """Pictures, preprocessed -> features, in the type of the weights; a ViT may be shown some `patches` only."""
+        seen = () if patches is None else (patches,)
+        features = self.visual(image.to(self.dtype), *seen)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Int[Tensor, "N L"], normalize: bool = False) -> Float[Tensor, "N E"]:
@@ -54,11 +73,17 @@ class CLIP(nn.Module):
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, image: Float[Tensor, "N 3 H W"], text: Int[Tensor, "N L"]) -> CLIPOutput:
-        """Pictures and their texts -> normalised features and exp(logit_scale)."""
-        image_features = self.encode_image(image, normalize=True)
+    def forward(
+        self,
+        image: Float[Tensor, "N 3 H W"],
+        text: Int[Tensor, "N L"],
+        patches: Int[Tensor, "N K"] | None = None,
+    ) -> Output:
+        """Pictures and their texts -> normalised features, exp(logit_scale), and the bias of a model that has one."""
+        image_features = self.encode_image(image, normalize=True, patches=patches)
         text_features = self.encode_text(text, normalize=True)
-        return CLIPOutput(image_features, text_features, self.logit_scale.exp())
+        output = CLIPOutput(image_features, text_features, self.logit_scale.exp())
+        return output if self.logit_bias is None else BiasedOutput(*output, self.logit_bias)
 
 
 def build_image_tower(config: CLIPConfig) -> VisionTransformer | ModifiedResNet:

@@ -131,6 +131,8 @@ class CLIPConfig:
     """The text tower."""
     activation: Activation = "quick_gelu"
     """Of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
+    logit_bias: bool = False
+    """Whether logits have a bias: what the sigmoid loss (SigLIP) needs, and the paper's loss has no use for."""
 
     def __post_init__(self) -> None:
         _check_positive(self)

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diptych.model.config import Activation, ViTConfig
@@ -28,10 +28,17 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
         self.reset_parameters()
 
-    def forward(self, image: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
+    def forward(
+        self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None
+    ) -> Float[Tensor, "N E"]:
+        """`patches` names the K patches of each picture that are seen; by default all are (FLIP, Li et al. 2023)."""
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [N, D, g, g] -> [N, g * g, D]
-        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-        x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [N, g * g + 1, D]
+        positions = self.positional_embedding
+        x = x + positions[1:]
+        if patches is not None:
+            x = x.gather(1, patches.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [N, K, D]
+        class_token = (self.class_embedding + positions[0]).to(x.dtype).expand(x.shape[0], 1, -1)
+        x = torch.cat([class_token, x], dim=1)  # [N, K + 1, D]
         class_tokens = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         x = self.transformer(self.ln_pre(x), class_tokens)  # [N, D]
         return self.ln_post(x) @ self.proj

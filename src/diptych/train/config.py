@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.errors import UsageError
-from diptych.model.config import CLIPConfig
+from diptych.model.config import CLIPConfig, ViTConfig
 from diptych.shards.config import LoaderConfig, SourceConfig
 
 Precision = Literal["auto", "float32", "bfloat16"]
+LossName = Literal["clip", "siglip"]
+Positives = Literal["pair", "caption", "image", "either"]
+Sharding = Literal["ddp", "fsdp"]
+Sink = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,10 @@ class OptimConfig:
     """Decay of its square; by default the paper's: 0.98 for a ViT, 0.999 for a ResNet."""
     eps: float | None = None
     """By default the paper's: 1e-6 for a ViT, 1e-8 for a ResNet."""
+    max_grad_norm: float | None = None
+    """Gradients longer than this (over all weights) are shortened to it; the paper does not."""
+    half_statistics: bool = False
+    """Keep both of Adam's statistics in 16 bits, as the paper did (section 2.5): half the optimizer's memory."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup < 0 or self.weight_decay < 0:
@@ -36,13 +44,31 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised, and what a picture may see of itself."""
+
+    name: LossName = "clip"
+    """`clip`: the paper's cross-entropy over the batch. `siglip`: a yes or no for each pair (Zhai et al. 2023)."""
+    positives: Positives = "pair"
+    """Right answers besides a pair's own: pairs of the batch with an equal caption, an equal picture, or either."""
+    patch_dropout: float = 0.0
+    """Share of a ViT's patches that are not looked at while training (FLIP, Li et al. 2023), 0 to below 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.patch_dropout < 1:
+            raise UsageError(f"patch_dropout {self.patch_dropout} is not a share in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, how exactly, and what is kept."""
+    """How long, how exactly, on what, and what is kept."""
 
     epochs: float = 32.0
     """Passes over the data; ignored when `steps` is given."""
     steps: int | None = None
     """Optimizer steps."""
+    extend_to: int | None = None
+    """Continue a run to this many steps, with a learning rate that falls to zero there instead."""
     precision: Precision = "auto"
     """Of the towers' matrix products. auto: bfloat16 where the processor multiplies it fast (a GPU, a CPU with AMX),
     float32 elsewhere. Weights, loss and optimizer are always float32."""
@@ -50,16 +76,38 @@ class RunConfig:
     """Compile both towers. Text is then padded to a multiple of 8 tokens, so that each length is compiled once."""
     device: str = "auto"
     """`cpu`, `cuda`, ...; auto takes a GPU if there is one."""
+    micro_batch_size: int | None = None
+    """Pairs of a rank that are in memory at once; by default as many as fit. Fewer than the rank's part of the batch
+    are computed twice (gradient caching), with the same result."""
+    sharding: Sharding = "ddp"
+    """Over several ranks: `ddp` keeps the whole model on each, `fsdp` (FSDP2) a part of it."""
+    recompute: bool = False
+    """Keep the inputs of each Transformer block only and compute the block again for its derivatives."""
+    timeout: float = 600.0
+    """Seconds after which a rank that waits for a lost one gives up."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step always makes one, and so does SIGTERM or Ctrl-C."""
+    checkpoint_minutes: float | None = None
+    """Minutes after which a checkpoint is made in any case."""
+    keep_last: int | None = 3
+    """Checkpoints that are kept, newest first; none is deleted without a number."""
+    keep_best: str | None = None
+    """Name of a metric: the checkpoint where it was highest is kept too."""
+    mirror: str | None = None
+    """Any fsspec URL (s3://bucket/run): checkpoints and logs are copied there, and fetched from there when the run's
+    folder is empty."""
     evaluate_every: int | None = None
     """Steps between evaluations; the last step always makes one."""
+    log: tuple[Sink, ...] = ()
+    """Where numbers go besides metrics.jsonl: tensorboard, wandb (extras of the same names)."""
 
     def __post_init__(self) -> None:
         if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
             raise UsageError(f"steps {self.steps} and epochs {self.epochs} must be above 0")
-        if self.checkpoint_every < 1:
-            raise UsageError(f"checkpoint_every {self.checkpoint_every} must be at least 1 step")
+        for name in ("checkpoint_every", "keep_last", "micro_batch_size", "extend_to", "evaluate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +124,16 @@ class TrainConfig:
     """Folder of a tokenizer of one's own; by default OpenAI's vocabulary."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How pairs become batches."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How weights change."""
     run: RunConfig = field(default_factory=RunConfig)
-    """How long, how exactly, and what is kept."""
+    """How long, how exactly, on what, and what is kept."""
+
+    def __post_init__(self) -> None:
+        if self.model.logit_bias != (self.loss.name == "siglip"):
+            has = "has" if self.model.logit_bias else "has no"
+            raise UsageError(f"the model {has} logit_bias, which does not fit the loss {self.loss.name}")
+        if self.loss.patch_dropout and not isinstance(self.model.vision, ViTConfig):
+            raise UsageError("patch_dropout needs a ViT image tower; a ResNet has no patches")

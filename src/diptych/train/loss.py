@@ -65,7 +65,7 @@ def siglip_loss(
 
 
 def initial_logit_bias(batch_size: int) -> float:
-    """The bias with which an untrained model says yes as often as it is right, once in a global batch: log(p / (1 - p))."""
+    """log(p / (1 - p)) for p = 1 / batch_size: an untrained model says yes as often as that is right."""
     return -math.log(max(1, batch_size - 1))
 
 

@@ -1,13 +1,16 @@
 """AdamW as in the paper's Table 18, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diptych.model.clip import CLIP
 from diptych.model.config import ViTConfig
 from diptych.train.config import OptimConfig
+from diptych.train.parallel import cut_like, full
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 
@@ -30,7 +33,7 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     return decayed, kept
 
 
-def build_optimizer(model: CLIP, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: CLIP, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer; `beta2` and `eps` follow the image tower's family unless they are given."""
     is_vit = isinstance(model.config.vision, ViTConfig)
     beta2 = config.beta2 if config.beta2 is not None else (0.98 if is_vit else 0.999)
@@ -40,4 +43,71 @@ def build_optimizer(model: CLIP, config: OptimConfig) -> torch.optim.AdamW:
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": list(kept.values()), "weight_decay": 0.0},
     ]
+    if config.half_statistics:
+        return HalfAdamW(groups, lr=config.lr, betas=(config.beta1, beta2), eps=eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, beta2), eps=eps, fused=True)
+
+
+class HalfAdamW(torch.optim.Optimizer):
+    """AdamW whose statistics are kept in 16 bits (paper section 2.5, after Dhariwal et al. 2020).
+
+    Each tensor is stored as float16 times one float32 scale, its largest entry. Of the second moment the root is
+    stored: that halves the range it spans. The arithmetic of a step is float32.
+    """
+
+    def __init__(self, params: Any, *, lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """One update of every weight that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            for kind in ("exp_avg", "exp_avg_root"):
+                state[kind] = torch.zeros_like(parameter, dtype=torch.float16)
+                state[f"{kind}_scale"] = torch.zeros((), device=parameter.device)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] += 1
+        step, (beta1, beta2) = state["step"].item(), group["betas"]
+        mean = (state["exp_avg"].float() * state["exp_avg_scale"]).lerp_(gradient, 1 - beta1)
+        square = (state["exp_avg_root"].float() * state["exp_avg_root_scale"]).square_()
+        root = square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2).sqrt_()
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        denominator = (root / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+        for kind, value in (("exp_avg", mean), ("exp_avg_root", root)):
+            scale = full(value.abs().max()).clamp_(min=torch.finfo(torch.float32).tiny)
+            state[f"{kind}_scale"] = scale
+            state[kind].copy_(value.div_(scale))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: CLIP) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: `exp_avg.visual.conv1.weight`, ...; whole, if it is cut over ranks."""
+    return {
+        f"{kind}.{name}": full(value)
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: CLIP, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    kinds = {name.partition(".")[0] for name in tensors if name.endswith(".logit_scale")}
+    for name, parameter in model.named_parameters():
+        for kind in sorted(kinds):
+            if (value := tensors.get(f"{kind}.{name}")) is None:
+                continue
+            if value.shape == parameter.shape and (value.ndim or kind in ("exp_avg", "exp_avg_sq")):
+                # A copy on the parameter's device, laid out as the parameter: fused kernels pair elements by layout.
+                state = torch.empty_like(parameter, dtype=value.dtype).detach()
+                optimizer.state[parameter][kind] = state.copy_(cut_like(state, value))
+            else:
+                optimizer.state[parameter][kind] = value.to(parameter.device if kind != "step" else "cpu")
+        if isinstance(optimizer, torch.optim.AdamW):  # the fused kernel counts on the device
+            optimizer.state[parameter]["step"] = tensors[f"step.{name}"].to(parameter.device)

@@ -1,0 +1,116 @@
+"""The gradient of one global batch, exact whatever fits into memory at once.
+
+A batch that fits goes through in one pass. A larger one goes through twice in micro-batches (gradient caching, Gao et
+al. 2021): first without derivatives, to have all features; then the loss and its derivatives by the features; then
+each micro-batch again, its features' derivatives pushed back into the weights. The result is that of one pass:
+
+* random numbers are drawn anew from the position of a micro-batch in the run, so both passes draw the same;
+* `logit_scale` and `logit_bias` take part once, with the last micro-batch;
+* running statistics of BatchNorm change in the first pass alone. (A micro-batch is normalised by its own statistics, as
+  a rank's batch is: with BatchNorm, and only with it, the size of the micro-batch is part of the model.)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diptych.image import Preprocess
+from diptych.model.clip import CLIP, Output
+from diptych.model.config import ViTConfig
+from diptych.shards.loader import Batch
+from diptych.shards.order import derive_seed, hash_positions
+
+Criterion = Callable[[Output, Tensor | None], Tensor]
+"""(features and scale, groups) -> the loss of the global batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """How a batch is put through the model: `model` may be wrapped, `plain` is what is inside."""
+
+    model: nn.Module
+    plain: CLIP
+    criterion: Criterion
+    preprocess: Preprocess
+    device: torch.device
+    precision: Callable[[], AbstractContextManager[None]]
+    seed: int
+    patch_dropout: float = 0.0
+
+    def gradients(self, batch: Batch, first: int, micro_batch_size: int, groups: Tensor | None = None) -> Tensor:
+        """Add the gradients of this rank's batch to the weights; returns the loss of the global batch.
+
+        `first` is the number of samples that the run saw before the first of this batch.
+        """
+        count = len(batch.image)
+        if micro_batch_size >= count:
+            output = self.forward(batch, slice(0, count), first)
+            loss = self.criterion(output, groups)
+            if torch.isfinite(loss):
+                loss.backward()
+            return loss.detach()
+        parts = [slice(start, min(start + micro_batch_size, count)) for start in range(0, count, micro_batch_size)]
+        with torch.no_grad():
+            cached = [self.forward(batch, part, first) for part in parts]
+        leaves = type(cached[0])(  # features are joined, scale and bias are the same in all
+            *(torch.cat(column) if column[0].ndim else column[0] for column in zip(*cached, strict=True))
+        )
+        leaves = type(leaves)(*(leaf.detach().requires_grad_() for leaf in leaves))
+        loss = self.criterion(leaves, groups)
+        if torch.isfinite(loss):
+            derivatives = torch.autograd.grad(loss, list(leaves))
+            self._push_back(batch, first, parts, derivatives)
+        return loss.detach()
+
+    def _push_back(self, batch: Batch, first: int, parts: list[slice], derivatives: tuple[Tensor, ...]) -> None:
+        with frozen_statistics(self.plain):
+            for part in parts:
+                is_last = part is parts[-1]
+                with self._exchange(is_last):
+                    output = self.forward(batch, part, first)
+                    # A scalar's derivative is that of the whole batch: it counts once.
+                    mine = [d[part] if d.ndim else (d if is_last else torch.zeros_like(d)) for d in derivatives]
+                    pairs = [(o, d) for o, d in zip(output, mine, strict=True) if o.requires_grad]
+                    torch.autograd.backward([o for o, _ in pairs], [d for _, d in pairs])
+
+    def forward(self, batch: Batch, part: slice, first: int) -> Output:
+        """Part of a batch through both towers."""
+        torch.manual_seed(derive_seed("noise", self.seed, first + part.start))
+        image = self.preprocess.normalize(batch.image[part].to(self.device, non_blocking=True))
+        text = batch.text[part].to(self.device, non_blocking=True)
+        with self.precision():
+            return self.model(image, text, self.draw_patches(first + part.start, len(image)))
+
+    def draw_patches(self, first: int, count: int) -> Tensor | None:
+        """Which patches of each picture are seen, int64 [count, kept]; None for all of them.
+
+        A pure function of the picture's place in the run, so that no number of ranks and no micro-batch changes it.
+        """
+        vision = self.plain.config.vision
+        if not self.patch_dropout or not isinstance(vision, ViTConfig):
+            return None
+        patches = vision.grid**2
+        kept = max(1, round(patches * (1 - self.patch_dropout)))
+        places = torch.arange(first * patches, (first + count) * patches).view(count, patches).numpy()
+        order = hash_positions(derive_seed("patches", self.seed), places).argsort(axis=1)[:, :kept]
+        return torch.from_numpy(order).to(self.device).sort(dim=1).values
+
+    def _exchange(self, now: bool) -> AbstractContextManager[None]:
+        """Gradients are added over ranks once, with the last micro-batch."""
+        if isinstance(self.model, DistributedDataParallel) and not now:
+            return self.model.no_sync()
+        return nullcontext()
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Running statistics come out as they went in."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
