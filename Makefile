@@ -3,10 +3,10 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test check fix bench parity hostile peers docs golden clean help
+.PHONY: demo test check fix bench parity hostile kill-test peers docs golden clean help
 
 help:            ## list these targets
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 demo: .venv/demo ## build real pairs, train a small CLIP on them, ask it what it never saw (under 5 minutes on 2 cores)
 	$(VENV)/python -m recipes.demo $(ARGS)
@@ -25,7 +25,7 @@ fix: .venv/dev   ## let ruff mend and format
 	$(VENV)/ruff format .
 
 bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenizer
-	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/parity.py benchmarks/hostile.py,$(wildcard benchmarks/*.py))); do \
+	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/parity.py benchmarks/hostile.py benchmarks/kill.py,$(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(VENV)/python $$file $(ARGS); done
 
 parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)
@@ -33,6 +33,9 @@ parity: .venv/demo peers ## every layout in both directions beside open_clip and
 
 hostile: .venv/demo ## load files made to harm, each in a process of its own
 	$(VENV)/python benchmarks/hostile.py
+
+kill-test: .venv/demo .venv/dev ## kill training a hundred times and compare what comes out (half an hour; goes on where it was)
+	$(VENV)/python benchmarks/kill.py $(ARGS)
 
 peers: .venv-peers/done ## build the environment of the libraries we are compared with
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import kill
 import pytest
 import torch
 
@@ -204,3 +205,13 @@ def test_auto_precision_depends_on_the_processor_not_on_the_clock():
     assert loop.choose_dtype(auto, torch.device("cuda")) == torch.bfloat16
     assert loop.choose_dtype(auto, torch.device("cpu")) == loop.choose_dtype(auto, torch.device("cpu"))
     assert loop.choose_dtype(dataclasses.replace(run, precision="bfloat16"), torch.device("cpu")) == torch.bfloat16
+
+
+def test_five_kills_at_awkward_moments_lose_nothing(tmp_path):
+    moments = ("any time", "checkpoint", "checkpoint", "evaluation", "evaluation")
+    data = write_samples(tmp_path / "data")
+    reference = kill.finish(data, tmp_path / "straight", compiled=False)
+    for number, moment in enumerate(moments):
+        done = kill.kill_once(number, moment, data, tmp_path / "killed", reference, compiled=False)
+        assert done.equal, done
+        assert done.moment == moment
