@@ -60,6 +60,9 @@ class Contestant:
     """Cores the worker may use; None: all of ours."""
 
 
+Figure = float | dict[str, float]
+
+
 class Worker:
     """A running contestant: prepared once, measured on demand, idle (waiting for a line) in between."""
 
@@ -76,7 +79,7 @@ class Worker:
             os.sched_setaffinity(self.process.pid, contestant.cores)  # before it has any other thread
         self.about: dict[str, Any] = self._read()
 
-    def measure(self) -> float:
+    def measure(self) -> Figure:
         assert self.process.stdin is not None
         self.process.stdin.write("measure\n")
         self.process.stdin.flush()
@@ -95,7 +98,7 @@ class Worker:
         raise RuntimeError(f"the worker {self.name!r} ended with code {self.process.wait()}; its error is above")
 
 
-def answer(measure: Callable[[], float], **about: Any) -> None:
+def answer(measure: Callable[[], Figure], **about: Any) -> None:
     """The worker's side, called when all is prepared: one figure per request, until the parent is done.
 
     `about` reaches the parent as `Rounds.about`: versions, check sums, whatever belongs to the contestant.
@@ -109,8 +112,13 @@ def answer(measure: Callable[[], float], **about: Any) -> None:
 class Rounds:
     """What the contestants of one case reached, round by round."""
 
-    values: dict[str, list[float]]
+    values: dict[str, list[Any]]
+    """By contestant: a number a round, or several by name."""
     about: dict[str, dict[str, Any]]
+
+    def pick(self, figure: str) -> "Rounds":
+        """One of several figures."""
+        return Rounds({name: [value[figure] for value in values] for name, values in self.values.items()}, self.about)
 
     def row(self, case: str, unit: str, peer: str, ours: str = "ours", peer_name: str | None = None) -> dict[str, Any]:
         """One row of the table: medians, their ratio (above 1 where we are better), its range by round."""
@@ -131,7 +139,7 @@ class Rounds:
 
 def run_rounds(contestants: Sequence[Contestant], rounds: int = 7, *, fresh: bool = False) -> Rounds:
     """Measure the contestants in turn, `rounds` times. With `fresh` every figure comes from a new process."""
-    values: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    values: dict[str, list[Any]] = {contestant.name: [] for contestant in contestants}
     workers: dict[str, Worker] = {}
     about: dict[str, dict[str, Any]] = {}
     try:

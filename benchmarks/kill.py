@@ -42,7 +42,7 @@ def train(data: Path, out: Path, *, compiled: bool) -> None:
 
     from diptych.model.clip import CLIP
     from diptych.train import loop
-    from samples import train_config
+    from samples import train_config  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
 
@@ -134,7 +134,7 @@ def wait_for(process: subprocess.Popen[bytes], out: Path, moment: str) -> None:
 
 def run(kills: int, out: Path) -> list[Kill]:
     """All kills, those of an earlier start included."""
-    from samples import write_samples
+    from samples import write_samples  # pyright: ignore[reportMissingImports]
 
     out.mkdir(parents=True, exist_ok=True)
     data, ledger = out / "data", out / "ledger.jsonl"

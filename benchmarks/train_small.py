@@ -16,14 +16,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from harness import OURS_PYTHON, PEERS_PYTHON, ROOT, Contestant, answer, matrix_rows, report, require_peers, run_rounds
 
 BATCH_SIZE = 256
-WARMUP_STEPS = 3
-STEPS = 4
-"""Steps in a round."""
+JOB = {"model": "ViT-Ti-16", "batch_size": BATCH_SIZE, "warmup_steps": 3, "steps": 4, "compile": False}
+"""What is trained, and how many steps make a round."""
 
 PRECISIONS = {"bf16": ("bfloat16", "amp_bf16"), "float32": ("float32", "fp32")}
 PEER_WORKERS = 2
@@ -38,31 +39,49 @@ PEER_MODEL = {
 
 
 class Meter:
-    """Called behind every optimizer step: lets the trainer run `STEPS` steps a request and takes their time."""
+    """Called behind every optimizer step: lets the trainer run some steps a request and takes their time."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self._job = job
         self._requests: queue.Queue[None] = queue.Queue()
-        self._results: queue.Queue[float] = queue.Queue()
-        self._steps, self._started = -WARMUP_STEPS, 0.0
+        self._results: queue.Queue[dict[str, float]] = queue.Queue()
+        self._steps, self._started = -job["warmup_steps"], 0.0
 
     def __call__(self, *_: object) -> None:
         self._steps += 1
-        if self._steps == STEPS:
-            self._results.put(STEPS * BATCH_SIZE / (time.perf_counter() - self._started))
-        if self._steps in (0, STEPS):
+        steps = self._job["steps"]
+        if self._steps == steps:
+            seconds = time.perf_counter() - self._started
+            self._results.put({"pairs/s": steps * self._job["batch_size"] / seconds, "MiB": peak_memory()})
+        if self._steps in (0, steps):
             self._requests.get()
             self._steps, self._started = 0, time.perf_counter()
 
-    def measure(self) -> float:
+    def measure(self) -> dict[str, float]:
         self._requests.put(None)
         return self._results.get()
 
 
-def serve_figures(**about: object) -> None:
+def peak_memory() -> float:
+    """The most that this process and its loaders have held, MiB; VmHWM, since getrusage's peak is inherited."""
+    total = 0
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for process in ("self", *children):
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+        total += int(status["VmHWM"].split()[0])
+    return total / 1024
+
+
+def pack(job: Mapping[str, Any]) -> str:
+    """A job as an argument."""
+    return json.dumps({**JOB, **job})
+
+
+def serve_figures(job: Mapping[str, Any], **about: object) -> None:
     """Answer the parent from a thread beside the trainer; when the parent is done, so are we."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    meter = Meter()
+    meter = Meter(job)
     register_optimizer_step_post_hook(meter)
 
     def serve() -> None:
@@ -72,7 +91,7 @@ def serve_figures(**about: object) -> None:
     threading.Thread(target=serve, daemon=True).start()
 
 
-def train_ours(data: str, precision: str) -> None:
+def train_ours(data: str, precision: str, job: Mapping[str, Any]) -> None:
     import torch
 
     from diptych.model.config import get_preset
@@ -80,35 +99,42 @@ def train_ours(data: str, precision: str) -> None:
     from diptych.train import loop
     from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 
-    serve_figures(torch=torch.__version__)
+    serve_figures(job, torch=torch.__version__)
     with tempfile.TemporaryDirectory() as out:
         loop.run(
             TrainConfig(
-                model=get_preset("ViT-Ti-16"),
+                model=get_preset(job["model"]),
                 data=(SourceConfig(path=Path(data)),),
                 out=Path(out),
-                loader=LoaderConfig(batch_size=BATCH_SIZE),
+                loader=LoaderConfig(batch_size=job["batch_size"]),
                 optim=OptimConfig(warmup=100),
-                run=RunConfig(steps=100_000, precision=precision, checkpoint_every=100_000),  # pyright: ignore[reportArgumentType]
+                run=RunConfig(
+                    steps=100_000,
+                    precision=precision,  # pyright: ignore[reportArgumentType]
+                    checkpoint_every=100_000,
+                    compile=job["compile"],
+                ),
             )
         )
 
 
-def train_open_clip(data: str, precision: str) -> None:
+def train_open_clip(data: str, precision: str, job: Mapping[str, Any]) -> None:
     import open_clip  # pyright: ignore[reportMissingImports]
     import torch
     from open_clip_train.main import main  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "small.json"
-        config.write_text(json.dumps(PEER_MODEL))
-        open_clip.add_model_config(config)
-        serve_figures(torch=torch.__version__, open_clip=open_clip.__version__)
+        if (name := job["model"]) == "ViT-Ti-16":
+            name, config = "small", Path(folder) / "small.json"
+            config.write_text(json.dumps(PEER_MODEL))
+            open_clip.add_model_config(config)
+        serve_figures(job, torch=torch.__version__, open_clip=open_clip.__version__)
         shards = "::".join(str(path) for path in sorted(Path(data).glob("*.tar")))
         main(
-            f"--model small --train-data {shards} --dataset-type webdataset --dataset-resampled "
-            f"--train-num-samples 1000000 --batch-size {BATCH_SIZE} --workers {PEER_WORKERS} --precision {precision} "
-            f"--epochs 1 --warmup 100 --logs {folder} --name small".split()
+            f"--model {name} --train-data {shards} --dataset-type webdataset --dataset-resampled "
+            f"--train-num-samples 1000000 --batch-size {job['batch_size']} --workers {PEER_WORKERS} "
+            f"--precision {precision} "
+            f"--epochs 1 --warmup 100 --logs {folder} --name run".split()
         )
 
 
@@ -121,10 +147,10 @@ def main() -> None:
     about = {}
     for name, (ours, peer) in PRECISIONS.items():
         contestants = [
-            Contestant("ours", [OURS_PYTHON, __file__, "ours", data, ours]),
-            Contestant("open_clip", [PEERS_PYTHON, __file__, "open_clip", data, peer]),
+            Contestant("ours", [OURS_PYTHON, __file__, "ours", data, ours, pack({})]),
+            Contestant("open_clip", [PEERS_PYTHON, __file__, "open_clip", data, peer, pack({})]),
         ]
-        rounds = run_rounds(contestants)
+        rounds = run_rounds(contestants).pick("pairs/s")
         about[name] = rounds.about
         rows.append(rounds.row(f"pairs/s 64 px patch 16, {name}", "pairs/s", "open_clip"))
         values = rounds.values
@@ -147,9 +173,9 @@ def default_data() -> Path:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["ours", data, precision]:
-            train_ours(data, precision)
-        case ["open_clip", data, precision]:
-            train_open_clip(data, precision)
+        case ["ours", data, precision, job]:
+            train_ours(data, precision, json.loads(job))
+        case ["open_clip", data, precision, job]:
+            train_open_clip(data, precision, json.loads(job))
         case _:
             main()

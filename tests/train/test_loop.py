@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import kill
 import pytest
 import torch
 
+import kill
 from diptych.checkpoint import layouts, native
 from diptych.embed import embed_images, embed_texts
 from diptych.errors import NonFiniteLossError, UsageError
