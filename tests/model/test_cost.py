@@ -12,6 +12,7 @@ from diptych.errors import UsageError
 from diptych.model import cost
 from diptych.model.clip import CLIP
 from diptych.model.config import PRESETS, SMALL_PRESETS, get_preset
+from diptych.train.parallel import recompute_blocks
 from samples import TINY_RESNET, TINY_VIT
 
 PAIRS, TOKENS = 8, 13
@@ -118,12 +119,24 @@ def products(tower: nn.Module) -> list[nn.Parameter]:
     return layers + [p for name, p in tower.named_parameters(recurse=False) if name in ("proj", "text_projection")]
 
 
-@pytest.mark.parametrize("config", [get_preset("ViT-B-32"), get_preset("RN50")], ids=["ViT", "ResNet"])
-def test_recomputing_keeps_the_inputs_of_the_blocks_and_one_whole_block(config):
-    tower = cost.image_tower(config)
-    kept, all_of_it = tower.activation_bytes(4, recompute=True), tower.activation_bytes(4)
-    inputs = sum(block.input.activation_bytes(4) for block in tower.blocks)
-    assert inputs < kept < 0.6 * all_of_it
+@pytest.mark.parametrize("config", [TINY_VIT, SMALL_PRESETS["ViT-Ti-16"], TINY_RESNET], ids=["tiny", "small", "ResNet"])
+def test_recomputing_is_counted_as_the_engine_does_it(config):
+    plain, recomputed = CLIP(config), CLIP(config)
+    recompute_blocks(recomputed)
+    for tower, x, planned in zip(
+        ("visual", "text"), inputs(config), (cost.image_tower(config), cost.text_tower(config, TOKENS)), strict=True
+    ):
+        flops = [count_backward_flops(getattr(model, tower), x) for model in (plain, recomputed)]
+        assert flops[1] - flops[0] == planned.recomputed_flops
+        inputs_only = saved_bytes(getattr(recomputed, tower), x)
+        largest = max((b.inside.activation_bytes(4) - b.input.activation_bytes(4) for b in planned.blocks), default=0)
+        assert planned.activation_bytes(4, recompute=True) == pytest.approx(inputs_only + largest, rel=0.04)
+
+
+def count_backward_flops(module: nn.Module, x: torch.Tensor) -> float:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module(x).sum().backward()
+    return counter.get_total_flops() / PAIRS
 
 
 def test_the_vit_of_the_paper_keeps_a_known_number_of_bytes():

@@ -39,22 +39,24 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A part of a tower that is recomputed, or gathered, as one."""
+    """A Transformer block, the part of a tower that is recomputed, or gathered, as one."""
 
     inside: Cost
     """All of it."""
     input: Cost
     """What is kept when the rest is recomputed: the tensor that goes in."""
+    last_product: Cost
+    """What is not recomputed: nothing of the backward pass waits for its output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerCost:
-    """A tower: equal or unequal blocks, and what stands before and behind them."""
+    """A tower: Transformer blocks, and what stands before and behind them."""
 
     blocks: tuple[Block, ...]
-    """In their order."""
+    """In their order; a ResNet has none."""
     outside: Cost
-    """Stem, embeddings, the last norm and the projection."""
+    """Stem, embeddings, the last norm and the projection; all of a ResNet."""
 
     @property
     def parameters(self) -> int:
@@ -67,9 +69,14 @@ class TowerCost:
         return self._whole.flops
 
     @property
+    def recomputed_flops(self) -> int:
+        """Of one pair, when every block is computed again for its backward pass."""
+        return sum(block.inside.flops - block.last_product.flops for block in self.blocks)
+
+    @property
     def largest_block(self) -> int:
-        """Parameters of the largest block."""
-        return max(block.inside.parameters for block in self.blocks)
+        """Parameters of the largest block; 0 if there is none."""
+        return max((block.inside.parameters for block in self.blocks), default=0)
 
     def activation_bytes(self, itemsize: int, *, recompute: bool = False) -> int:
         """Bytes of one pair kept for the backward pass: pictures, inputs of products, norms and activations, queries,
@@ -79,7 +86,7 @@ class TowerCost:
             return self._whole.activation_bytes(itemsize)
         inputs = [block.input.activation_bytes(itemsize) for block in self.blocks]
         wholes = [block.inside.activation_bytes(itemsize) for block in self.blocks]
-        largest = max(whole - own for whole, own in zip(wholes, inputs, strict=True))
+        largest = max((whole - own for whole, own in zip(wholes, inputs, strict=True)), default=0)
         return self.outside.activation_bytes(itemsize) + sum(inputs) + largest
 
     @property
@@ -139,9 +146,15 @@ def _stem(config: ViTConfig) -> Cost:
 
 def _blocks(config: ViTConfig | TextConfig, tokens: int) -> tuple[Block, ...]:
     """Of the last block only one token is computed, but its keys and values are those of all."""
-    residual = Cost(saved_float32=tokens * config.width)
-    whole, last = (Block(inside=_block(config, tokens, queries), input=residual) for queries in (tokens, 1))
-    return (*(config.layers - 1) * (whole,), last)
+
+    def build(queries: int) -> Block:
+        return Block(
+            inside=_block(config, tokens, queries),
+            input=Cost(saved_float32=tokens * config.width),
+            last_product=_linear(queries, config.mlp_width, config.width),
+        )
+
+    return (*(config.layers - 1) * (build(tokens),), build(1))
 
 
 def _block(config: ViTConfig | TextConfig, tokens: int, queries: int) -> Cost:
@@ -171,14 +184,14 @@ def _resnet(config: ResNetConfig, embed_dim: int) -> TowerCost:
     for before, after in ((width // 2, width // 2), (width // 2, width)):
         stem += _convolution(before, after, side // 2, kernel=3) + _normalised_map(after, side // 2)
     stem += _map(width, side // 2)  # the average pool's input
-    blocks, before, side = [], width, side // 4
+    cost, before, side = stem, width, side // 4
     for stage, count in enumerate(config.layers):
         channels = width * 2**stage
         for i in range(count):
             stride = 2 if stage and not i else 1
-            blocks.append(Block(inside=_bottleneck(before, channels, side, stride), input=_map(before, side)))
+            cost += _bottleneck(before, channels, side, stride)
             before, side = 4 * channels, side // stride
-    return TowerCost(blocks=tuple(blocks), outside=stem + _attention_pool(config, embed_dim))
+    return TowerCost(blocks=(), outside=cost + _attention_pool(config, embed_dim))
 
 
 def _bottleneck(before: int, channels: int, side: int, stride: int) -> Cost:
