@@ -39,8 +39,9 @@ kill-test: .venv/demo .venv/dev ## kill training a hundred times and compare wha
 
 peers: .venv-peers/done ## build the environment of the libraries we are compared with
 
-docs: .venv/demo ## write docs/cli.md from the commands' own help
+docs: .venv/demo ## write docs/cli.md from the commands' own help, the tables of docs/scaling.md from their plans
 	$(VENV)/python -m recipes.docs
+	$(VENV)/python -m recipes.scaling
 
 golden: peers    ## write the golden values of the tests anew, from the peers
 	.venv-peers/bin/python tests/golden/make_features.py

@@ -47,6 +47,39 @@ def test_train_makes_a_run_and_says_how_it_ended(tmp_path, capsys):
     assert "continued from step 3" in capsys.readouterr().out
 
 
+def test_plan_prints_a_table_for_people(capsys):
+    assert call("plan", "ViT-L-14", "--devices", 256, "--device-kind", "v100", "--recompute") == 0
+    output = capsys.readouterr().out
+    for part in (
+        *("ViT-L-14: 32,768 pairs a step on 256 v100, 128 on each, 128 at once; ddp, bfloat16", "427,616,513"),
+        *("recompute", "activations", "text gradients", "days", "GB of 28.80 GB that may be filled: fits"),
+        *("largest micro-batch that fits: 128 of the device's 128 pairs", "at 40% of the device's peak"),
+    ):
+        assert part in output, part
+
+
+def test_plan_says_what_to_do_when_nothing_fits(capsys):
+    assert call("plan", "ViT-bigG-14", "--device-kind", "v100") == 0
+    output = capsys.readouterr().out
+    assert "GB that may be filled: does not fit" in output
+    assert "not even one pair at a time fits; try --sharding fsdp" in output
+
+
+def test_plan_prints_json_for_machines(capsys):
+    assert call("plan", "RN50", "--devices", 64, "--samples", "12.8e9", "--epochs", 1, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["preset"], found["config"]["devices"], found["config"]["samples"]) == ("RN50", 64, 12.8e9)
+    assert found["parameters"] == {"image": 38_316_896, "text": 63_690_240, "total": 102_007_137}
+    assert found["memory"]["total"] <= found["usable_memory"] == 72e9
+    assert found["seconds"]["run"] == pytest.approx(found["seconds"]["step"] * found["steps"]["run"])
+
+
+def test_a_plan_that_cannot_be_says_what_can(capsys):
+    assert call("plan", "ViT-L-14", "--devices", 592) == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())  # in a box, with the other flags' errors
+    assert "does not split evenly over 592 devices; use --batch-size 32560 or 33152" in error
+
+
 def test_classify_prints_bars_for_people(run, tmp_path, capsys):
     draw("red", "dot").save(tmp_path / "a.png")
     assert call("classify", tmp_path / "a.png", "--labels", "red dot", "blue ring", "--model", run) == 0
@@ -83,6 +116,8 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
         (["train", "RN-Ti", "--data", "nowhere", "--out", "y"], "no such dataset: nowhere"),
         (["train", "RN-Ti", "--data", "a@b", "--out", "y"], "PATH@WEIGHT"),
         (["train", "RN-Ti", "--data", "x", "--out", "y", "--tokenizer", "none"], "no diptych_tokenizer.json in none"),
+        (["plan", "ViT-L14"], "unknown preset 'ViT-L14'; did you mean ViT-L-14"),
+        (["plan", "ViT-B-32", "--caption-tokens", "78"], "a caption of 78 tokens does not fit; use 2 to 77"),
         (["classify", "nowhere.jpg", "--labels", "a"], "no such picture: nowhere.jpg"),
         (["classify", "*.nothing", "--labels", "a"], "no pictures in *.nothing"),
     ],

@@ -15,6 +15,14 @@ def test_the_page_of_the_command_line_is_what_help_prints():
     assert PAGE.read_text("utf-8") == render(), "run `make docs`"
 
 
+def test_the_tables_of_the_page_on_scaling_are_what_plan_says():
+    from recipes.scaling import PAGE, render
+
+    page = PAGE.read_text("utf-8")
+    assert page == render(page), "run `make docs`"
+    assert page.count("| ViT-L-14 |") == 6
+
+
 def test_every_command_is_in_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert [name for name in COMMANDS if f"diptych {name}" not in readme] == []

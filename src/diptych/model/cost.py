@@ -1,0 +1,253 @@
+"""What a model costs, from its config alone: parameters, floating-point operations, memory kept for the backward pass.
+
+A cost is the sum of the costs of its layers, so the functions below follow the towers' code line by line. Nothing is
+built and torch is not imported. `tests/model/test_cost.py` holds every number against the real model.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from diptych.errors import UsageError
+from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one layer, or of many."""
+
+    parameters: int = 0
+    """Numbers that are trained."""
+    flops: int = 0
+    """Of one pair's forward pass: matrix products and convolutions, a multiply-add counted as two."""
+    saved: int = 0
+    """Elements of one pair that are kept for the backward pass, in the type of the products."""
+    saved_float32: int = 0
+    """Those that are kept in float32 in any precision: the residual stream and statistics."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            parameters=self.parameters + other.parameters,
+            flops=self.flops + other.flops,
+            saved=self.saved + other.saved,
+            saved_float32=self.saved_float32 + other.saved_float32,
+        )
+
+    def activation_bytes(self, itemsize: int) -> int:
+        """Bytes of one pair kept for the backward pass; `itemsize` is that of the products."""
+        return itemsize * self.saved + 4 * self.saved_float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A Transformer block, the part of a tower that is recomputed, or gathered, as one."""
+
+    inside: Cost
+    """All of it."""
+    input: Cost
+    """What is kept when the rest is recomputed: the tensor that goes in."""
+    last_product: Cost
+    """What is not recomputed: nothing of the backward pass waits for its output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerCost:
+    """A tower: Transformer blocks, and what stands before and behind them."""
+
+    blocks: tuple[Block, ...]
+    """In their order; a ResNet has none."""
+    outside: Cost
+    """Stem, embeddings, the last norm and the projection; all of a ResNet."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole tower."""
+        return self._whole.parameters
+
+    @property
+    def flops(self) -> int:
+        """Of one pair's forward pass."""
+        return self._whole.flops
+
+    @property
+    def recomputed_flops(self) -> int:
+        """Of one pair, when every block is computed again for its backward pass."""
+        return sum(block.inside.flops - block.last_product.flops for block in self.blocks)
+
+    @property
+    def largest_block(self) -> int:
+        """Parameters of the largest block; 0 if there is none."""
+        return max((block.inside.parameters for block in self.blocks), default=0)
+
+    def activation_bytes(self, itemsize: int, *, recompute: bool = False) -> int:
+        """Bytes of one pair kept for the backward pass: pictures, inputs of products, norms and activations, queries,
+        keys and values; not parameters, not the gradients that pass by. Attention is the fused kind, which keeps no
+        L x L matrix. With `recompute` every block keeps its input only, and the largest one is there whole."""
+        if not recompute:
+            return self._whole.activation_bytes(itemsize)
+        inputs = [block.input.activation_bytes(itemsize) for block in self.blocks]
+        wholes = [block.inside.activation_bytes(itemsize) for block in self.blocks]
+        largest = max((whole - own for whole, own in zip(wholes, inputs, strict=True)), default=0)
+        return self.outside.activation_bytes(itemsize) + sum(inputs) + largest
+
+    @property
+    def _whole(self) -> Cost:
+        return sum((block.inside for block in self.blocks), self.outside)
+
+
+def image_tower(config: CLIPConfig) -> TowerCost:
+    """Of the image tower, for one picture."""
+    match config.vision:
+        case ViTConfig():
+            return _vit(config.vision, config.embed_dim)
+        case ResNetConfig():
+            return _resnet(config.vision, config.embed_dim)
+
+
+def text_tower(config: CLIPConfig, tokens: int) -> TowerCost:
+    """Of the text tower, for a caption of so many tokens, start and end included: padding behind it costs nothing."""
+    text = config.text
+    if not 2 <= tokens <= text.context_length:
+        raise UsageError(f"a caption of {tokens} tokens does not fit; use 2 to {text.context_length}, the text tower's")
+    embeddings = Cost(parameters=(text.vocab_size + text.context_length) * text.width)
+    return TowerCost(
+        blocks=_blocks(text, tokens),
+        outside=embeddings + _norm(1, text.width) + _linear(1, text.width, config.embed_dim, bias=False),
+    )
+
+
+# --- towers, in the order of their forward passes -------------------------------------------------------------------
+
+
+def _vit(config: ViTConfig, embed_dim: int) -> TowerCost:
+    tokens = config.grid**2 + 1
+    embeddings = Cost(parameters=(1 + tokens) * config.width)  # the class token and the positions
+    return TowerCost(
+        blocks=_blocks(config, tokens),
+        outside=_stem(config)
+        + embeddings
+        + _norm(tokens, config.width)
+        + _norm(1, config.width)
+        + _linear(1, config.width, embed_dim, bias=False),
+    )
+
+
+def _stem(config: ViTConfig) -> Cost:
+    if config.stem == "patch":
+        return _convolution(3, config.width, config.image_size, kernel=config.patch_size, stride=config.patch_size)
+    halvings = config.patch_size.bit_length() - 1
+    channels = [3, *(config.width // 2**i for i in reversed(range(halvings)))]
+    cost, side = Cost(), config.image_size
+    for before, after in pairwise(channels):
+        cost += _convolution(before, after, side, kernel=3, stride=2)
+        side = (side + 1) // 2
+        cost += _normalised_map(after, side)  # ReLU works in place: its output is the next convolution's input
+    return cost + _convolution(config.width, config.width, side)
+
+
+def _blocks(config: ViTConfig | TextConfig, tokens: int) -> tuple[Block, ...]:
+    """Of the last block only one token is computed, but its keys and values are those of all."""
+
+    def build(queries: int) -> Block:
+        return Block(
+            inside=_block(config, tokens, queries),
+            input=Cost(saved_float32=tokens * config.width),
+            last_product=_linear(queries, config.mlp_width, config.width),
+        )
+
+    return (*(config.layers - 1) * (build(tokens),), build(1))
+
+
+def _block(config: ViTConfig | TextConfig, tokens: int, queries: int) -> Cost:
+    width, hidden = config.width, config.mlp_width
+    one_query = Cost(saved=width) if queries < tokens else Cost()  # a copy; of all tokens they lie with the keys
+    attention = Cost(
+        flops=4 * queries * tokens * width,  # with every key and value; a causal kernel may leave out half
+        saved=3 * tokens * width,
+        saved_float32=queries * config.heads,  # the logarithms of the sums of softmax
+    )
+    return (
+        _norm(tokens, width)
+        + _linear(tokens, width, 3 * width)
+        + one_query
+        + attention
+        + _linear(queries, width, width)
+        + _norm(queries, width)
+        + _linear(queries, width, hidden)
+        + Cost(saved=queries * hidden)  # the activation's input
+        + _linear(queries, hidden, width)
+    )
+
+
+def _resnet(config: ResNetConfig, embed_dim: int) -> TowerCost:
+    width, side = config.width, config.image_size
+    stem = _convolution(3, width // 2, side, kernel=3, stride=2) + _normalised_map(width // 2, side // 2)
+    for before, after in ((width // 2, width // 2), (width // 2, width)):
+        stem += _convolution(before, after, side // 2, kernel=3) + _normalised_map(after, side // 2)
+    stem += _map(width, side // 2)  # the average pool's input
+    cost, before, side = stem, width, side // 4
+    for stage, count in enumerate(config.layers):
+        channels = width * 2**stage
+        for i in range(count):
+            stride = 2 if stage and not i else 1
+            cost += _bottleneck(before, channels, side, stride)
+            before, side = 4 * channels, side // stride
+    return TowerCost(blocks=(), outside=cost + _attention_pool(config, embed_dim))
+
+
+def _bottleneck(before: int, channels: int, side: int, stride: int) -> Cost:
+    after, out = 4 * channels, side // stride
+    cost = _convolution(before, channels, side) + _normalised_map(channels, side)
+    cost += _convolution(channels, channels, side, kernel=3) + _normalised_map(channels, side)
+    if stride > 1:
+        cost += _map(channels, side)  # the average pool's input
+    cost += _convolution(channels, after, out) + _normalised_map(after, out)
+    if stride > 1 or before != after:
+        shortcut = _convolution(before, after, out)
+        if stride == 1:  # its input is the first convolution's, kept once
+            shortcut += Cost(saved=-before * out**2)
+        cost += shortcut + _normalised_map(after, out)
+    return cost
+
+
+def _attention_pool(config: ResNetConfig, embed_dim: int) -> Cost:
+    width, tokens = config.out_width, config.grid**2 + 1
+    return (
+        Cost(parameters=tokens * width)
+        + _map(width, config.grid)  # the last block's ReLU
+        + _linear(1, width, width)
+        + _linear(tokens, width, width)
+        + _linear(tokens, width, width)
+        + Cost(flops=4 * tokens * width, saved=tokens * width + width, saved_float32=config.heads)
+        + _linear(1, width, embed_dim)
+    )
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _linear(tokens: int, inputs: int, outputs: int, *, bias: bool = True) -> Cost:
+    """Keeps its input."""
+    return Cost(
+        parameters=inputs * outputs + bias * outputs, flops=2 * tokens * inputs * outputs, saved=tokens * inputs
+    )
+
+
+def _norm(tokens: int, width: int) -> Cost:
+    """Keeps its input, a mean and a deviation."""
+    return Cost(parameters=2 * width, saved_float32=tokens * (width + 2))
+
+
+def _convolution(before: int, after: int, side: int, *, kernel: int = 1, stride: int = 1) -> Cost:
+    """Of a square map of `side`; keeps its input."""
+    weights, out = kernel**2 * before * after, -(-side // stride)
+    return Cost(parameters=weights, flops=2 * weights * out**2, saved=before * side**2)
+
+
+def _normalised_map(channels: int, side: int) -> Cost:
+    """A norm of the channels of a map; keeps its input. The ReLU behind it keeps what the next layer takes in."""
+    return Cost(parameters=2 * channels, saved=channels * side**2)
+
+
+def _map(channels: int, side: int) -> Cost:
+    """Keeps a map."""
+    return Cost(saved=channels * side**2)
