@@ -152,10 +152,10 @@ class _TiledLoss(torch.autograd.Function):
         for rows, columns in tiles.each():
             logits = _logits(x[rows], y[columns], tiles)
             slope = tiles.slope(rows, columns, logits)  # of the loss by each logit
-            d_scale += torch.dot(slope.flatten(), logits.sub_(tiles.bias).flatten())
-            d_bias += slope.sum()
             d_image[rows].addmm_(slope, y[columns])
             d_text[columns].addmm_(slope.T, x[rows])
+            d_scale += logits.sub_(tiles.bias).mul_(slope).sum(dtype=torch.float64)
+            d_bias += slope.sum(dtype=torch.float64)
         by_loss = outputs[0].float()
         d_scale = (d_scale * by_loss / tiles.scale).float()
         d_image.mul_(tiles.scale * by_loss)
