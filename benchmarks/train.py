@@ -15,7 +15,23 @@ import train_small
 from harness import OURS_PYTHON, PEERS_PYTHON, Contestant, matrix_rows, report, require_peers, run_rounds
 
 BATCH_SIZE = 64
-WORDS = ["a", "photo", "of", "the", "red", "house", "by", "river", "under", "old", "trees", "at", "night", "two", "boats"]
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "red",
+    "house",
+    "by",
+    "river",
+    "under",
+    "old",
+    "trees",
+    "at",
+    "night",
+    "two",
+    "boats",
+]
 
 
 def write_data(folder: Path, samples: int = 512) -> None:
