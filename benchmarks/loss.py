@@ -2,10 +2,9 @@
 
     python benchmarks/loss.py [--pairs 8192] [--many 32768]
 
-Float32 features of 512 numbers. Memory is what the process held at most above what it held with the
-features made (VmHWM), gradients of both features included, each figure from a fresh process. At 32,768 pairs the dense loss is not run: two
-matrices of logits, their two log-softmaxes and the gradients of all four are 8 x 4.3 GB by arithmetic, and half of it
-if every one is freed as early as it could be; that smaller figure is the peer.
+Float32 features of 512 numbers. Memory is what the process held at most above what it held with the features made
+(VmHWM), gradients of both features included, each figure from a fresh process. At 32,768 pairs the dense loss is not
+run: it holds at least four matrices of 4.3 GB at once (two of logits, two log-softmaxes), and that sum is the peer.
 """
 
 import argparse
