@@ -5,6 +5,8 @@ This is the only module that prints.
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from diptych.config import to_dict
 from diptych.errors import DiptychError, NotFoundError, PictureError, UsageError
 from diptych.model.config import Activation, get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
-from diptych.train.config import OptimConfig, RunConfig, TrainConfig
+from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 from diptych.train.plan import PlanConfig, PlanReport
 
 if TYPE_CHECKING:
@@ -44,11 +46,12 @@ class Train:
     tokenizer: Path | None = None
     """Folder of a tokenizer of one's own; by default OpenAI's vocabulary."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __call__(self) -> int:
-        model = get_preset(self.preset)
+        model = dataclasses.replace(get_preset(self.preset), logit_bias=self.loss.loss == "siglip")
         if self.tokenizer is not None:
             from diptych.tokenizer import Tokenizer
 
@@ -60,12 +63,14 @@ class Train:
             out=self.out,
             tokenizer=self.tokenizer,
             loader=self.loader,
+            loss=self.loss,
             optim=self.optim,
             run=self.run,
         )
         report = train_with_progress(config)
-        print_train_report(report)
-        return 0
+        if is_first_rank():
+            print_train_report(report)
+        return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +272,8 @@ def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]
     task = progress.add_task("training", total=None, status="")
 
     def show(report: "StepReport") -> None:
+        if not is_first_rank():
+            return
         progress.start()  # at the first step, so that an error before it stays one line
         minutes, seconds = divmod(int(report.seconds_left), 60)
         status = (
@@ -282,6 +289,11 @@ def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]
             progress.stop()
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for its job (`torchrun` starts several)."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def print_train_report(report: "TrainReport") -> None:
     """Say how a run ended."""
     for line in report.passed_over:
@@ -294,6 +306,8 @@ def print_train_report(report: "TrainReport") -> None:
     for name, value in report.metrics.items():
         print(f"  {name} {value:.4f}")
     print(f"checkpoint: {report.checkpoint}")
+    if report.stopped_by:
+        print(f"stopped by {report.stopped_by}; start the same command again to go on")
 
 
 def print_plan(preset: str, config: PlanConfig, report: PlanReport) -> None:

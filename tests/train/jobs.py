@@ -22,7 +22,7 @@ from diptych.train import loop
 torch.set_num_threads(1)
 config = train_config(Path({data!r}), Path({out!r}), **{options})
 loss = dataclasses.replace(config.loss, **{loss})
-model = dataclasses.replace(config.model, logit_bias=loss.name == "siglip")
+model = dataclasses.replace(config.model, logit_bias=loss.loss == "siglip")
 config = dataclasses.replace(config, loss=loss, model=model)
 def on_step(report):
     {on_step}

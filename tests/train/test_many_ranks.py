@@ -63,7 +63,7 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(data, alone, tmp_path, w
     {"micro_batch_size": 3, "sharding": "fsdp"},
     {"recompute": True, "loss": {"positives": "caption"}},
     {"recompute": True, "sharding": "fsdp"},
-    {"loss": {"name": "siglip"}},
+    {"loss": {"loss": "siglip"}},
     {"half_statistics": True, "sharding": "fsdp"},
 ])  # fmt: skip
 def test_every_way_of_sharing_agrees_with_one_process(data, tmp_path, options):

@@ -47,7 +47,7 @@ class OptimConfig:
 class LossConfig:
     """What is minimised, and what a picture may see of itself."""
 
-    name: LossName = "clip"
+    loss: LossName = "clip"
     """`clip`: the paper's cross-entropy over the batch. `siglip`: a yes or no for each pair (Zhai et al. 2023)."""
     positives: Positives = "pair"
     """Right answers besides a pair's own: pairs of the batch with an equal caption, an equal picture, or either."""
@@ -132,8 +132,8 @@ class TrainConfig:
     """How long, how exactly, on what, and what is kept."""
 
     def __post_init__(self) -> None:
-        if self.model.logit_bias != (self.loss.name == "siglip"):
+        if self.model.logit_bias != (self.loss.loss == "siglip"):
             has = "has" if self.model.logit_bias else "has no"
-            raise UsageError(f"the model {has} logit_bias, which does not fit the loss {self.loss.name}")
+            raise UsageError(f"the model {has} logit_bias, which does not fit the loss {self.loss.loss}")
         if self.loss.patch_dropout and not isinstance(self.model.vision, ViTConfig):
             raise UsageError("patch_dropout needs a ViT image tower; a ResNet has no patches")
