@@ -8,6 +8,7 @@ import torch
 from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.pair import Pair
 from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.shards.dataset import load_dataset
 from diptych.shards.loader import Batch, Loader
 from diptych.shards.write import write_shards
 from samples import encode, make_pairs, noise, write_samples
@@ -117,6 +118,18 @@ def test_a_broken_picture_is_stood_in_for_by_the_next_row_on_every_path(tmp_path
     assert sorted(s for b in batches for s in b.skipped) == [("bomb", "not_a_picture")] * 2 + [("cut", "truncated")]
     assert all(len(batch.image) == 8 for batch in batches)
     assert not {"cut", "bomb"} & {key for batch in batches for key in batch.keys}
+
+
+def test_a_picture_that_changed_under_its_index_is_not_used(tmp_path):
+    folder = write_samples(tmp_path / "data", count=20)
+    whole = {key for batch in take(build(folder, batch_size=4), 5) for key in batch.keys}
+    row = load_dataset(folder).shards[0].table.slice(7, 1).to_pylist()[0]
+    with open(folder / "00000.tar", "r+b") as tar:
+        tar.seek(row["offset"] + row["size"] - 1)  # decoders do not miss the last byte
+        tar.write(b"\x00")
+    batches = take(build(folder, batch_size=4), 5)
+    assert [s for batch in batches for s in batch.skipped] == [(row["key"], "changed")]
+    assert {key for batch in batches for key in batch.keys} == whole - {row["key"]}
 
 
 def test_a_dataset_of_broken_pictures_ends_with_an_error(tmp_path):

@@ -4,7 +4,8 @@ Batch b of an epoch is the positions [b B, (b + 1) B) of `EpochOrder`; rank r of
 drawn from a hash of (seed, epoch, position). So a batch is a pure function of its number, workers only decide who
 computes it, and resuming is an addition. What is left at the end of an epoch, less than a batch, is not used.
 
-A picture that does not decode gives its place to the next row of the same source, and is named in `Batch.skipped`.
+A picture that does not decode, or is not the bytes that were indexed, gives its place to the next row of the same
+source and is named in `Batch.skipped`.
 """
 
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
@@ -187,7 +189,7 @@ class _Source:
         self.dataset = dataset
         self.order = SourceOrder(dataset.sizes, dataset.content_hash, seed)
         self._columns = [
-            {name: shard.table.column(name) for name in ("key", "caption", "offset", "size")}
+            {name: shard.table.column(name) for name in ("key", "caption", "offset", "size", "xxh3")}
             for shard in dataset.shards
         ]
         self._files: dict[int, int] = {}
@@ -197,6 +199,8 @@ class _Source:
         shard, local = self.order.locate(row)
         columns = self._columns[shard]
         data = os.pread(self._open(shard), columns["size"][local].as_py(), columns["offset"][local].as_py())
+        if xxhash.xxh3_64_intdigest(data) != columns["xxh3"][local].as_py():
+            raise PictureError("changed", f"not the bytes that {self.dataset.shards[shard].path.name} was indexed with")
         return _Sample(columns["key"][local].as_py(), columns["caption"][local].as_py(), read_crop(data, crop, size))
 
     def key(self, row: int) -> str:
