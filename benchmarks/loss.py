@@ -50,7 +50,7 @@ def work(who: str, loss_name: str, pairs: int) -> None:
             return dense(image, text, scale) if loss_name == "clip" else dense(image, text, scale, bias)
 
     def measure() -> dict[str, float]:
-        torch.randn(512, 512) @ torch.randn(512, 512)  # threads and their buffers are there
+        torch.mm(torch.randn(512, 512), torch.randn(512, 512))  # threads and their buffers are there
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is held now
         before, started = status("VmRSS"), time.perf_counter()
         value = loss()

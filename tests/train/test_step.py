@@ -47,6 +47,7 @@ def make_batch(config, n=40, seed=0):
         text=text,
         position=Position(seed=0, dataset_hash="", batch_size=n),
         keys=("",) * n,
+        pictures=(0,) * n,
         skipped=(),
     )
 

@@ -54,6 +54,8 @@ class Batch:
     position: Position
     """Behind this batch: where a run goes on after it."""
     keys: tuple[str, ...]
+    pictures: tuple[int, ...]
+    """XXH3-64 of each picture's file: equal for copies, whatever crop is taken of them."""
     skipped: tuple[tuple[str, str], ...]
     """(key, reason) of pictures that could not be used and were stood in for."""
 
@@ -138,7 +140,7 @@ class Loader:
         places = np.arange(first, first + share, dtype=np.int64)
         draws = uniforms(derive_seed("crop", self.config.seed, position.epoch), places, 3)
         image = np.empty((share, 3, self.image_size, self.image_size), dtype=np.uint8)
-        captions, keys, skipped = [], [], []
+        captions, keys, pictures, skipped = [], [], [], []
         for i in range(share):
             side = self.config.min_crop + (1 - self.config.min_crop) * draws[i, 0]
             crop = Crop(side=side, left=draws[i, 1], top=draws[i, 2])
@@ -146,11 +148,13 @@ class Loader:
             image[i] = sample.image
             captions.append(sample.caption)
             keys.append(sample.key)
+            pictures.append(sample.xxh3)
         return Batch(
             image=torch.from_numpy(image),
             text=self.tokenize(captions),
             position=self._behind(position),
             keys=tuple(keys),
+            pictures=tuple(pictures),
             skipped=tuple(skipped),
         )
 
@@ -179,6 +183,7 @@ class Loader:
 class _Sample:
     key: str
     caption: str
+    xxh3: int
     image: UInt8[np.ndarray, "3 H W"]
 
 
@@ -199,9 +204,11 @@ class _Source:
         shard, local = self.order.locate(row)
         columns = self._columns[shard]
         data = os.pread(self._open(shard), columns["size"][local].as_py(), columns["offset"][local].as_py())
-        if xxhash.xxh3_64_intdigest(data) != columns["xxh3"][local].as_py():
+        xxh3 = xxhash.xxh3_64_intdigest(data)
+        if xxh3 != columns["xxh3"][local].as_py():
             raise PictureError("changed", f"not the bytes that {self.dataset.shards[shard].path.name} was indexed with")
-        return _Sample(columns["key"][local].as_py(), columns["caption"][local].as_py(), read_crop(data, crop, size))
+        image = read_crop(data, crop, size)
+        return _Sample(columns["key"][local].as_py(), columns["caption"][local].as_py(), xxh3, image)
 
     def key(self, row: int) -> str:
         shard, local = self.order.locate(row)

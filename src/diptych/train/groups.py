@@ -13,16 +13,20 @@ from diptych.train.config import Positives
 def group_pairs(batch: Batch, positives: Positives, ranks: Ranks, device: torch.device) -> Int[Tensor, " N"] | None:
     """A number for each pair of this rank; None if a pair has only itself.
 
-    `caption` and `image` compare tokens and pixels by a 64-bit hash. With `either` pairs that are linked through others
-    are one group too: the first one's picture equal to the second's, the second's caption to the third's.
+    `caption` compares tokens, `image` the pictures' files, by a 64-bit hash. With `either` pairs that are linked
+    through others are one group too: the first's picture equal to the second's, the second's caption to the third's.
     """
     if positives == "pair":
         return None
-    captions, images = (torch.tensor(_hashes(rows), device=device) for rows in (batch.text, batch.image))
+    hashes = [xxhash.xxh3_64_intdigest(row.numpy().tobytes()) for row in batch.text]
+    captions, images = (
+        torch.tensor([number - (1 << 63) for number in numbers], dtype=torch.int64, device=device)
+        for numbers in (hashes, batch.pictures)
+    )
     if positives != "either":
         return captions if positives == "caption" else images
     count = len(captions)
-    links = [ranks.gather(hashes).unique(return_inverse=True)[1] for hashes in (captions, images)]
+    links = [ranks.gather(numbers).unique(return_inverse=True)[1] for numbers in (captions, images)]
     group = torch.arange(len(links[0]), device=device)
     while True:
         before = group
@@ -32,7 +36,3 @@ def group_pairs(batch: Batch, positives: Positives, ranks: Ranks, device: torch.
         if torch.equal(group, before):
             first = sum(ranks.counts(count)[: ranks.rank])
             return group[first : first + count]
-
-
-def _hashes(rows: Tensor) -> list[int]:
-    return [xxhash.xxh3_64_intdigest(row.numpy().tobytes()) - (1 << 63) for row in rows]
