@@ -44,7 +44,9 @@ class LoaderConfig:
     workers: int = 1
     """Threads that read, decode and tokenize ahead; 0 does it in between the steps."""
     prefetch: int = 4
-    """Batches kept ready."""
+    """Batches kept ready; fewer if they would take more than 2 GiB."""
+    strict: bool = False
+    """Stop at the first sample that cannot be used, instead of counting it and going on."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:

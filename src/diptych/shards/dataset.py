@@ -32,7 +32,7 @@ class Dataset:
         if not sum(len(index) for index in indexes):
             reasons = Counter(reason for index in indexes for _, reason in index.skipped)
             raise ShardError(f"{path} holds no usable sample; skipped: {dict(reasons) or 'nothing found'}")
-        return cls(path, tuple(index for index in indexes if len(index)))
+        return cls(path, tuple(indexes))
 
     def __len__(self) -> int:
         return int(self.sizes.sum())

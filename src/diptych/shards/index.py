@@ -21,6 +21,8 @@ from diptych.errors import NotFoundError, ShardError
 from diptych.shards.members import Damage, Member, iter_members
 
 INDEX_VERSION = 1
+SCAN_VERSION = 2
+"""Of the rules by which a foreign tar is read: a cached index by other rules is made anew."""
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 INDEX_SCHEMA = pa.schema(
     [
@@ -154,7 +156,10 @@ def _read_sample(tar: Any, key: str, members: dict[str, Member]) -> dict[str, An
     try:
         parsed = json.loads(details) if details else {}
         text = caption.decode() if caption is not None else parsed.get("caption")
-    except (ValueError, AttributeError):
+        (text if isinstance(text, str) else "").encode()  # JSON can hold half a surrogate pair, a caption cannot
+    except (ValueError, AttributeError, RecursionError):
+        return "bad_text"
+    if not isinstance(parsed, dict):
         return "bad_text"
     if text is None:
         return "no_caption"
@@ -187,7 +192,7 @@ def _columns(table: pa.Table, *names: str) -> list[list[Any]]:
 
 def _cache_path(shard: Path) -> Path:
     status = shard.stat()
-    identity = f"{INDEX_VERSION} {shard.resolve()} {status.st_size} {status.st_mtime_ns}"
+    identity = f"{INDEX_VERSION}.{SCAN_VERSION} {shard.resolve()} {status.st_size} {status.st_mtime_ns}"
     return cache_folder() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"
 
 

@@ -5,7 +5,7 @@ drawn from a hash of (seed, epoch, position). So a batch is a pure function of i
 computes it, and resuming is an addition. What is left at the end of an epoch, less than a batch, is not used.
 
 A picture that does not decode, or is not the bytes that were indexed, gives its place to the next row of the same
-source and is named in `Batch.skipped`.
+source and is named in `Batch.skipped`; with `strict` it ends the run.
 """
 
 import os
@@ -27,6 +27,9 @@ from diptych.image import Crop, read_crop
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import Dataset, load_dataset
 from diptych.shards.order import EpochOrder, SourceOrder, derive_seed, uniforms
+
+PREFETCH_BYTES = 2 << 30
+"""Batches that are kept ready take no more than this, unless one alone does."""
 
 MAX_STAND_INS = 100
 """Broken neighbours in a row after which a dataset is not skipped through any further."""
@@ -85,6 +88,8 @@ class Loader:
         self.tokenize = tokenize
         self.rank, self.world_size = rank, world_size
         self.sources = [_Source(load_dataset(source.path), config.seed) for source in sources]
+        if config.strict:
+            _require_whole(self.sources)
         weights = [source.weight for source in sources]
         self.order = EpochOrder([source.order for source in self.sources], weights, config.seed)
         self.dataset_hash = _hash_sources(self.sources, weights)
@@ -104,6 +109,12 @@ class Loader:
     def batches_per_epoch(self) -> int:
         """Whole batches in an epoch."""
         return self.order.samples // self.config.batch_size
+
+    @property
+    def prefetch(self) -> int:
+        """Batches kept ready: as many as were asked for and PREFETCH_BYTES hold, at least one."""
+        batch_bytes = self.config.batch_size // self.world_size * 3 * self.image_size**2
+        return max(1, min(self.config.prefetch, PREFETCH_BYTES // batch_bytes))
 
     def seek(self, position: Position) -> None:
         """Go on behind a stored position; it must belong to the same data, seed and batch size."""
@@ -126,7 +137,7 @@ class Loader:
         try:
             next_position = self.position
             while True:
-                while len(ahead) < self.config.prefetch:
+                while len(ahead) < self.prefetch:
                     ahead.append(pool.submit(self.read_batch, next_position))
                     next_position = self._behind(next_position)
                 yield self._advance(ahead.popleft().result())
@@ -165,7 +176,10 @@ class Loader:
             try:
                 return source.read(row % source.order.samples, crop, self.image_size)
             except PictureError as error:
-                skipped.append((source.key(row % source.order.samples), error.reason))
+                key = source.key(row % source.order.samples)
+                if self.config.strict:
+                    raise ShardError(f"sample {key} in {source.dataset.path}: {error}") from None
+                skipped.append((key, error.reason))
         raise ShardError(f"{MAX_STAND_INS} broken pictures in a row in {source.dataset.path}; the last: {skipped[-1]}")
 
     def _behind(self, position: Position) -> Position:
@@ -223,6 +237,12 @@ class _Source:
     def __del__(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
+
+
+def _require_whole(sources: list[_Source]) -> None:
+    for source in sources:
+        for shard, key, reason in source.dataset.skipped:
+            raise ShardError(f"sample {key} in {source.dataset.path}, shard {shard}: {reason}")
 
 
 def _hash_sources(sources: list[_Source], weights: list[float]) -> str:

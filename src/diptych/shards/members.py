@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = 512
+MAX_NAME = 1 << 20
+"""Bytes of a long name or of PAX records that are looked at."""
 _ZERO = bytes(BLOCK)
 _REGULAR = b"0\0"  # type flags of an ordinary file; old tars write NUL
 _LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
@@ -31,7 +33,7 @@ class Damage:
     """A stretch of the tar that is no member."""
 
     reason: str
-    """`damaged_header` or `truncated`."""
+    """`damaged_header`, `zero_blocks` (an end, with more behind it) or `truncated`."""
     offset: int
     """Where it begins, bytes."""
     name: str = ""
@@ -54,26 +56,33 @@ def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
     while position + BLOCK <= end:
         header = tar[position : position + BLOCK]
         if header == _ZERO:
-            if tar[position + BLOCK : position + 2 * BLOCK] in (_ZERO, b""):
-                return  # two empty blocks end a tar; what tools pad behind them is not ours
-            position += BLOCK
+            behind = _skip_zeros(tar, position)
+            is_end = behind - position >= 2 * BLOCK or behind == end
+            if is_end and not _has_header(tar, behind):
+                return  # what tools pad behind the two empty blocks that end a tar is not ours
+            if is_end:
+                yield Damage("zero_blocks", position)
+                long_name, pax = "", {}
+            position = behind
             continue
-        if not _is_header(header):
+        size = _size(header, pax)
+        if size is None:
             if not in_damage:
                 yield Damage("damaged_header", position)
-            in_damage = True
+            in_damage, long_name, pax = True, "", {}
             position += BLOCK
             continue
         in_damage = False
-        kind, size = header[156:157], _number(header[124:136])
-        size = int(pax.get("size", size))
+        kind = header[156:157]
         content = position + BLOCK
         position = content + -(-size // BLOCK) * BLOCK
         if kind == _LONG_NAME:
-            long_name = _text(tar[content : content + size])
+            long_name = _text(tar[content : content + min(size, MAX_NAME)])
             continue
         if kind == _PAX:
-            pax = _read_pax(tar[content : content + size])
+            pax = _read_pax(tar[content : content + min(size, MAX_NAME)])
+            continue
+        if kind == _PAX_GLOBAL:
             continue
         name = pax.get("path") or long_name or _name(header)
         long_name, pax = "", {}
@@ -87,12 +96,29 @@ def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
         yield Damage("truncated", end)  # whole members, but the empty blocks that end a tar never came
 
 
-def _is_header(header: bytes) -> bool:
+def _skip_zeros(tar: mmap.mmap, position: int) -> int:
+    """The first block from `position` on that is not empty."""
+    while tar[position : position + BLOCK] == _ZERO:
+        position += BLOCK
+    return position
+
+
+def _has_header(tar: mmap.mmap, position: int) -> bool:
+    """Whether a header stands at `position` or in a block behind it."""
+    starts = range(position, len(tar) - BLOCK + 1, BLOCK)
+    return any(_size(tar[start : start + BLOCK], {}) is not None for start in starts)
+
+
+def _size(header: bytes, pax: dict[str, str]) -> int | None:
+    """Bytes of the member that a header announces; None if it is no header that holds together."""
     try:
-        stored = _number(header[148:156])
+        stored, size = _number(header[148:156]), _number(header[124:136])
+        if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            return None
+        size = int(pax.get("size", size))
     except ValueError:
-        return False
-    return stored == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        return None
+    return size if size >= 0 else None
 
 
 def _number(field: bytes) -> int:
@@ -103,7 +129,7 @@ def _number(field: bytes) -> int:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    return field.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
 def _name(header: bytes) -> str:
@@ -119,6 +145,6 @@ def _read_pax(content: bytes) -> dict[str, str]:
         if not length.isdigit() or not len(length) < int(length) <= len(content):
             break
         key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
         content = content[int(length) :]
     return records
