@@ -3,19 +3,45 @@
 Shapes: N pairs in the batch, L tokens, D width, A heads.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diptych.model.config import Activation, TextConfig, ViTConfig
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with."""
+    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with.
+
+    Computed as silu(1.702 x) / 1.702, the same function.
+    """
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return F.silu(1.702 * x) / 1.702  # the same function; silu has a fused derivative, the product has not
+        if torch.compiler.is_compiling():  # it fuses the plain form, and writes it to ONNX
+            return F.silu(1.702 * x) / 1.702
+        return _QuickGELU.apply(x)  # pyright: ignore[reportReturnType]
+
+
+class _QuickGELU(torch.autograd.Function):
+    """The derivative is silu's at 1.702 x: both factors cancel. Autograd would make three more tensors of x's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scaled = 1.702 * x
+        if not ctx.needs_input_grad[0]:
+            return F.silu(scaled, inplace=True).div_(1.702)
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(1.702)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, derivative: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(derivative, scaled)
 
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
