@@ -34,7 +34,7 @@ MAX_PIXELS = 100_000_000
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-SCALED_DECODE_MARGIN = 2.0
+SCALED_DECODE_MARGIN = 1.75
 """A JPEG is decoded at 1/2, 1/4 or 1/8 only if what comes out is still this many times larger than what is needed."""
 
 Picture = str | Path | bytes | Image.Image | NDArray[np.uint8]
