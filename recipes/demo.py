@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import tyro
 
-from diptych import cli, files
+from diptych import files
 from diptych.checkpoint import layouts
+from diptych.cli.train import print_train_report, train_with_progress
 from diptych.config import to_dict
 from diptych.embed import embed_images, embed_texts
 from diptych.evaluate import classification, retrieval
@@ -73,8 +74,8 @@ def main(demo: Demo) -> dict[str, Any]:
     started = time.monotonic()
     build_pairs(demo.pairs)
     print(f"pairs: {len(load_dataset(demo.pairs / 'training')):,} for training, in {time.monotonic() - started:.0f} s")
-    report = cli.train_with_progress(train_config(demo))
-    cli.print_train_report(report)
+    report = train_with_progress(train_config(demo))
+    print_train_report(report)
     results = evaluate(demo)
     if (demo.out / "results.json").exists() and report.resumed_from == report.steps:
         results["seconds"] = json.loads((demo.out / "results.json").read_text())["seconds"]  # nothing was trained now

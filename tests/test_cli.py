@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diptych.checkpoint import layouts, native, openai
-from diptych.cli import find_pictures, main
+from diptych.cli import main
+from diptych.cli.classify import find_pictures
 from diptych.errors import NotFoundError
 from diptych.train import loop
 from samples import (

@@ -1,0 +1,44 @@
+"""The table of commands. Each imports its rooms when it runs, so that `--help` answers at once.
+
+One file a group of commands. Only these print, and only these and `recipes/` compose rooms.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from diptych.cli.checkpoints import Convert, Inspect, Verify
+from diptych.cli.classify import Classify
+from diptych.cli.plan import Plan
+from diptych.cli.train import Train
+from diptych.errors import DiptychError
+
+Command = Train | Plan | Classify | Inspect | Convert | Verify
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "plan": Plan,
+    "classify": Classify,
+    "inspect": Inspect,
+    "convert": Convert,
+    "verify": Verify,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; our errors are one line and exit code 2."""
+    command: Command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="diptych",
+        description="Build and use CLIP models from end to end.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    try:
+        code = command()
+    except DiptychError as error:
+        print(f"diptych: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

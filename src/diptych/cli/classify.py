@@ -1,0 +1,100 @@
+"""`diptych classify`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from diptych.errors import NotFoundError, PictureError, UsageError
+from diptych.model.config import Activation
+
+DEFAULT_MODEL = Path("runs/demo")
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify:
+    """Name what is on pictures, choosing among labels the model was never trained on."""
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Pictures, folders of pictures, or globs."""
+    labels: tuple[str, ...]
+    """What to choose from; a|b gives two names to one class."""
+    model: str | None = None
+    """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai); by default
+    the one that `make demo` made."""
+    activation: Activation | None = None
+    """Of a bare file that does not show which activation it was trained with."""
+    templates: tuple[str, ...] = ("simple",)
+    """Names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
+    top: int = 5
+    """Labels to show for each picture."""
+    json: bool = False
+    """Print one JSON object a line instead of bars."""
+
+    def __call__(self) -> int:
+        from diptych.checkpoint.layouts import load
+        from diptych.zeroshot import ZeroShotClassifier, load_templates
+
+        paths = find_pictures(self.images)
+        templates = [t for name in self.templates for t in ([name] if "{}" in name else load_templates(name))]
+        names = [label.split("|") if "|" in label else label for label in self.labels]
+        loaded = load(self.model or default_model(), activation=self.activation)
+        classifier = ZeroShotClassifier(loaded, names, templates)
+        failed = 0
+        for path in paths:
+            try:
+                scores = classifier.predict_proba([path])[0]
+            except PictureError as error:
+                failed += 1
+                print(f"{path}: skipped, {error}", file=sys.stderr)
+                continue
+            order = scores.argsort()[::-1][: self.top]
+            answers = [(str(classifier.classes_[i]), float(scores[i])) for i in order]
+            print_answers(path, answers, as_json=self.json)
+        if failed:
+            print(f"{failed} of {len(paths)} pictures were skipped", file=sys.stderr)
+        return 1 if failed else 0
+
+
+def print_answers(path: Path, answers: list[tuple[str, float]], *, as_json: bool) -> None:
+    """One picture's labels: bars for people, JSON for machines."""
+    if as_json:
+        print(json.dumps({"image": str(path), "labels": [{"label": n, "probability": p} for n, p in answers]}))
+        return
+    table = Table(title=str(path), title_justify="left", show_header=False, box=None)
+    for label, probability in answers:
+        table.add_row(f"{probability:6.1%}", label, "█" * round(probability * 30))
+    Console().print(table)
+
+
+def find_pictures(patterns: Sequence[str]) -> list[Path]:
+    """Files as they are, folders for the pictures in them, globs for what they match; in a stable order."""
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+        elif path.exists() or not any(sign in pattern for sign in "*?["):
+            if not path.exists():
+                raise NotFoundError(f"no such picture: {path}")
+            found.append(path)
+        else:
+            anchor = Path(path.anchor) if path.is_absolute() else Path()
+            found += sorted(anchor.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
+    if not found:
+        raise NotFoundError(f"no pictures in {' '.join(patterns)} (looked for {' '.join(sorted(PICTURE_SUFFIXES))})")
+    return found
+
+
+def default_model() -> Path:
+    """The model that is used when none is named."""
+    if not DEFAULT_MODEL.is_dir():
+        raise UsageError(f"no model was named and {DEFAULT_MODEL} does not exist; pass --model, or run `make demo`")
+    return DEFAULT_MODEL
