@@ -31,7 +31,8 @@ class Train:
     preset: Annotated[str, tyro.conf.Positional]
     """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
     data: tuple[str, ...]
-    """Folders of shards or tars; PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
+    """Folders of shards or tars, here or at a URL (s3://bucket/shards, https://host/{00000..00099}.tar); PATH@0.5 sees
+    half of it in an epoch, PATH@2 all of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config."""
     tokenizer: Path | None = None
