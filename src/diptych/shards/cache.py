@@ -95,8 +95,9 @@ class ShardCache:
         """Make room for a shard, oldest first; whether there is enough now."""
         wanted = shard.size or 0
         with _locked(self.folder / "room.lock"):
+            reserved = self._reserved()  # first: a download that ends in between is then seen twice, not never
             here = sorted((status.st_mtime, tar, status.st_size) for tar, status in self._tars())
-            used = sum(size for *_, size in here) + self._reserved()
+            used = sum((reserved | {tar: size for _, tar, size in here}).values())
             for _, tar, size in here:
                 if used + wanted <= self.limit:
                     break
@@ -110,18 +111,18 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):
                 yield tar, tar.stat()
 
-    def _reserved(self) -> int:
+    def _reserved(self) -> dict[Path, int]:
         """Bytes that downloads under way will take; what a killed process had reserved is forgotten."""
-        total = 0
+        found: dict[Path, int] = {}
         for reserve in self.folder.glob("*/*.reserve"):
             with contextlib.suppress(FileNotFoundError, ValueError), open(reserve.with_suffix(".lock"), "a") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    total += int(reserve.read_text())
+                    found[reserve.with_suffix(".tar")] = int(reserve.read_text())
                 else:
                     reserve.unlink()
-        return total
+        return found
 
 
 def with_retries(url: str, action: Callable[[], Any]) -> Any:
