@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diptych.ranks import Ranks
+
 _ROWS = 1024
 """Queries that are ranked at a time, so that no N x N matrix is held."""
 
@@ -46,25 +48,52 @@ def classification(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> d
     }
 
 
+def mean_per_class_recall(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
+    """Top-1 accuracy of each class that has pictures, averaged over those classes: rare ones count like common ones."""
+    recalls = [accuracy(scores[labels == label], labels[labels == label]) for label in labels.unique()]
+    return sum(recalls) / len(recalls) if recalls else 0.0
+
+
 def retrieval(
-    image_features: Float[Tensor, "N E"], text_features: Float[Tensor, "N E"], ks: tuple[int, ...] = (1, 5, 10)
+    image_features: Float[Tensor, "N E"],
+    text_features: Float[Tensor, "M E"],
+    ks: tuple[int, ...] = (1, 5, 10),
+    *,
+    image_of_text: Int[Tensor, " M"] | None = None,
+    ranks: Ranks | None = None,
 ) -> Mapping[str, float]:
-    """Recall at k both ways: is the partner of row i among the k nearest? Names are the field's."""
-    image_ranks = _ranks(text_features, image_features)
-    text_ranks = _ranks(image_features, text_features)
-    return {f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks} | {
-        f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks
-    }
+    """Recall at k both ways: is a partner among the k nearest? Names are the field's.
+
+    Text i belongs to image `image_of_text[i]`, by default to image i. An image with several texts is found by any of
+    them; each text looks for its one image. With `ranks` each of them ranks its share of the queries.
+    """
+    us = ranks or Ranks()
+    images = torch.arange(len(image_features), device=image_features.device)
+    of_text = images if image_of_text is None else image_of_text
+    hits_image = _hits(text_features, image_features, of_text, images, ks, us)
+    hits_text = _hits(image_features, text_features, images, of_text, ks, us)
+    return {
+        f"image_retrieval_recall@{k}": hits / max(1, len(of_text)) for k, hits in zip(ks, hits_image, strict=True)
+    } | {f"text_retrieval_recall@{k}": hits / max(1, len(images)) for k, hits in zip(ks, hits_text, strict=True)}
 
 
-def _ranks(queries: Float[Tensor, "N E"], candidates: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
-    """How many candidates stand before each query's partner; ties by index, as in `accuracy`."""
-    ranks = []
-    index = torch.arange(len(candidates), device=candidates.device)
-    for start in range(0, len(queries), _ROWS):
-        scores = queries[start : start + _ROWS] @ candidates.T
-        own = index[start : start + len(scores), None]
-        of_partner = scores.gather(1, own)
-        ahead = (scores > of_partner) | ((scores == of_partner) & (index < own))
-        ranks.append(ahead.sum(dim=1))
-    return torch.cat(ranks) if ranks else index
+def _hits(
+    queries: Float[Tensor, "Q E"],
+    candidates: Float[Tensor, "C E"],
+    of_query: Int[Tensor, " Q"],
+    of_candidate: Int[Tensor, " C"],
+    ks: tuple[int, ...],
+    us: Ranks,
+) -> list[int]:
+    """How many queries have a partner (a candidate of the same image) among the k first; ties as in `accuracy`."""
+    hits = torch.zeros(len(ks), dtype=torch.int64, device=queries.device)
+    index = torch.arange(len(candidates), device=queries.device)
+    for chunk in us.share(-(-len(queries) // _ROWS)):
+        rows = slice(chunk * _ROWS, (chunk + 1) * _ROWS)
+        scores = queries[rows] @ candidates.T
+        own = of_query[rows, None] == of_candidate
+        best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+        first = index.where(own & (scores == best), len(candidates)).amin(dim=1, keepdim=True)
+        ahead = ((scores > best) | ((scores == best) & (index < first))).sum(dim=1)
+        hits += torch.stack([(ahead < k).sum() for k in ks])
+    return us.sum(hits).tolist()

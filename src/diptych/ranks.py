@@ -168,6 +168,14 @@ def connect(timeout: float = TIMEOUT, device: str = "auto") -> Ranks:
     return ranks
 
 
+def current() -> Ranks:
+    """The job that this process has joined with `connect`: for code that is called in the middle of one."""
+    if not dist.is_initialized():
+        return Ranks()
+    local = os.environ.get("LOCAL_RANK") or os.environ.get(_ENVIRONMENT["LOCAL_RANK"]) or 0
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(local))
+
+
 _ENVIRONMENT = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 

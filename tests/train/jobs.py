@@ -16,7 +16,7 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 import dataclasses
 from pathlib import Path
 import torch
-from samples import TINY_RESNET, TINY_VIT, train_config
+from samples import TINY_RESNET, TINY_VIT, make_loaded, train_config
 from diptych.errors import DiptychError
 from diptych.train import loop
 torch.set_num_threads(1)
@@ -26,8 +26,14 @@ model = dataclasses.replace(config.model, logit_bias=loss.loss == "siglip")
 config = dataclasses.replace(config, loss=loss, model=model)
 def on_step(report):
     {on_step}
+evaluators = []
+if {evaluate!r}:
+    from diptych.cli.train import build_evaluators
+    from diptych.image import Preprocess
+    preprocess = Preprocess(image_size=config.model.vision.image_size)
+    evaluators = build_evaluators({evaluate!r}, loop.load_tokenizer(config), preprocess)
 try:
-    loop.run(config, on_step=on_step)
+    loop.run(config, on_step=on_step, evaluators=evaluators)
 except DiptychError as error:
     print(type(error).__name__, error, flush=True)
     sys.exit(2)
@@ -35,7 +41,14 @@ except DiptychError as error:
 
 
 def start(
-    data: Path, out: Path, world_size: int, *, on_step: str = "pass", loss: dict | None = None, **options
+    data: Path,
+    out: Path,
+    world_size: int,
+    *,
+    on_step: str = "pass",
+    loss: dict | None = None,
+    evaluate: tuple[str, ...] = (),
+    **options,
 ) -> list[subprocess.Popen]:
     """One process a rank; with one rank no job at all."""
     assert train_config(data, out, **{k: v for k, v in options.items() if k != "model"})
@@ -43,7 +56,13 @@ def start(
     shown = ", ".join([f"'model': {model}", *(f"{name!r}: {value!r}" for name, value in options.items())])
     tests = str(Path(__file__).parents[1])
     script = SCRIPT.format(
-        tests=tests, data=str(data), out=str(out), options=f"{{{shown}}}", loss=loss or {}, on_step=on_step
+        tests=tests,
+        data=str(data),
+        out=str(out),
+        options=f"{{{shown}}}",
+        loss=loss or {},
+        on_step=on_step,
+        evaluate=evaluate,
     )
     port = str(free_port())
     processes = []

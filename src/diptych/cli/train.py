@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,11 +12,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from diptych.errors import UsageError, unknown_name
 from diptych.model.config import get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from diptych.examine import Examiner
+    from diptych.image import Preprocess
+    from diptych.tokenizer import Tokenizer
     from diptych.train.loop import Evaluator, StepReport, TrainReport
 
 
@@ -27,11 +31,17 @@ class Train:
     preset: Annotated[str, tyro.conf.Positional]
     """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
     data: tuple[str, ...]
-    """Folders of shards or tars; PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
+    """Folders of shards or tars, here or at a URL (s3://bucket/shards, https://host/{00000..00099}.tar); PATH@0.5 sees
+    half of it in an epoch, PATH@2 all of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config."""
     tokenizer: Path | None = None
     """Folder of a tokenizer of one's own; by default OpenAI's vocabulary."""
+    evaluate: tuple[str, ...] = ()
+    """NAME=PATH of sets to be asked about during training: class folders of pictures, shards with labels (zero-shot
+    accuracy) or with captions (retrieval). NAME=zeroshot:PATH or NAME=retrieval:PATH chooses."""
+    templates: tuple[str, ...] = ("simple",)
+    """For zero-shot sets: names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -54,10 +64,76 @@ class Train:
             optim=self.optim,
             run=self.run,
         )
-        report = train_with_progress(config)
+        evaluators = self._open_evaluators(config)
+        report = train_with_progress(config, evaluators=evaluators)
         if is_first_rank():
             print_train_report(report)
+            for evaluator in evaluators:
+                if evaluator.broken:
+                    print(f"  {evaluator.name}: pictures left out: {_counts(evaluator.broken)}")
         return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
+
+    def _open_evaluators(self, config: TrainConfig) -> "list[Examiner]":
+        """Before training: a set that is not there or a misspelled metric must not be found out at its end."""
+        if not self.evaluate:
+            check_keep_best(config.run.keep_best, [])
+            return []
+        from diptych.image import Preprocess
+        from diptych.train.loop import load_tokenizer
+
+        preprocess = Preprocess(image_size=config.model.vision.image_size)
+        evaluators = build_evaluators(self.evaluate, load_tokenizer(config), preprocess, self.templates)
+        check_keep_best(config.run.keep_best, evaluators)
+        if is_first_rank():
+            for evaluator in evaluators:
+                print(describe_evaluator(evaluator))
+        return evaluators
+
+
+def build_evaluators(
+    specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
+) -> "list[Examiner]":
+    """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
+    from diptych.examine import KINDS, Examiner, Kind, open_set
+    from diptych.zeroshot import fill_template, load_templates
+
+    prompts = tuple(t for name in templates for t in ([name] if "{}" in name else load_templates(name)))
+    if not prompts:
+        raise UsageError("no template was named; use simple, imagenet_80, imagenet_7, none, or a text with a {}")
+    for prompt in prompts:
+        fill_template(prompt, "")
+    evaluators: dict[str, Examiner] = {}
+    for spec in specs:
+        name, equals, place = spec.partition("=")
+        if not (equals and name and place) or "/" in name:
+            raise UsageError(f"{spec!r} is not NAME=PATH, NAME=zeroshot:PATH or NAME=retrieval:PATH (no / in the name)")
+        if name in evaluators:
+            raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
+        kind: Kind | None = next((kind for kind in KINDS if place.startswith(f"{kind}:")), None)
+        exam = open_set(Path(place.removeprefix(f"{kind}:")), kind)
+        evaluators[name] = Examiner(name, exam, tokenizer, preprocess, prompts)
+    return list(evaluators.values())
+
+
+def check_keep_best(name: str | None, evaluators: "Sequence[Examiner]") -> None:
+    """Refuse a metric that no evaluation will yield."""
+    known = [metric for evaluator in evaluators for metric in evaluator.metrics]
+    if name is not None and not known:
+        raise UsageError(f"keep_best {name} needs an evaluation that yields it; add --evaluate NAME=PATH")
+    if name is not None and name not in known:
+        raise unknown_name("keep_best metric", name, known)
+
+
+def describe_evaluator(evaluator: "Examiner") -> str:
+    """What will be asked, and what was left out."""
+    exam = evaluator.exam
+    classes = f" of {len(exam.classnames)} classes" if exam.classnames else ""
+    end = f"; left out: {_counts(exam.skipped)}" if exam.skipped else ""
+    return f"evaluation {evaluator.name}: {exam.kind} on {len(exam.questions)} pictures{classes}{end}"
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
 def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]" = ()) -> "TrainReport":

@@ -8,27 +8,45 @@ from diptych.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One folder of shards, or one tar."""
+    """One folder of shards, or one tar: at a path of this machine, or at a URL."""
 
-    path: Path
+    path: Path | None = None
     """Where it lies."""
+    url: str | None = None
+    """Where it lies elsewhere: any fsspec URL of a folder, a tar, or a range like https://host/{00000..00099}.tar."""
     weight: float = 1.0
     """How many times an epoch each of its samples is seen."""
 
     def __post_init__(self) -> None:
+        if (self.path is None) == (self.url is None):
+            raise UsageError(f"a source needs a path or a url, not {self.path} and {self.url}")
         if not self.weight > 0:
-            raise UsageError(f"weight {self.weight} of {self.path} must be above 0; leave the source out instead")
+            raise UsageError(
+                f"weight {self.weight} of {self.path or self.url} must be above 0; leave the source out instead"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "SourceConfig":
-        """Read `PATH` or `PATH@WEIGHT`."""
-        path, at, weight = text.rpartition("@")
-        if not at:
-            return cls(path=Path(text))
-        try:
-            return cls(path=Path(path), weight=float(weight))
-        except ValueError:
-            raise UsageError(f"{text!r} is not PATH or PATH@WEIGHT, for example shards/photos@0.5") from None
+        """Read `PATH` or `URL`, with `@WEIGHT` behind it or not."""
+        place, at, weight = text.rpartition("@")
+        if not at or (_is_url(text) and not _is_number(weight)):  # a URL may name a user: s3://user@bucket
+            place, weight = text, "1"
+        if not _is_number(weight):
+            raise UsageError(f"{text!r} is not PATH or PATH@WEIGHT, for example shards/photos@0.5")
+        if _is_url(place):
+            return cls(url=place.rstrip("/"), weight=float(weight))
+        return cls(path=Path(place), weight=float(weight))
+
+
+def _is_url(text: str) -> bool:
+    return "://" in text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) == float(text)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +65,17 @@ class LoaderConfig:
     """Batches kept ready; fewer if they would take more than 2 GiB."""
     strict: bool = False
     """Stop at the first sample that cannot be used, instead of counting it and going on."""
+    cache: Path | None = None
+    """Folder for shards that lie elsewhere while they are read; by default in the user's cache folder."""
+    cache_bytes: int = 64 << 30
+    """Bytes that it may take: at least one block of 64 shards, better two; more only if batches under way need it."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise UsageError(f"batch_size {self.batch_size} leaves nothing to contrast with; use at least 2")
         if not 0 < self.min_crop <= 1:
             raise UsageError(f"min_crop {self.min_crop} is not a share in (0, 1]")
+        if self.cache_bytes < 1:
+            raise UsageError(f"cache_bytes {self.cache_bytes} must be at least 1")
         if self.workers < 0 or self.prefetch < 1:
             raise UsageError(f"workers {self.workers} must be 0 or more, prefetch {self.prefetch} 1 or more")

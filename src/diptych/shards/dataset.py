@@ -23,11 +23,12 @@ DATASET_VERSION = 1
 class Dataset:
     """Shards in name order."""
 
-    path: Path
+    path: Path | str
+    """Where it lies; a URL if it lies elsewhere."""
     shards: tuple[ShardIndex, ...]
 
     @classmethod
-    def from_indexes(cls, path: Path, indexes: list[ShardIndex]) -> "Dataset":
+    def from_indexes(cls, path: Path | str, indexes: list[ShardIndex]) -> "Dataset":
         """Put indexes together; raises ShardError if no sample is left."""
         if not sum(len(index) for index in indexes):
             reasons = Counter(reason for index in indexes for _, reason in index.skipped)

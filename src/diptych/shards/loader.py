@@ -8,6 +8,7 @@ A picture that does not decode, or is not the bytes that were indexed, gives its
 source and is named in `Batch.skipped`; with `strict` it ends the run.
 """
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -24,9 +25,12 @@ from torch import Tensor
 
 from diptych.errors import PictureError, ShardError, UsageError
 from diptych.image import Crop, read_crop
+from diptych.shards.cache import Fetcher, ShardCache
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import Dataset, load_dataset
-from diptych.shards.order import EpochOrder, SourceOrder, derive_seed, uniforms
+from diptych.shards.index import cache_folder
+from diptych.shards.order import EpochOrder, Place, SourceOrder, derive_seed, uniforms
+from diptych.shards.remote import RemoteDataset, open_remote, require_room
 
 PREFETCH_BYTES = 2 << 30
 """Batches that are kept ready take no more than this, unless one alone does."""
@@ -87,7 +91,7 @@ class Loader:
         self.image_size = image_size
         self.tokenize = tokenize
         self.rank, self.world_size = rank, world_size
-        self.sources = [_Source(load_dataset(source.path), config.seed) for source in sources]
+        self.sources = _open_sources(sources, config)
         if config.strict:
             _require_whole(self.sources)
         weights = [source.weight for source in sources]
@@ -129,6 +133,13 @@ class Loader:
 
     def __iter__(self) -> Generator[Batch]:
         """Batches from `position` on. Close the iterator to stop its workers."""
+        try:
+            yield from self._iterate()
+        finally:
+            for source in self.sources:
+                source.rest()
+
+    def _iterate(self) -> Generator[Batch]:
         if not self.config.workers:
             while True:
                 yield self._advance(self.read_batch(self.position))
@@ -152,14 +163,16 @@ class Loader:
         draws = uniforms(derive_seed("crop", self.config.seed, position.epoch), places, 3)
         image = np.empty((share, 3, self.image_size, self.image_size), dtype=np.uint8)
         captions, keys, pictures, skipped = [], [], [], []
-        for i in range(share):
-            side = self.config.min_crop + (1 - self.config.min_crop) * draws[i, 0]
-            crop = Crop(side=side, left=draws[i, 1], top=draws[i, 2])
-            sample = self._read_sample(position.epoch, int(places[i]), crop, skipped)
-            image[i] = sample.image
-            captions.append(sample.caption)
-            keys.append(sample.key)
-            pictures.append(sample.xxh3)
+        chosen = [self.order.place(position.epoch, int(place)) for place in places]
+        with self._at_hand(chosen):
+            for i in range(share):
+                side = self.config.min_crop + (1 - self.config.min_crop) * draws[i, 0]
+                crop = Crop(side=side, left=draws[i, 1], top=draws[i, 2])
+                sample = self._read_sample(chosen[i], crop, skipped)
+                image[i] = sample.image
+                captions.append(sample.caption)
+                keys.append(sample.key)
+                pictures.append(sample.xxh3)
         return Batch(
             image=torch.from_numpy(image),
             text=self.tokenize(captions),
@@ -169,8 +182,17 @@ class Loader:
             skipped=tuple(skipped),
         )
 
-    def _read_sample(self, epoch: int, place: int, crop: Crop, skipped: list[tuple[str, str]]) -> "_Sample":
-        chosen = self.order.place(epoch, place)
+    @contextlib.contextmanager
+    def _at_hand(self, places: list[Place]) -> Generator[None]:
+        """Each source knows what a batch takes of it while the batch is made."""
+        with contextlib.ExitStack() as stack:
+            for number, source in enumerate(self.sources):
+                mine = [place for place in places if place.source == number]
+                if mine:
+                    stack.enter_context(source.at_hand(mine))
+            yield
+
+    def _read_sample(self, chosen: Place, crop: Crop, skipped: list[tuple[str, str]]) -> "_Sample":
         source = self.sources[chosen.source]
         for row in range(chosen.row, chosen.row + MAX_STAND_INS):
             try:
@@ -202,11 +224,10 @@ class _Sample:
 
 
 class _Source:
-    """One dataset at hand: its order, its columns and its open files."""
+    """One dataset at hand: its order, its columns and its open files, fetched by `fetcher` if they lie elsewhere."""
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.order = SourceOrder(dataset.sizes, dataset.content_hash, seed)
+    def __init__(self, dataset: Dataset, order: SourceOrder, fetcher: Fetcher | None = None) -> None:
+        self.dataset, self.order, self.fetcher = dataset, order, fetcher
         self._columns = [
             {name: shard.table.column(name) for name in ("key", "caption", "offset", "size", "xxh3")}
             for shard in dataset.shards
@@ -228,7 +249,24 @@ class _Source:
         shard, local = self.order.locate(row)
         return self._columns[shard]["key"][local].as_py()
 
+    @contextlib.contextmanager
+    def at_hand(self, places: list[Place]) -> Generator[None]:
+        """Shards of these places stay here."""
+        if self.fetcher is None:
+            yield
+            return
+        first = min(place.position for place in places)
+        with self.fetcher.reading(first, {self.order.locate(place.row)[0] for place in places}):
+            yield
+
+    def rest(self) -> None:
+        """Nothing is read for now."""
+        if self.fetcher is not None:
+            self.fetcher.close()
+
     def _open(self, shard: int) -> int:
+        if self.fetcher is not None:
+            return self.fetcher.descriptor(shard)
         with self._lock:
             if shard not in self._files:
                 self._files[shard] = os.open(self.dataset.shards[shard].path, os.O_RDONLY)
@@ -237,6 +275,26 @@ class _Source:
     def __del__(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
+
+
+def _open_sources(configs: Sequence[SourceConfig], config: LoaderConfig) -> list[_Source]:
+    cache = None
+    if any(source.url for source in configs):
+        cache = ShardCache(config.cache or cache_folder() / "shards", config.cache_bytes)
+    remote: list[RemoteDataset] = []
+    sources: list[_Source] = []
+    for source in configs:
+        if source.path is not None:
+            dataset = load_dataset(source.path)
+            sources.append(_Source(dataset, SourceOrder(dataset.sizes, dataset.content_hash, config.seed)))
+        elif source.url is not None and cache is not None:
+            remote.append(open_remote(source.url, cache))
+            dataset = remote[-1].dataset
+            order = SourceOrder(dataset.sizes, dataset.content_hash, config.seed)
+            sources.append(_Source(dataset, order, Fetcher(cache, remote[-1].shards, dataset.shards, order)))
+    if cache is not None:
+        require_room(remote, cache)
+    return sources
 
 
 def _require_whole(sources: list[_Source]) -> None:

@@ -74,6 +74,18 @@ class SourceOrder:
         shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
         return shard, row - int(self._first_row[shard])
 
+    def shards_from(self, position: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shards of the block at a position of the endless order, and those of the block behind it."""
+        epoch, offset = divmod(position, self.samples)
+        _, block_starts = self._plan(epoch)
+        block = int(np.searchsorted(block_starts, offset, side="right")) - 1
+        following = (epoch, block + 1) if block + 1 < len(block_starts) else (epoch + 1, 0)
+        return self._shards_of_block(epoch, block), self._shards_of_block(*following)
+
+    def _shards_of_block(self, epoch: int, block: int) -> tuple[int, ...]:
+        shards, _ = self._plan(epoch)
+        return tuple(shards[block * BLOCK_SHARDS : (block + 1) * BLOCK_SHARDS].tolist())
+
     def _build_plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Order of the shards in an epoch, and the position at which each block of them starts."""
         shards = permutation(len(self.sizes), derive_seed(self._seed, epoch, "shards"))
@@ -95,6 +107,8 @@ class Place:
     source: int
     row: int
     """In file order over all shards of the source."""
+    position: int
+    """In the endless order of the source."""
 
 
 class EpochOrder:
@@ -114,7 +128,8 @@ class EpochOrder:
     def place(self, epoch: int, position: int) -> Place:
         """What stands at a position of an epoch."""
         if len(self.sources) == 1:
-            return Place(0, self.sources[0][epoch * self.samples + position])
+            position += epoch * self.samples
+            return Place(0, self.sources[0][position], position)
         chunk = position * self._chunks // self.samples
         while self._start(chunk) > position:
             chunk -= 1
@@ -124,7 +139,7 @@ class EpochOrder:
         offset = position - self._start(chunk)
         chosen = int(source[offset])
         taken = epoch * self.quotas[chosen] + self._share(chosen, chunk) + int(rank[offset])
-        return Place(chosen, self.sources[chosen][taken])
+        return Place(chosen, self.sources[chosen][taken], taken)
 
     def _share(self, source: int, chunk: int) -> int:
         """How many samples of a source stand before a chunk of the epoch."""

@@ -520,7 +520,7 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
     return replace(tokenizer, context_length=text.context_length)
 
 
-FREE_LOADER = ("batch_size", "workers", "prefetch")
+FREE_LOADER = ("batch_size", "workers", "prefetch", "cache", "cache_bytes")
 FREE_RUN = (
     *("checkpoint_every", "checkpoint_minutes", "keep_last", "keep_best", "mirror", "evaluate_every", "log"),
     *("device", "micro_batch_size", "sharding", "recompute", "timeout", "extend_to"),

@@ -1,0 +1,177 @@
+"""A dataset at any fsspec URL: which shards it has, and the index of each.
+
+    s3://bucket/shards                       a folder with dataset.json, or any folder of tars that can be listed
+    https://host/shards/00000.tar            one tar
+    https://host/shards/{00000..00099}.tar   a range of them
+
+Indexes are kept here for good. A tar without one is fetched and indexed when it is first named, which can take long.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from diptych import files
+from diptych.errors import NotFoundError, ShardError, UsageError
+from diptych.shards.cache import RemoteShard, ShardCache, with_retries
+from diptych.shards.dataset import DATASET_FILE, DATASET_VERSION, Dataset
+from diptych.shards.index import ShardIndex, build_index, read_index, write_index
+from diptych.shards.order import BLOCK_SHARDS
+
+_THREADS = 8
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class RemoteDataset:
+    """What is known of a dataset without its pictures being here."""
+
+    dataset: Dataset
+    shards: tuple[RemoteShard, ...]
+
+    @property
+    def block_bytes(self) -> int:
+        """Most bytes that one block of shards can take."""
+        return sum(sorted((shard.size or 0 for shard in self.shards), reverse=True)[:BLOCK_SHARDS])
+
+
+def open_remote(url: str, cache: ShardCache) -> RemoteDataset:
+    """Find the shards at a URL and their indexes."""
+    store, root = _connect(url)
+    names = expand_range(url)
+    if len(names) > 1 or url.endswith(".tar"):
+        return _open_foreign(store, url, names, cache)
+    description = with_retries(f"{url}/{DATASET_FILE}", lambda: _read_optional(store, f"{root}/{DATASET_FILE}"))
+    if description is not None:
+        return _open_described(store, root, url, description, cache)
+    listed = with_retries(url, lambda: store.ls(root, detail=False))
+    tars = sorted({str(place).rstrip("/").rpartition("/")[2] for place in listed})
+    tars = [name for name in tars if name.endswith(".tar")]
+    if not tars:
+        raise NotFoundError(
+            f"neither {DATASET_FILE} nor .tar shards at {url}; a range is named {url}/{{00000..00099}}.tar"
+        )
+    return _open_foreign(store, url, [f"{url}/{name}" for name in tars], cache)
+
+
+def require_room(sources: list[RemoteDataset], cache: ShardCache) -> None:
+    """A block of every source must fit, since its samples are mixed."""
+    needed = sum(source.block_bytes for source in sources)
+    if needed > cache.limit:
+        raise UsageError(
+            f"cache_bytes {cache.limit} cannot hold one block of {BLOCK_SHARDS} shards of each source, which takes up "
+            f"to {needed} bytes; use --cache-bytes {2 * needed} (two blocks, so that the next one is fetched ahead)"
+        )
+
+
+def expand_range(url: str) -> list[str]:
+    """`a/{00..02}.tar` -> a/00.tar, a/01.tar, a/02.tar; any number of ranges."""
+    parts = _RANGE.split(url)
+    choices = [[f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+               for first, last in zip(parts[1::3], parts[2::3], strict=True)]  # fmt: skip
+    if not all(choices):
+        raise UsageError(f"the range in {url} is empty; the smaller number comes first")
+    return ["".join(x for pair in itertools.zip_longest(parts[::3], some, fillvalue="") for x in pair)
+            for some in itertools.product(*choices)]  # fmt: skip
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    options: dict[str, Any] = {}
+    try:
+        if url.startswith(("http://", "https://")):
+            import aiohttp
+
+            # fsspec would end any download after five minutes; what must not happen is that nothing comes
+            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+        store, root = fsspec.core.url_to_fs(url, **options)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"data at {url} cannot be used: {error}; `pip install diptych[remote]` for http") from None
+    return store, str(root).rstrip("/")
+
+
+def _open_described(store: Any, root: str, url: str, text: bytes, cache: ShardCache) -> RemoteDataset:
+    try:
+        description = json.loads(text)
+        if description["version"] != DATASET_VERSION:
+            raise ShardError(f"{url}/{DATASET_FILE} has version {description['version']}, not {DATASET_VERSION}")
+        entries = [(str(shard["name"]), int(shard["bytes"])) for shard in description["shards"]]
+        expected = str(description["hash"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{url}/{DATASET_FILE} is damaged ({error!r}); write the dataset again") from None
+    if any("/" in name or name.startswith(".") for name, _ in entries):
+        raise ShardError(f"{url}/{DATASET_FILE} names a shard outside its folder")
+    folder = _folder(cache, url, expected)
+    shards = tuple(RemoteShard(store, f"{root}/{name}", f"{url}/{name}", size, folder / name) for name, size in entries)
+    dataset = Dataset.from_indexes(url, _indexes(shards, cache))
+    if dataset.content_hash != expected:
+        for shard in shards:
+            shard.local.with_suffix(".arrow").unlink(missing_ok=True)
+        raise ShardError(
+            f"the indexes at {url} are not those that {DATASET_FILE} describes; copy the folder there again"
+        )
+    return RemoteDataset(dataset, shards)
+
+
+def _open_foreign(store: Any, url: str, urls: list[str], cache: ShardCache) -> RemoteDataset:
+    def look(one: str) -> RemoteShard:
+        _, place = fsspec.core.url_to_fs(one)
+        info = with_retries(one, lambda: store.info(place))
+        size = info.get("size")
+        mark = [str(info.get(name)) for name in ("ETag", "etag", "mtime", "LastModified", "created")]
+        name = one.rpartition("/")[2]
+        return RemoteShard(store, place, one, size, _folder(cache, one, size, *mark) / name)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        shards = tuple(pool.map(look, urls))
+    return RemoteDataset(Dataset.from_indexes(url, _indexes(shards, cache)), shards)
+
+
+def _indexes(shards: tuple[RemoteShard, ...], cache: ShardCache) -> list[ShardIndex]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda shard: _index(shard, cache), shards))
+
+
+def _index(shard: RemoteShard, cache: ShardCache) -> ShardIndex:
+    """The index that is here, the one beside the shard, or one made of the shard."""
+    here = shard.local.with_suffix(".arrow")
+    if not here.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        beside = shard.place.removesuffix(".tar") + ".arrow"
+        data = with_retries(beside, lambda: _read_optional(shard.files, beside))
+        if data is not None:
+            files.write_bytes(here, data)
+        else:
+            _make_index(shard, here, cache)
+    try:
+        return read_index(shard.local, here)
+    except ShardError:
+        here.unlink()  # the next start asks again
+        raise
+
+
+def _make_index(shard: RemoteShard, here: Path, cache: ShardCache) -> None:
+    descriptor = cache.open(shard, None)
+    try:
+        write_index(build_index(shard.local), here)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _read_optional(store: Any, place: str) -> bytes | None:
+    try:
+        return store.cat_file(place)
+    except FileNotFoundError:
+        return None
+
+
+def _folder(cache: ShardCache, *identity: object) -> Path:
+    return cache.folder / hashlib.sha256("\0".join(map(str, identity)).encode()).hexdigest()[:24]
