@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from reference.match import find_queries
 
 from diptych.curate.match import Match, Matcher, count_matches
+from reference.match import find_queries
 
 PIECES = ["dog", "Dog", "hot", "hot dog", "straße", "STRASSE", "İ", "i̇", "ﬁ", "fi", "犬", "小犬", "🐶", "❤️", "\u200b"]
 PIECES += ["é", "e\u0301", " ", "  ", "\t", "\n", ",", ".", "`", "!", "-", "(", "'", "St. Louis", "c++", "สุนัข", "", "a"]
