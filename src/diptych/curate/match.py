@@ -2,8 +2,8 @@
 
 `includes` compares words: both sides are NFKC-normalised and casefolded, punctuation separates words, runs of spaces
 count as one. Invisible format characters and variation selectors vanish. Characters of scripts written without spaces
-(Chinese, Japanese, Thai, Lao, Burmese, Khmer) and symbols such as emoji are a word each, so an entry in such a script is
-found anywhere in a text. Entries of which nothing is left match nothing.
+(Chinese, Japanese, Thai, Lao, Burmese, Khmer) and symbols such as emoji are a word each, so an entry in such a script
+is found anywhere in a text. Entries of which nothing is left match nothing.
 
 `strict_metaclip` follows MetaCLIP to the letter: only the text is spaced, only at , . ; : ? ! and the backtick, case
 counts and runs of spaces stay. Entries that hold such a mark can therefore never match.
