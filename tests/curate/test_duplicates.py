@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.curate import near_duplicates, perceptual_hashes
+from diptych.curate.duplicates import near_duplicates, perceptual_hashes
 from diptych.errors import UsageError
 from samples import COLOURS, SHAPES, draw, encode, noise
 
