@@ -11,7 +11,7 @@ import tyro
 from diptych.cli.checkpoints import Convert, Inspect, Verify
 from diptych.cli.classify import Classify
 from diptych.cli.plan import Plan
-from diptych.cli.train import Train
+from diptych.cli.train import Train, with_recipe
 from diptych.errors import DiptychError
 
 Command = Train | Plan | Classify | Inspect | Convert | Verify
@@ -27,14 +27,15 @@ COMMANDS: dict[str, type[Command]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; our errors are one line and exit code 2."""
-    command: Command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="diptych",
-        description="Build and use CLIP models from end to end.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        command: Command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS | {"train": with_recipe(arguments)} if arguments[:1] == ["train"] else COMMANDS,
+            prog="diptych",
+            description="Build and use CLIP models from end to end.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
         code = command()
     except DiptychError as error:
         print(f"diptych: {error}", file=sys.stderr)
