@@ -33,7 +33,7 @@ if {evaluate!r}:
     preprocess = Preprocess(image_size=config.model.vision.image_size)
     evaluators = build_evaluators({evaluate!r}, loop.load_tokenizer(config), preprocess)
 try:
-    loop.run(config, on_step=on_step, evaluators=evaluators)
+    {work}
 except DiptychError as error:
     print(type(error).__name__, error, flush=True)
     sys.exit(2)
@@ -48,6 +48,7 @@ def start(
     on_step: str = "pass",
     loss: dict | None = None,
     evaluate: tuple[str, ...] = (),
+    work: str = "loop.run(config, on_step=on_step, evaluators=evaluators)",
     **options,
 ) -> list[subprocess.Popen]:
     """One process a rank; with one rank no job at all."""
@@ -63,6 +64,7 @@ def start(
         loss=loss or {},
         on_step=on_step,
         evaluate=evaluate,
+        work=work,
     )
     port = str(free_port())
     processes = []
