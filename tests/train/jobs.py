@@ -26,6 +26,8 @@ model = dataclasses.replace(config.model, logit_bias=loss.loss == "siglip")
 config = dataclasses.replace(config, loss=loss, model=model)
 def on_step(report):
     {on_step}
+def on_note(line):
+    {on_note}
 evaluators = []
 if {evaluate!r}:
     from diptych.cli.train import build_evaluators
@@ -33,7 +35,7 @@ if {evaluate!r}:
     preprocess = Preprocess(image_size=config.model.vision.image_size)
     evaluators = build_evaluators({evaluate!r}, loop.load_tokenizer(config), preprocess)
 try:
-    loop.run(config, on_step=on_step, evaluators=evaluators)
+    loop.run(config, on_step=on_step, on_note=on_note, evaluators=evaluators)
 except DiptychError as error:
     print(type(error).__name__, error, flush=True)
     sys.exit(2)
@@ -46,6 +48,7 @@ def start(
     world_size: int,
     *,
     on_step: str = "pass",
+    on_note: str = "pass",
     loss: dict | None = None,
     evaluate: tuple[str, ...] = (),
     **options,
@@ -62,6 +65,7 @@ def start(
         options=f"{{{shown}}}",
         loss=loss or {},
         on_step=on_step,
+        on_note=on_note,
         evaluate=evaluate,
     )
     port = str(free_port())
