@@ -14,7 +14,7 @@ sys.path.insert(0, {tests!r})
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 import dataclasses
-from pathlib import Path
+from pathlib import Path, PosixPath
 import torch
 from samples import TINY_RESNET, TINY_VIT, make_loaded, train_config
 from diptych.errors import DiptychError

@@ -25,14 +25,25 @@ def start(tmp_path_factory) -> str:
     return str(folder)
 
 
-def config(data: Path, out: Path, start: str, tower: str = "image", **changes):
+def config(data: Path, out: Path, model: str, tower: str = "image", **changes):
     options = {"lock": tower, "feature_cache": out.parent / "features", **changes.pop("start", {})}
     changes = {"steps": 8, "warmup": 0, "augment": False} | changes
-    return train_config(data, out, start_model=start, start=options, **changes)
+    return train_config(data, out, start_model=model, start=options, **changes)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "step_00000008/model.safetensors")
+
+
+def assert_close(run: Path, expected: Path) -> None:
+    """Biases of attention keys are left out: they have no effect, and no derivative but rounding."""
+    ours, theirs = weights(run), weights(expected)
+    for name, tensor in theirs.items():
+        pair = [each.clone() for each in (ours[name], tensor)]
+        if name.endswith("attn.in_proj.bias"):
+            for each in pair:
+                each.chunk(3)[1].zero_()
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -41,8 +52,7 @@ def test_weights_are_those_of_a_run_without_the_cache(start, tmp_path, tower):
     loop.run(config(data, tmp_path / "cached", start, tower))
     assert list((tmp_path / "features").glob("*/features.npy"))
     loop.run(config(data, tmp_path / "plain", start, tower, start={"cache_features": "off"}))
-    for name, tensor in weights(tmp_path / "plain").items():
-        torch.testing.assert_close(weights(tmp_path / "cached")[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_close(tmp_path / "cached", tmp_path / "plain")
 
 
 def test_once_features_are_there_no_picture_is_read(start, tmp_path):
@@ -114,8 +124,7 @@ def test_a_broken_picture_is_stood_in_for_and_counted_as_without_the_cache(start
     for name, cached in (("cached", "auto"), ("plain", "off")):
         given = config(tmp_path / "data", tmp_path / name, start, batch_size=41, start={"cache_features": cached})
         assert loop.run(given).skipped == {"truncated": 8}
-    for name, tensor in weights(tmp_path / "plain").items():
-        torch.testing.assert_close(weights(tmp_path / "cached")[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_close(tmp_path / "cached", tmp_path / "plain")
 
 
 def test_features_may_be_kept_in_half_the_bytes(start, tmp_path):

@@ -65,6 +65,6 @@ def test_changes_are_points_of_shares_and_counts_are_left_out():
     start = {"a/acc1": 0.5, "a/images": 10.0, "a/skipped": 0.0, "b/acc1": 0.25}
     now = {"a/acc1": 0.75, "a/images": 9.0, "a/skipped": 1.0, "b/acc1": 0.125, "new/acc1": 1.0}
     assert [(change.name, change.points) for change in guard.changes(start, now)] == [("a/acc1", 25), ("b/acc1", -12.5)]
-    assert [change.name for change in guard.lost(start, now, 12)] == ["b/acc1"]
+    assert [change.name for change in guard.lost(start, now, 12.0)] == ["b/acc1"]
     assert guard.lost(start, now, 12.5) == []
     assert guard.lost(start, now, None) == []
