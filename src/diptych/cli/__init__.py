@@ -12,7 +12,7 @@ from diptych.cli.checkpoints import Convert, Inspect, Verify
 from diptych.cli.classify import Classify
 from diptych.cli.finetune import Finetune, WiseFT
 from diptych.cli.plan import Plan
-from diptych.cli.train import Train
+from diptych.cli.train import Train, with_recipe
 from diptych.errors import DiptychError
 
 Command = Train | Finetune | WiseFT | Plan | Classify | Inspect | Convert | Verify
@@ -30,14 +30,15 @@ COMMANDS: dict[str, type[Command]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; our errors are one line and exit code 2."""
-    command: Command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="diptych",
-        description="Build and use CLIP models from end to end.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        command: Command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS | {"train": with_recipe(arguments)} if arguments[:1] == ["train"] else COMMANDS,
+            prog="diptych",
+            description="Build and use CLIP models from end to end.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
         code = command()
     except DiptychError as error:
         print(f"diptych: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """`diptych train`."""
 
+import argparse
 import dataclasses
 import os
 import signal
@@ -13,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diptych.errors import UsageError, unknown_name
-from diptych.model.config import get_preset
+from diptych.model.config import PRESETS, get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
+from diptych.train.recipe import CONTINUED, get_recipe
 
 if TYPE_CHECKING:
     from diptych.examine import Examiner
@@ -35,6 +37,9 @@ class Train:
     half of it in an epoch, PATH@2 all of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config."""
+    recipe: str | None = None
+    """Whole sets of values, any of which the options below change: `paper` (Tables 18 to 20 for each of its models),
+    `small-data`. `diptych train ViT-B-16 --recipe paper --help` shows them."""
     tokenizer: Path | None = None
     """Folder of a tokenizer of one's own; by default OpenAI's vocabulary."""
     evaluate: tuple[str, ...] = ()
@@ -48,6 +53,12 @@ class Train:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __call__(self) -> int:
+        if self.recipe == "paper" and self.preset in CONTINUED:
+            before = CONTINUED[self.preset]
+            raise UsageError(
+                f"the paper's {self.preset} is not trained from scratch, but is {before} trained for one more epoch; "
+                f"train {before}, then continue it with diptych finetune"
+            )
         model = dataclasses.replace(get_preset(self.preset), logit_bias=self.loss.loss == "siglip")
         if self.tokenizer is not None:
             from diptych.tokenizer import Tokenizer
@@ -88,6 +99,20 @@ class Train:
             for evaluator in evaluators:
                 print(describe_evaluator(evaluator))
         return evaluators
+
+
+def with_recipe(arguments: Sequence[str]) -> type[Train]:
+    """The command whose defaults are those of the recipe that the command line names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", nargs="?")
+    name = parser.parse_known_args(arguments)[0].recipe
+    preset = next((argument for argument in arguments if argument in PRESETS), None)
+    if name is None or preset is None:  # the latter is refused where all names are
+        return Train
+    recipe = get_recipe(name, preset)
+    fields = [(part.name, part.type, getattr(recipe, part.name)) for part in dataclasses.fields(recipe)]
+    namespace = {"__doc__": Train.__doc__}
+    return dataclasses.make_dataclass("Train", fields, bases=(Train,), namespace=namespace, frozen=True, kw_only=True)
 
 
 def build_evaluators(
