@@ -11,8 +11,9 @@ from diptych.config import from_dict, to_dict
 from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
 from diptych.train import loop
-from diptych.train.config import FINETUNE_OPTIM, StartConfig, TrainConfig
+from diptych.train.config import StartConfig, TrainConfig
 from diptych.train.optim import build_optimizer
+from diptych.train.recipe import FINETUNE
 from diptych.train.start import choose_lr_scales, lock
 from samples import SMALL_VOCABULARY, TINY_RESNET, TINY_VIT, make_loaded, small, train_config, write_samples
 
@@ -126,7 +127,7 @@ def test_groups_of_the_optimizer_hold_every_trained_weight_once_at_its_rate():
     model = CLIP(TINY_VIT)
     lock(model, StartConfig(lock="image"))
     scales = choose_lr_scales(model, 0.5)
-    optimizer = build_optimizer(model, FINETUNE_OPTIM, scales)
+    optimizer = build_optimizer(model, FINETUNE.optim, scales)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert found == scales

@@ -21,14 +21,13 @@ from diptych.errors import UsageError
 from diptych.model.config import Activation
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.train.config import (
-    FINETUNE_OPTIM,
-    FINETUNE_RUN,
     LossConfig,
     OptimConfig,
     RunConfig,
     StartConfig,
     TrainConfig,
 )
+from diptych.train.recipe import FINETUNE
 
 if TYPE_CHECKING:
     from diptych.checkpoint.loaded import Opened
@@ -60,10 +59,10 @@ class Finetune:
     templates: tuple[str, ...] = ("simple",)
     """For zero-shot sets: names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
     start: StartConfig = field(default_factory=StartConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = FINETUNE_OPTIM
-    run: RunConfig = FINETUNE_RUN
+    loader: LoaderConfig = FINETUNE.loader
+    loss: LossConfig = FINETUNE.loss
+    optim: OptimConfig = FINETUNE.optim
+    run: RunConfig = FINETUNE.run
 
     def __call__(self) -> int:
         self._refuse_early()
@@ -102,7 +101,7 @@ class Finetune:
         if self.optim.lr >= RISKY_LR and self.start.lora_rank is None:
             print_on_first_rank(
                 f"warning: a learning rate of {self.optim.lr:g} is one for training from scratch; it is likely to undo "
-                f"what the model knows (the default is {FINETUNE_OPTIM.lr:g})"
+                f"what the model knows (the default is {FINETUNE.optim.lr:g})"
             )
 
     def _open_evaluators(self, opened: "Opened") -> "list[Examiner]":

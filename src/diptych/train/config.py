@@ -157,13 +157,6 @@ class StartConfig:
             raise UsageError("cache_features on needs a tower that does not change; add --lock image or --lock text")
 
 
-FINETUNE_OPTIM = OptimConfig(lr=1e-5, warmup=500, weight_decay=0.1, beta2=0.999, eps=1e-8, max_grad_norm=1.0)
-FINETUNE_RUN = RunConfig(epochs=10.0)
-"""Safe values to fine-tune with. Rate, weight decay, epochs and warm-up: FLYP (Goyal et al. 2023) for contrastive
-fine-tuning of CLIP ViT-B/16. Gradient length: WiSE-FT's code (Wortsman et al. 2022). beta2, eps: AdamW's, as in both.
-The warm-up is never more than a tenth of the run, since runs here are often short (docs/finetune.md)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run."""
