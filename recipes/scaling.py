@@ -1,5 +1,9 @@
-"""`make docs`: write the tables of docs/scaling.md from `diptych plan`, so that they cannot say anything else."""
+"""`make docs`: write the tables of docs/scaling.md from `diptych plan`, so that they cannot say anything else.
 
+What was measured comes from benchmarks/results/wire.json, which benchmarks/wire.py writes.
+"""
+
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +11,7 @@ from diptych.model.config import get_preset
 from diptych.train.plan import DEVICES, PlanConfig, PlanReport, run
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+WIRE = Path(__file__).parents[1] / "benchmarks" / "results" / "wire.json"
 DAY = 86400
 CAPTION = 77  # the paper's code computed every token
 
@@ -24,7 +29,7 @@ MODELS, CLUSTERS = ("ViT-B-32", "ViT-B-16", "ViT-L-14"), (8, 64, 256, 1024)
 
 def render(page: str) -> str:
     """The page with fresh tables between their marks."""
-    for name, rows in {"paper": paper(), "memory": memory(), "h100": h100()}.items():
+    for name, rows in {"paper": paper(), "memory": memory(), "h100": h100(), "measured": measured()}.items():
         header, *body = ["| " + " | ".join(row) + " |" for row in rows]
         table = "\n".join([header, "|" + "---|" * len(rows[0]), *body])
         page = re.sub(
@@ -72,6 +77,17 @@ def h100() -> list[list[str]]:
             report = run(config, get_preset(name))
             rows.append([name, f"{devices:,}", f"{report.micro_batch_size:,} of {config.pairs:,}", *_cells(report)])
     return rows
+
+
+def measured() -> list[list[str]]:
+    """What ranks have sent, beside the plan's number."""
+    table = [["ranks", "engine", "k", "exchange", "bytes measured", "by the formula", "measured / formula"]]
+    for row in json.loads(WIRE.read_text("utf-8"))["rows"]:
+        share = f"{row['ratio']:.3f}" if row["peer"] else ""
+        exchange = row["exchange"].replace("_", " ")
+        place = [f"{row['ranks']}", row["sharding"], f"{row['passes']}", exchange]
+        table.append([*place, f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", share])
+    return table
 
 
 def _cells(report: PlanReport) -> list[str]:

@@ -129,7 +129,7 @@ def test_a_newer_format_is_refused(tmp_path):
 def test_weights_of_another_model_are_refused(tmp_path):
     native.save(tmp_path / "vit", make(TINY_VIT))
     with pytest.raises(CheckpointError, match=r"belongs to another model: .* are missing .*, .* unexpected"):
-        native.read_weights(CLIP(TINY_RESNET), tmp_path / "vit")
+        native.map_weights(CLIP(TINY_RESNET), tmp_path / "vit")
 
 
 def test_weights_of_another_size_are_refused_with_both_shapes(tmp_path):

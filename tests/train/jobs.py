@@ -35,7 +35,7 @@ if {evaluate!r}:
     preprocess = Preprocess(image_size=config.model.vision.image_size)
     evaluators = build_evaluators({evaluate!r}, loop.load_tokenizer(config), preprocess)
 try:
-    loop.run(config, on_step=on_step, on_note=on_note, evaluators=evaluators)
+    {work}
 except DiptychError as error:
     print(type(error).__name__, error, flush=True)
     sys.exit(2)
@@ -51,6 +51,7 @@ def start(
     on_note: str = "pass",
     loss: dict | None = None,
     evaluate: tuple[str, ...] = (),
+    work: str = "loop.run(config, on_step=on_step, on_note=on_note, evaluators=evaluators)",
     **options,
 ) -> list[subprocess.Popen]:
     """One process a rank; with one rank no job at all."""
@@ -67,6 +68,7 @@ def start(
         on_step=on_step,
         on_note=on_note,
         evaluate=evaluate,
+        work=work,
     )
     port = str(free_port())
     processes = []

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diptych import files
 from diptych.checkpoint.loaded import Loaded, Opened, check_shapes
-from diptych.checkpoint.tensors import TensorFile, beside, read_json, read_safetensors, short
+from diptych.checkpoint.tensors import beside, read_json, read_safetensors, short
 from diptych.checkpoint.weights import Source, Weights, damaged
 from diptych.config import from_dict, to_dict
 from diptych.errors import CheckpointError, NotFoundError, UsageError
@@ -50,19 +50,38 @@ class TrainingState:
     """Step, position, config: JSON."""
 
 
-def save(folder: Path, loaded: Loaded, training: TrainingState | None = None) -> None:
-    """Write a checkpoint folder, all or nothing."""
+SaveTensors = Callable[[Mapping[str, Tensor], Path], None]
+"""Writes a file of tensors."""
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors of any device as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def save(
+    folder: Path,
+    loaded: Loaded,
+    training: TrainingState | None = None,
+    put: SaveTensors = save_tensors,
+) -> None:
+    """Write a checkpoint folder, all or nothing; `put` writes a file of tensors, if they are not all here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_folder(folder) as temporary:
-        write(temporary, loaded, training)
+        write(temporary, loaded, training, put)
 
 
-def write(folder: Path, loaded: Loaded, training: TrainingState | None = None) -> None:
+def write(
+    folder: Path,
+    loaded: Loaded,
+    training: TrainingState | None = None,
+    put: SaveTensors = save_tensors,
+) -> None:
     """Fill an empty folder."""
-    save_tensors(loaded.model.state_dict(), folder / WEIGHTS)
+    put(loaded.model.state_dict(), folder / WEIGHTS)
     loaded.tokenizer.save(folder)
     if training is not None:
-        save_tensors(training.tensors, folder / TRAINING_TENSORS)
+        put(training.tensors, folder / TRAINING_TENSORS)
         files.write_json(folder / TRAINING, dict(training.values))
     description = {
         "format": "diptych checkpoint",
@@ -74,11 +93,6 @@ def write(folder: Path, loaded: Loaded, training: TrainingState | None = None) -
         },
     }
     files.write_json(folder / DESCRIPTION, {**description, "self": _fingerprint(description)})
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors of any device as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def open_folder(folder: Path) -> Opened:
@@ -118,20 +132,22 @@ def open_weights(folder: Path, description: Mapping[str, Any]) -> Weights:
     return Weights(file=file, sources={name: Source((name,)) for name in file.entries}, xxh3=xxh3)
 
 
-def read_weights(model: CLIP, folder: Path) -> dict[str, Tensor]:
-    """The weights for a model that is there; names and shapes must match to the last."""
-    weights = open_weights(folder, read_description(folder, later={WEIGHTS}))
+def map_weights(model: CLIP, folder: Path) -> dict[str, Tensor]:
+    """The weights for a model that is there, not yet read (`TensorFile.map`); names and shapes must match to the last.
+
+    The folder's hashes must have been checked, as `newest_valid` does.
+    """
+    weights = read_safetensors(folder / WEIGHTS)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(folder / WEIGHTS, expected, weights.shapes)
-    return weights.read(dtype=None)
+    check_shapes(folder / WEIGHTS, expected, {name: entry.shape for name, entry in weights.entries.items()})
+    return weights.map()
 
 
 def load_training(folder: Path) -> TrainingState:
-    """Read what training continues from; the folder's hashes must have been checked by `read_description`."""
+    """What training continues from, tensors not yet read; the folder's hashes must have been checked."""
     if not (folder / TRAINING).exists():
         raise CheckpointError(f"{folder} is a finished model without training state; it cannot be continued")
-    tensors: TensorFile = read_safetensors(folder / TRAINING_TENSORS)
-    return TrainingState(tensors=tensors.read(), values=read_json(folder / TRAINING))
+    return TrainingState(tensors=read_safetensors(folder / TRAINING_TENSORS).map(), values=read_json(folder / TRAINING))
 
 
 def read_description(folder: Path, later: Collection[str] = ()) -> dict[str, Any]:

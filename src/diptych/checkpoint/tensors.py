@@ -99,6 +99,22 @@ class TensorFile:
                         tensors[name] = _view(storage, self.entries[name], dtype, alone=len(sharing) == 1)
         return tensors
 
+    def map(self) -> dict[str, Tensor]:
+        """All tensors as views of their file, a safetensors file: what is not touched is not read.
+
+        They are for copying from, soon: a change is not written back; a file that shrinks meanwhile ends the process.
+        """
+        tensors = {}
+        for path in self.paths:
+            mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            for name, entry in self.entries.items():
+                if entry.path == path:
+                    storage = mapped[entry.start : entry.start + entry.nbytes]
+                    if entry.start % entry.dtype.itemsize:  # as older writers left it
+                        storage = storage.clone()
+                    tensors[name] = storage.view(entry.dtype).view(entry.shape)
+        return tensors
+
 
 def read_safetensors(path: Path) -> TensorFile:
     """Read and check the header of a safetensors file.

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from diptych.model.clip import CLIP, MAX_LOGIT_SCALE, CLIPOutput, Output
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
 from diptych.tokenizer import Tokenizer
-from diptych.train import features, guard, lora, parallel
+from diptych.train import features, guard, lora, parallel, sharded
 from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 from diptych.train.groups import group_pairs
 from diptych.train.keep import Keeper, locked
@@ -339,12 +340,12 @@ class _Trainer:
     def _restore(self, folder: Path) -> None:
         training = native.load_training(folder)
         if self.config.start.lora_rank is None:
-            parallel.fill(self.model, native.read_weights(self.model, folder))
+            parallel.fill(self.model, native.map_weights(self.model, folder))
         else:
-            weights = native.read_weights(build_meta(self.config.model), folder)
+            weights = native.map_weights(build_meta(self.config.model), folder)
             parallel.fill(self.model, lora.restored(self.model, weights, training.tensors))
         restore_optimizer(self.optimizer, self.model, training.tensors)
-        torch.set_rng_state(training.tensors["rng.cpu"])
+        torch.set_rng_state(training.tensors["rng.cpu"].clone())  # it wants memory that is aligned
         values = training.values
         self.dtype = getattr(torch, values["dtype"])  # what `auto` meant on the machine where the run began
         self.steps = self.config.run.extend_to or values["steps"]  # whatever the batch size says now
@@ -475,15 +476,19 @@ class _Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step: the whole model, whatever the ranks hold of it."""
-        model = self.plain
+        folder = native.step_folder(self.config.out, self.state.step)
         tensors = optimizer_tensors(self.optimizer, self.model) | {"rng.cpu": torch.get_rng_state()}
         if self.config.start.lora_rank is not None:
             tensors |= lora.parts(self.model)
+        is_cut = parallel.is_cut(self.model)
         if self.ranks.is_first:
-            self._write(model, tensors)
+            self._write(folder, tensors, partial(sharded.write, ranks=self.ranks) if is_cut else native.save_tensors)
+        elif is_cut:
+            for file in (self.model.state_dict(), tensors):  # in the order of native.write
+                sharded.write(file, None, self.ranks)
         self.ranks.wait()
 
-    def _write(self, model: CLIP, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, folder: Path, tensors: Mapping[str, Tensor], put: native.SaveTensors) -> None:
         values = {
             "step": self.state.step,
             "steps": self.steps,
@@ -501,9 +506,14 @@ class _Trainer:
             "config": to_dict(self.config),
         }
         native.save(
-            native.step_folder(self.config.out, self.state.step),
-            Loaded(model, self.preprocess, self.tokenizer),
+            folder,
+            Loaded(
+                self.model if self.config.start.lora_rank is None else lora.merged(self.model),
+                self.preprocess,
+                self.tokenizer,
+            ),
             native.TrainingState(tensors=tensors, values=values),
+            put,
         )
         if self.config.start_model and self.config.start.lora_rank is not None:
             lora.save(self.model, self.config.start, self.config.start_model, self.config.out / lora.ADAPTER)

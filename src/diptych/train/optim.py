@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diptych.model.clip import CLIP
 from diptych.model.config import ViTConfig
 from diptych.train.config import OptimConfig
-from diptych.train.parallel import cut_like, full
+from diptych.train.parallel import fill_tensor, full
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 
@@ -100,9 +100,9 @@ class HalfAdamW(torch.optim.Optimizer):
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: CLIP) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `exp_avg.visual.conv1.weight`, ...; whole, if it is cut over ranks."""
+    """The optimizer's state by parameter name: `exp_avg.visual.conv1.weight`, ...; cut over ranks as the parameters."""
     return {
-        f"{kind}.{name}": full(value)
+        f"{kind}.{name}": value
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state[parameter].items()
     }
@@ -118,9 +118,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: CLIP, tensors: Ma
             if value.shape == parameter.shape and (value.ndim or kind in ("exp_avg", "exp_avg_sq")):
                 # A copy on the parameter's device, laid out as the parameter: fused kernels pair elements by layout.
                 state = torch.empty_like(parameter, dtype=value.dtype).detach()
-                optimizer.state[parameter][kind] = state.copy_(cut_like(state, value))
+                fill_tensor(state, value)
+                optimizer.state[parameter][kind] = state
             else:
-                optimizer.state[parameter][kind] = value.to(parameter.device if kind != "step" else "cpu")
+                optimizer.state[parameter][kind] = value.to(parameter.device if kind != "step" else "cpu", copy=True)
         step = tensors.get(f"step.{name}")
         if isinstance(optimizer, torch.optim.AdamW) and step is not None:  # the fused kernel counts on the device
-            optimizer.state[parameter]["step"] = step.to(parameter.device)
+            optimizer.state[parameter]["step"] = step.to(parameter.device, copy=True)

@@ -1,8 +1,8 @@
 """A model on many devices, by torch's own engines: DistributedDataParallel, or FSDP2's `fully_shard`.
 
 Gradients are added over ranks, not averaged: the loss of the whole batch is differentiated, each rank has a part of it.
-Whatever is stored or evaluated is the whole model (`whole`, `full`), so that neither the engine nor the number of ranks
-is part of a checkpoint.
+Whatever is evaluated is the whole model (`whole`), whatever is stored is made whole on its way (sharded.py), so that
+neither the engine nor the number of ranks is part of a checkpoint.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -83,9 +83,14 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Whether FSDP2 has cut the model over ranks."""
+    return isinstance(model, FSDPModule)
+
+
 def whole(model: CLIP) -> CLIP:
-    """The model on this rank alone: itself, or a copy of what FSDP2 has cut."""
-    if not isinstance(model, FSDPModule):
+    """The model on this rank alone, to evaluate it: itself, or a copy of what FSDP2 has cut."""
+    if not is_cut(model):
         return model
     state = {name: full(tensor) for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
@@ -96,17 +101,22 @@ def whole(model: CLIP) -> CLIP:
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put whole tensors into a model that may be cut."""
-    with torch.no_grad():
-        for name, target in model.state_dict().items():
-            target.copy_(cut_like(target, tensors[name]))
+    for name, target in model.state_dict().items():
+        fill_tensor(target, tensors[name])
 
 
-def cut_like(target: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, cut over ranks as `target` is."""
-    value = value.to(target.device)
-    if isinstance(target, DTensor):
-        return distribute_tensor(value, target.device_mesh, target.placements)
-    return value
+@torch.no_grad()
+def fill_tensor(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, or of one that is cut over ranks this rank's part: the rest is not looked at."""
+    if not isinstance(target, DTensor):
+        target.copy_(value)
+        return
+    (placement,) = target.placements
+    assert isinstance(placement, Shard), placement
+    part = target.to_local()
+    chunks = value.chunk(target.device_mesh.size(), placement.dim)
+    if part.numel():  # few rows leave the last ranks without any
+        part.copy_(chunks[target.device_mesh.get_local_rank()])
 
 
 def recompute_blocks(model: CLIP) -> None:
