@@ -17,7 +17,7 @@ from diptych.pair import Pair
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.write import write_shards
 from diptych.tokenizer import Tokenizer
-from diptych.train.config import OptimConfig, RunConfig, TrainConfig
+from diptych.train.config import OptimConfig, RunConfig, StartConfig, TrainConfig
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black", "gray", "brown"]
 LONG = {("brown", "ring"): " on a large and very plain white page", ("red", "dot"): " in the middle of a white page"}
@@ -129,7 +129,13 @@ def train_config(data: Path, out: Path, *, model: CLIPConfig = TINY_VIT, steps: 
         model=model,
         data=(SourceConfig(path=data),),
         out=out,
-        loader=LoaderConfig(batch_size=changes.pop("batch_size", 16), workers=changes.pop("workers", 0)),
+        loader=LoaderConfig(
+            batch_size=changes.pop("batch_size", 16),
+            workers=changes.pop("workers", 0),
+            augment=changes.pop("augment", True),
+        ),
+        start_model=changes.pop("start_model", None),
+        start=StartConfig(**changes.pop("start", {})),
         optim=OptimConfig(
             lr=changes.pop("lr", 1e-3),
             warmup=changes.pop("warmup", 2),

@@ -14,7 +14,7 @@ sys.path.insert(0, {tests!r})
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 import dataclasses
-from pathlib import Path
+from pathlib import Path, PosixPath
 import torch
 from samples import TINY_RESNET, TINY_VIT, make_loaded, train_config
 from diptych.errors import DiptychError
@@ -26,6 +26,8 @@ model = dataclasses.replace(config.model, logit_bias=loss.loss == "siglip")
 config = dataclasses.replace(config, loss=loss, model=model)
 def on_step(report):
     {on_step}
+def on_note(line):
+    {on_note}
 evaluators = []
 if {evaluate!r}:
     from diptych.cli.train import build_evaluators
@@ -46,9 +48,10 @@ def start(
     world_size: int,
     *,
     on_step: str = "pass",
+    on_note: str = "pass",
     loss: dict | None = None,
     evaluate: tuple[str, ...] = (),
-    work: str = "loop.run(config, on_step=on_step, evaluators=evaluators)",
+    work: str = "loop.run(config, on_step=on_step, on_note=on_note, evaluators=evaluators)",
     **options,
 ) -> list[subprocess.Popen]:
     """One process a rank; with one rank no job at all."""
@@ -63,6 +66,7 @@ def start(
         options=f"{{{shown}}}",
         loss=loss or {},
         on_step=on_step,
+        on_note=on_note,
         evaluate=evaluate,
         work=work,
     )

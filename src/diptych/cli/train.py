@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diptych.examine import Examiner
     from diptych.image import Preprocess
     from diptych.tokenizer import Tokenizer
-    from diptych.train.loop import Evaluator, StepReport, TrainReport
+    from diptych.train.loop import Evaluation, Evaluator, StepReport, TrainReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +186,42 @@ def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]
         progress.update(task, total=report.steps, completed=report.step, status=status)
 
     try:
-        return loop.run(config, on_step=show, evaluators=evaluators)
+        return loop.run(
+            config, on_step=show, evaluators=evaluators, on_evaluation=print_evaluation, on_note=print_on_first_rank
+        )
     finally:
         if progress.live.is_started:
             progress.stop()
+
+
+def print_on_first_rank(line: str) -> None:
+    """One line of a job, said once."""
+    if is_first_rank():
+        print(line, flush=True)
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Fine-tuning: the headlines so far, of which the end shows all; training from scratch has nothing to compare."""
+    from diptych.train.guard import HEADLINES
+
+    if evaluation.start and 0 < evaluation.step < evaluation.steps:
+        now = {name: value for name, value in evaluation.metrics.items() if name.endswith(HEADLINES)}
+        print_on_first_rank(f"step {evaluation.step}, beside the start:")
+        for line in describe_changes(evaluation.start, now or evaluation.metrics):
+            print_on_first_rank(f"  {line}")
+
+
+def describe_changes(start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """A line for each share: at the start, now, and the difference in points of a hundred."""
+    from diptych.train.guard import changes
+
+    found = changes(start, now)
+    width = max((len(change.name) for change in found), default=0)
+    return [
+        f"{change.name:{width}}  start {change.start:7.2%}  now {change.now:7.2%}  "
+        + (f"{'won' if change.points > 0 else 'lost':4} {abs(change.points):6.2f} points" if change.points else "same")
+        for change in found
+    ]
 
 
 def is_first_rank() -> bool:
@@ -206,8 +238,9 @@ def print_train_report(report: "TrainReport") -> None:
     if report.skipped:
         print(f"skipped samples: {', '.join(f'{reason} {count}' for reason, count in report.skipped.items())}")
     print(f"step {report.steps}, {report.samples_seen} pairs seen, loss {report.loss:.4f}, {report.seconds:.0f} s")
-    for name, value in report.metrics.items():
-        print(f"  {name} {value:.4f}")
+    lines = [f"{name} {value:.4f}" for name, value in report.metrics.items()]
+    for line in describe_changes(report.start_metrics, report.metrics) if report.start_metrics else lines:
+        print(f"  {line}")
     print(f"checkpoint: {report.checkpoint}")
     if report.stopped_by:
         print(f"stopped by {report.stopped_by}; start the same command again to go on")

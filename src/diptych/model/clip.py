@@ -78,10 +78,17 @@ class CLIP(nn.Module):
         image: Float[Tensor, "N 3 H W"],
         text: Int[Tensor, "N L"],
         patches: Int[Tensor, "N K"] | None = None,
+        image_features: Float[Tensor, "N E"] | None = None,
+        text_features: Float[Tensor, "N E"] | None = None,
     ) -> Output:
-        """Pictures and their texts -> normalised features, exp(logit_scale), and the bias of a model that has one."""
-        image_features = self.encode_image(image, normalize=True, patches=patches)
-        text_features = self.encode_text(text, normalize=True)
+        """Pictures and their texts -> normalised features, exp(logit_scale), and the bias of a model that has one.
+
+        A tower whose normalised features are there already does not run.
+        """
+        if image_features is None:
+            image_features = self.encode_image(image, normalize=True, patches=patches)
+        if text_features is None:
+            text_features = self.encode_text(text, normalize=True)
         output = CLIPOutput(image_features, text_features, self.logit_scale.exp())
         return output if self.logit_bias is None else BiasedOutput(*output, self.logit_bias)
 

@@ -59,6 +59,8 @@ class LoaderConfig:
     """Of the sample order and the crops."""
     min_crop: float = 0.9
     """Side of the random square crop: uniform between this share of the shorter side and all of it."""
+    augment: bool = True
+    """Random crops. Without, a picture is prepared as it is when the model is used, the same at every pass."""
     workers: int = 1
     """Threads that read, decode and tokenize ahead; 0 does it in between the steps."""
     prefetch: int = 4

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from diptych.errors import PictureError, ShardError, UsageError
@@ -65,12 +65,27 @@ class Batch:
     """XXH3-64 of each picture's file: equal for copies, whatever crop is taken of them."""
     skipped: tuple[tuple[str, str], ...]
     """(key, reason) of pictures that could not be used and were stood in for."""
+    image_features: Float[Tensor, "N E"] | None = None
+    """Of a locked image tower that has seen the data before; `image` has no pixels then."""
+    text_features: Float[Tensor, "N E"] | None = None
+    """Of a locked text tower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFeatures:
+    """What a tower that does not change made of every sample."""
+
+    image: bool
+    """Of the pictures, which need not be decoded any more, or else of the captions."""
+    read: Callable[[int, int, int], Float[np.ndarray, " E"] | str]
+    """(source, shard, row) -> the feature, or the reason why that picture cannot be used."""
 
 
 class Loader:
     """An endless iterable of batches.
 
-    `tokenize` maps captions to token ids [N, L]; `image_size` is the side of the crops.
+    `tokenize` maps captions to token ids [N, L]; `image_size` is the side of the crops. `prepare` makes pixels of an
+    encoded picture where the config wants no augmentation; `stored` has features of one tower.
     """
 
     def __init__(
@@ -82,7 +97,11 @@ class Loader:
         *,
         rank: int = 0,
         world_size: int = 1,
+        prepare: Callable[[bytes], UInt8[np.ndarray, "3 H W"]] | None = None,
+        stored: StoredFeatures | None = None,
     ) -> None:
+        if not config.augment and prepare is None:
+            raise UsageError("augment is off, but nothing says how a picture is prepared then; use augment, or prepare")
         if not sources:
             raise UsageError("no data was named; give at least one folder of shards")
         if config.batch_size % world_size:
@@ -90,6 +109,8 @@ class Loader:
         self.config = config
         self.image_size = image_size
         self.tokenize = tokenize
+        self.prepare = None if config.augment else prepare
+        self.stored = stored
         self.rank, self.world_size = rank, world_size
         self.sources = _open_sources(sources, config)
         if config.strict:
@@ -161,15 +182,20 @@ class Loader:
         first = position.samples_consumed + self.rank * share
         places = np.arange(first, first + share, dtype=np.int64)
         draws = uniforms(derive_seed("crop", self.config.seed, position.epoch), places, 3)
-        image = np.empty((share, 3, self.image_size, self.image_size), dtype=np.uint8)
-        captions, keys, pictures, skipped = [], [], [], []
+        of_image = self.stored is not None and self.stored.image
+        pixels = 0 if of_image else self.image_size
+        image = np.empty((share, 3, pixels, pixels), dtype=np.uint8)
+        captions, keys, pictures, skipped, features = [], [], [], [], []
         chosen = [self.order.place(position.epoch, int(place)) for place in places]
         with self._at_hand(chosen):
             for i in range(share):
                 side = self.config.min_crop + (1 - self.config.min_crop) * draws[i, 0]
                 crop = Crop(side=side, left=draws[i, 1], top=draws[i, 2])
                 sample = self._read_sample(chosen[i], crop, skipped)
-                image[i] = sample.image
+                if sample.image is not None:
+                    image[i] = sample.image
+                if sample.feature is not None:
+                    features.append(sample.feature)
                 captions.append(sample.caption)
                 keys.append(sample.key)
                 pictures.append(sample.xxh3)
@@ -180,6 +206,8 @@ class Loader:
             keys=tuple(keys),
             pictures=tuple(pictures),
             skipped=tuple(skipped),
+            image_features=torch.from_numpy(np.stack(features)) if of_image else None,
+            text_features=torch.from_numpy(np.stack(features)) if features and not of_image else None,
         )
 
     @contextlib.contextmanager
@@ -196,13 +224,24 @@ class Loader:
         source = self.sources[chosen.source]
         for row in range(chosen.row, chosen.row + MAX_STAND_INS):
             try:
-                return source.read(row % source.order.samples, crop, self.image_size)
+                return self._read_row(chosen.source, row % source.order.samples, crop)
             except PictureError as error:
                 key = source.key(row % source.order.samples)
                 if self.config.strict:
                     raise ShardError(f"sample {key} in {source.dataset.path}: {error}") from None
                 skipped.append((key, error.reason))
         raise ShardError(f"{MAX_STAND_INS} broken pictures in a row in {source.dataset.path}; the last: {skipped[-1]}")
+
+    def _read_row(self, number: int, row: int, crop: Crop) -> "_Sample":
+        source, feature = self.sources[number], None
+        if self.stored is not None:
+            feature = self.stored.read(number, *source.order.locate(row))
+            if isinstance(feature, str):
+                raise PictureError(feature, "when the features of its shard were made")
+            if self.stored.image:
+                return source.describe(row, feature)
+        sample = source.read(row, self.prepare or (lambda data: read_crop(data, crop, self.image_size)))
+        return sample if feature is None else replace(sample, feature=feature)
 
     def _behind(self, position: Position) -> Position:
         consumed = position.samples_consumed + self.config.batch_size
@@ -220,7 +259,8 @@ class _Sample:
     key: str
     caption: str
     xxh3: int
-    image: UInt8[np.ndarray, "3 H W"]
+    image: UInt8[np.ndarray, "3 H W"] | None
+    feature: Float[np.ndarray, " E"] | None = None
 
 
 class _Source:
@@ -235,15 +275,22 @@ class _Source:
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def read(self, row: int, crop: Crop, size: int) -> _Sample:
+    def read(self, row: int, prepare: Callable[[bytes], UInt8[np.ndarray, "3 H W"]]) -> _Sample:
         shard, local = self.order.locate(row)
         columns = self._columns[shard]
         data = os.pread(self._open(shard), columns["size"][local].as_py(), columns["offset"][local].as_py())
         xxh3 = xxhash.xxh3_64_intdigest(data)
         if xxh3 != columns["xxh3"][local].as_py():
             raise PictureError("changed", f"not the bytes that {self.dataset.shards[shard].path.name} was indexed with")
-        image = read_crop(data, crop, size)
+        image = prepare(data)
         return _Sample(columns["key"][local].as_py(), columns["caption"][local].as_py(), xxh3, image)
+
+    def describe(self, row: int, feature: Float[np.ndarray, " E"]) -> _Sample:
+        """What the index knows of a sample whose picture is not needed."""
+        shard, local = self.order.locate(row)
+        columns = self._columns[shard]
+        key, caption, xxh3 = (columns[name][local].as_py() for name in ("key", "caption", "xxh3"))
+        return _Sample(key, caption, xxh3, None, feature)
 
     def key(self, row: int) -> str:
         shard, local = self.order.locate(row)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from diptych.errors import UsageError
-from diptych.model.config import CLIPConfig, ViTConfig
+from diptych.errors import UsageError, unknown_name
+from diptych.model.config import Activation, CLIPConfig, ViTConfig
 from diptych.shards.config import LoaderConfig, SourceConfig
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -13,6 +13,9 @@ LossName = Literal["clip", "siglip"]
 Positives = Literal["pair", "caption", "image", "either"]
 Sharding = Literal["ddp", "fsdp"]
 Sink = Literal["tensorboard", "wandb"]
+Lock = Literal["none", "image", "text"]
+CacheFeatures = Literal["auto", "on", "off"]
+FeatureType = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,50 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """Fine-tuning: what training starts from instead of random weights, and how much of it may change."""
+
+    lock: Lock = "none"
+    """A tower that keeps its weights: `image` is locked-image tuning (LiT, Zhai et al. 2022), `text` the reverse."""
+    cache_features: CacheFeatures = "auto"
+    """Whether the locked tower sees every sample once, before training, and what it made of it is kept on disk. auto:
+    where that gives the same and saves time (its input is not augmented, the data is passed more than once, and lies
+    on this machine)."""
+    feature_cache: Path | None = None
+    """Folder for them; by default in the user's cache folder."""
+    feature_type: FeatureType = "float32"
+    """How they are kept: float16 takes half the disk, and rounds."""
+    lora_rank: int | None = None
+    """Train low-rank additions of this rank to every Linear of the unlocked towers (LoRA, Hu et al. 2021), and the
+    temperature, instead of the weights; needs `diptych[lora]`."""
+    lora_alpha: float | None = None
+    """The additions count alpha / rank; by default alpha is the rank."""
+    layer_decay: float = 1.0
+    """Each layer further from the output learns at this share of the rate of the one above it; 1: all at the same."""
+    stop_when_lost: float | None = None
+    """Stop with a checkpoint (exit status 3) when a share of any evaluation is more than so many points below what the
+    model had at the start."""
+    activation: Activation | None = None
+    """Of a bare file that does not show which activation it was trained with."""
+    preset: str | None = None
+    """Architecture of a bare file whose shapes do not tell the number of heads."""
+
+    def __post_init__(self) -> None:
+        if self.lock not in ("none", "image", "text"):
+            raise unknown_name("lock", str(self.lock), ("none", "image", "text"))
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UsageError(f"lora_rank {self.lora_rank} must be at least 1; 8 is usual")
+        if self.lora_alpha is not None and (self.lora_rank is None or self.lora_alpha <= 0):
+            raise UsageError(f"lora_alpha {self.lora_alpha} must be above 0, and needs --lora-rank; add --lora-rank 8")
+        if not 0 < self.layer_decay <= 1:
+            raise UsageError(f"layer_decay {self.layer_decay} is not a share in (0, 1]; 1 is the same rate for all")
+        if self.stop_when_lost is not None and self.stop_when_lost < 0:
+            raise UsageError(f"stop_when_lost {self.stop_when_lost} is not a number of points; use 0 or more")
+        if self.cache_features == "on" and self.lock == "none":
+            raise UsageError("cache_features on needs a tower that does not change; add --lock image or --lock text")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run."""
 
@@ -130,10 +177,29 @@ class TrainConfig:
     """How weights change."""
     run: RunConfig = field(default_factory=RunConfig)
     """How long, how exactly, on what, and what is kept."""
+    start_model: str | None = None
+    """What is fine-tuned: anything that `diptych.load` opens. Without it weights are random at the start."""
+    start: StartConfig = field(default_factory=StartConfig)
+    """How it is."""
 
     def __post_init__(self) -> None:
+        if self.start_model is None and self.start != StartConfig():
+            raise UsageError("lock, LoRA, layer decay and the guard belong to fine-tuning; name a start_model")
+        self._check_start()
         if self.model.logit_bias != (self.loss.loss == "siglip"):
             has = "has" if self.model.logit_bias else "has no"
             raise UsageError(f"the model {has} logit_bias, which does not fit the loss {self.loss.loss}")
         if self.loss.patch_dropout and not isinstance(self.model.vision, ViTConfig):
             raise UsageError("patch_dropout needs a ViT image tower; a ResNet has no patches")
+
+    def _check_start(self) -> None:
+        start = self.start
+        if start.lora_rank is not None and self.run.sharding == "fsdp":
+            raise UsageError("LoRA trains so few weights that there is nothing to cut; use --sharding ddp")
+        if start.lock == "image" and self.loss.patch_dropout:
+            raise UsageError("a locked image tower learns nothing from dropped patches; use --patch-dropout 0")
+        if start.lock == "image" and start.cache_features == "on" and self.loader.augment:
+            raise UsageError(
+                "cache_features on needs pictures that are the same at every pass, and they are cropped at random; "
+                "add --no-augment, or use --cache-features auto"
+            )

@@ -20,34 +20,46 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diptych import files, ranks
 from diptych.checkpoint import native
-from diptych.checkpoint.loaded import Loaded
+from diptych.checkpoint.loaded import Loaded, build_meta
 from diptych.config import from_dict, to_dict
 from diptych.errors import NonFiniteLossError, NotFoundError, UsageError
-from diptych.image import Preprocess
+from diptych.image import Preprocess, open_picture
 from diptych.model.clip import CLIP, MAX_LOGIT_SCALE, CLIPOutput, Output
 from diptych.ranks import Ranks
-from diptych.shards.loader import Batch, Loader, Position
+from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
 from diptych.tokenizer import Tokenizer
-from diptych.train import parallel, sharded
-from diptych.train.config import RunConfig, TrainConfig
+from diptych.train import features, guard, lora, parallel, sharded
+from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 from diptych.train.groups import group_pairs
 from diptych.train.keep import Keeper, locked
 from diptych.train.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.loss import clip_loss, initial_logit_bias, siglip_loss
 from diptych.train.micro import choose_micro_batch_size
 from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
+from diptych.train.start import choose_lr_scales, count_trained, load_start, lock
 from diptych.train.step import Step
 
 Evaluator = Callable[[CLIP], Mapping[str, float]]
 """Takes the model in evaluation mode, returns named numbers. Training is given evaluators, it never imports them."""
 
 CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What evaluators say after a step; of a fine-tuned model also what they said before the first one."""
+
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+    start: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +104,10 @@ class TrainReport:
     """Pictures that could not be used, by reason: in the shards' indexes and while training."""
     metrics: dict[str, float]
     """Of the last evaluation."""
+    start_metrics: dict[str, float]
+    """Fine-tuning: of the model it started from."""
+    lost: tuple[str, ...]
+    """Fine-tuning: metrics that fell by more than `stop_when_lost` points, which ended the run."""
     checkpoint: Path
     micro_batch_size: int
     """Pairs of a rank that were in memory at once."""
@@ -106,11 +122,13 @@ class _State:
 
     step: int = 0
     samples_seen: int = 0
+    lr: float = 0.0
     loss: float = math.nan
     grad_norms: tuple[float, float] = (math.nan, math.nan)
     log_bytes: dict[str, int] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     metrics: dict[str, float] = field(default_factory=dict)
+    start_metrics: dict[str, float] = field(default_factory=dict)
 
 
 def run(
@@ -118,6 +136,8 @@ def run(
     *,
     evaluators: Sequence[Evaluator] = (),
     on_step: Callable[[StepReport], None] = lambda _: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
     """Train, or continue the unfinished run in `config.out`; on every rank of the job that the environment names."""
     us = ranks.connect(config.run.timeout, config.run.device)
@@ -127,28 +147,33 @@ def run(
             if us.is_first:
                 stack.enter_context(locked(config.out))
             us.wait()
-            return _run(config, us, evaluators, on_step)
+            trainer = _Trainer(config, us, on_note)
+            return _run(trainer, evaluators, on_step, on_evaluation)
     finally:
         ranks.disconnect(us)
 
 
 def _run(
-    config: TrainConfig, us: Ranks, evaluators: Sequence[Evaluator], on_step: Callable[[StepReport], None]
+    trainer: "_Trainer",
+    evaluators: Sequence[Evaluator],
+    on_step: Callable[[StepReport], None],
+    on_evaluation: Callable[[Evaluation], None],
 ) -> TrainReport:
-    started = time.monotonic()
-    trainer = _Trainer(config, us)
+    started, config, us = time.monotonic(), trainer.config, trainer.ranks
     resumed_from, passed_over = trainer.resume()
     clock = _Clock(trainer.steps, config.loader.batch_size, trainer.device)
     with closing(iter(trainer.loader)) as batches, closing(trainer), _Signals() as signals:
-        while trainer.state.step < trainer.steps:
+        if config.start_model is not None and not trainer.state.step and evaluators:
+            on_evaluation(trainer.evaluate(evaluators))
+        while trainer.state.step < trainer.steps and not trainer.lost():
             trainer.train_step(clock.take(batches))
-            trainer.log_step(report := clock.report(trainer.state, trainer.optimizer, trainer.model))
+            trainer.log_step(report := clock.report(trainer.state, trainer.model))
             on_step(report)
-            if trainer.is_due(config.run.evaluate_every):
-                trainer.evaluate(evaluators)
+            if trainer.is_due(trainer.evaluate_every) and evaluators:
+                on_evaluation(trainer.evaluate(evaluators))
             stop = us.largest(float(signals.number)) if us.world_size > 1 else signals.number
             late = us.largest(float(trainer.keeper.is_late())) if config.run.checkpoint_minutes else False
-            if stop or late or trainer.keeper.is_due(trainer.state.step, trainer.steps):
+            if stop or late or trainer.lost() or trainer.keeper.is_due(trainer.state.step, trainer.steps):
                 trainer.save()
             if stop:
                 break
@@ -160,6 +185,8 @@ def _run(
         loss=trainer.state.loss,
         skipped=dict(Counter(reason for *_, reason in trainer.skipped_by_index) + trainer.state.skipped),
         metrics=trainer.state.metrics,
+        start_metrics=trainer.state.start_metrics,
+        lost=trainer.lost(),
         checkpoint=native.step_folder(config.out, trainer.state.step),
         micro_batch_size=trainer.micro_batch_size or 0,
         stopped_by=signals.name if trainer.state.step < trainer.steps else None,
@@ -170,11 +197,13 @@ def _run(
 class _Trainer:
     """A run's moving parts on one rank."""
 
-    def __init__(self, config: TrainConfig, us: Ranks) -> None:
+    def __init__(self, config: TrainConfig, us: Ranks, on_note: Callable[[str], None]) -> None:
         self.config, self.ranks = config, us
         self.device = choose_device(config.run.device, us)
         self.dtype = choose_dtype(config.run, self.device)
-        self.tokenizer = load_tokenizer(config)
+        start = load_start(config)
+        self.tokenizer = start.tokenizer if start else load_tokenizer(config)
+        self.preprocess = start.preprocess if start else Preprocess(image_size=config.model.vision.image_size)
         with us.one_after_the_other():  # the first rank indexes foreign shards, the others find the index
             self.loader = Loader(
                 config.data,
@@ -183,21 +212,24 @@ class _Trainer:
                 self.tokenizer,
                 rank=us.rank,
                 world_size=us.world_size,
+                prepare=lambda data: self.preprocess.pixels(open_picture(data)),
             )
         self.skipped_by_index = [s for source in self.loader.sources for s in source.dataset.skipped]
         self.steps = config.run.steps or math.ceil(config.run.epochs * self.loader.batches_per_epoch)
         self.steps = config.run.extend_to or self.steps
-        if config.optim.warmup >= self.steps:
+        if self.optim.warmup >= self.steps:
             raise UsageError(
-                f"warmup {config.optim.warmup} takes all of the {self.steps} steps; "
+                f"warmup {self.optim.warmup} takes all of the {self.steps} steps; "
                 f"use --warmup {max(1, self.steps // 20)} or train longer"
             )
-        self.preprocess = Preprocess(image_size=config.model.vision.image_size)
-        self.model = build_model(config).to(self.device)
+        self.model = (start.model if start else build_model(config)).to(self.device)
+        if start:
+            self._prepare_start(on_note)
         if config.run.recompute:
             parallel.recompute_blocks(self.model)
         self.module = parallel.wrap(self.model, us, config.run.sharding)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        scales = choose_lr_scales(self.model, config.start.layer_decay) if start else None
+        self.optimizer = build_optimizer(self.model, config.optim, scales)
         self.state = _State()
         self.micro_batch_size = config.run.micro_batch_size
         self.keeper = Keeper(config.out, config.run)
@@ -213,6 +245,59 @@ class _Trainer:
             patch_dropout=config.loss.patch_dropout,
         )
         self._is_compiled = False
+
+    def _prepare_start(self, on_note: Callable[[str], None]) -> None:
+        """Fine-tuning: lock a tower and have its features, add LoRA's matrices."""
+        start = self.config.start
+        lock(self.model, start)
+        reason = features.why_not(self.config, self.steps, self.loader.batches_per_epoch)
+        if start.lock != "none" and reason:
+            on_note(f"features of the locked {start.lock} tower are not kept: {reason}")
+        elif not reason:
+            self.loader.stored = self._store_features(on_note)
+        if start.lora_rank is not None:
+            lora.inject(self.model, start, self.config.loader.seed)
+        trained, total = count_trained(self.model)
+        on_note(f"fine-tuning {self.config.start_model}: {trained:,} of {total:,} numbers are trained")
+
+    def _store_features(self, on_note: Callable[[str], None]) -> StoredFeatures:
+        start = self.config.start
+        tower = features.Tower(
+            loaded=Loaded(self.model.eval(), self.preprocess, self.tokenizer),
+            image=start.lock == "image",
+            device=self.device,
+            dtype=self.dtype,
+            precision=self.precision,
+            stored=np.dtype(start.feature_type),
+        )
+
+        def say(done: int, shards: int) -> None:
+            on_note(f"features of the locked {start.lock} tower: shard {done} of {shards}")
+
+        return features.store(start, tower, self.loader, self.ranks, say)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Fine-tuning warms up over a tenth of the run at most."""
+        optim = self.config.optim
+        return replace(optim, warmup=min(optim.warmup, self.steps // 10)) if self.config.start_model else optim
+
+    @property
+    def evaluate_every(self) -> int | None:
+        """Steps between evaluations: fine-tuning looks after every epoch unless it is told otherwise."""
+        return self.config.run.evaluate_every or (self.loader.batches_per_epoch if self.config.start_model else None)
+
+    def lost(self) -> tuple[str, ...]:
+        """Metrics that fell by more than the guard allows."""
+        state = self.state
+        found = guard.lost(state.start_metrics, state.metrics, self.config.start.stop_when_lost)
+        return tuple(change.name for change in found)
+
+    @property
+    def plain(self) -> CLIP:
+        """The model as users load it: on this rank alone, and LoRA's matrices added to what they belong to."""
+        model = parallel.whole(self.model)
+        return model if self.config.start.lora_rank is None else lora.merged(model)
 
     def compile(self) -> None:
         """Compile the towers in place: names in the state dict stay as they are."""
@@ -253,8 +338,12 @@ class _Trainer:
         return self.state.step, passed_over
 
     def _restore(self, folder: Path) -> None:
-        parallel.fill(self.model, native.map_weights(self.model, folder))
         training = native.load_training(folder)
+        if self.config.start.lora_rank is None:
+            parallel.fill(self.model, native.map_weights(self.model, folder))
+        else:
+            weights = native.map_weights(build_meta(self.config.model), folder)
+            parallel.fill(self.model, lora.restored(self.model, weights, training.tensors))
         restore_optimizer(self.optimizer, self.model, training.tensors)
         torch.set_rng_state(training.tensors["rng.cpu"].clone())  # it wants memory that is aligned
         values = training.values
@@ -272,16 +361,17 @@ class _Trainer:
             log_bytes=values["log_bytes"],
             skipped=Counter(values["skipped"]),
             metrics=values["metrics"],
+            start_metrics=values.get("start_metrics", {}),
         )
 
     # --- step ---------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> None:
         """Gradients of the batch, update. A loss that is not finite stops the run before the update."""
-        lr = learning_rate(self.state.step, self.steps, self.config.optim)
+        lr = self.state.lr = learning_rate(self.state.step, self.steps, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self.model.train()
+        self.model.train(self.config.start_model is None)  # fine-tuning keeps the statistics of BatchNorm
         first = self.state.samples_seen + self.ranks.rank * len(batch.image)
         if self.micro_batch_size is None:
             self.micro_batch_size = choose_micro_batch_size(self.step, batch, self.ranks)
@@ -297,7 +387,8 @@ class _Trainer:
             self._refuse("the gradient is not finite", batch, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        parallel.average_statistics(self.model, self.ranks)
+        if self.model.training:
+            parallel.average_statistics(self.model, self.ranks)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         self.state.step += 1
@@ -366,24 +457,29 @@ class _Trainer:
         self.logs.append(METRICS, values)
         self.logs.append(TIMING, {"step": report.step, **clock})
 
-    def evaluate(self, evaluators: Sequence[Evaluator]) -> None:
+    def evaluate(self, evaluators: Sequence[Evaluator]) -> Evaluation:
         """Ask every evaluator about the model as it is; on every rank, so that they can share the work."""
-        if not evaluators:
-            return
         self.model.eval()
-        model = parallel.whole(self.model)
+        model = self.plain
         model.eval()
         with torch.inference_mode():
             for evaluator in evaluators:
                 self.state.metrics |= evaluator(model)
-        self.keeper.judge(self.state.step, self.state.metrics)
+        if self.state.step:
+            self.keeper.judge(self.state.step, self.state.metrics)
+        else:
+            self.state.start_metrics = dict(self.state.metrics)
         self.logs.append(METRICS, {"step": self.state.step, "evaluation": self.state.metrics})
         self.logs.show(self.state.step, {f"evaluation/{name}": value for name, value in self.state.metrics.items()})
+        state = self.state
+        return Evaluation(step=state.step, steps=self.steps, metrics=state.metrics, start=state.start_metrics)
 
     def save(self) -> None:
         """Write a checkpoint of this step: the whole model, whatever the ranks hold of it."""
         folder = native.step_folder(self.config.out, self.state.step)
         tensors = optimizer_tensors(self.optimizer, self.model) | {"rng.cpu": torch.get_rng_state()}
+        if self.config.start.lora_rank is not None:
+            tensors |= lora.parts(self.model)
         is_cut = parallel.is_cut(self.model)
         if self.ranks.is_first:
             self._write(folder, tensors, partial(sharded.write, ranks=self.ranks) if is_cut else native.save_tensors)
@@ -402,6 +498,7 @@ class _Trainer:
             "log_bytes": self.logs.sizes(),
             "skipped": dict(self.state.skipped),
             "metrics": self.state.metrics,
+            "start_metrics": self.state.start_metrics,
             "best": self.keeper.best,
             "dtype": str(self.dtype).removeprefix("torch."),
             "world_size": self.ranks.world_size,
@@ -410,10 +507,16 @@ class _Trainer:
         }
         native.save(
             folder,
-            Loaded(self.model, self.preprocess, self.tokenizer),
+            Loaded(
+                self.model if self.config.start.lora_rank is None else lora.merged(self.model),
+                self.preprocess,
+                self.tokenizer,
+            ),
             native.TrainingState(tensors=tensors, values=values),
             put,
         )
+        if self.config.start_model and self.config.start.lora_rank is not None:
+            lora.save(self.model, self.config.start, self.config.start_model, self.config.out / lora.ADAPTER)
         self.keeper.saved(self.state.step, [*self.logs.files(), self.config.out / CONFIG])
 
 
@@ -460,7 +563,7 @@ class _Clock:
         self._waited = time.monotonic() - began
         return batch
 
-    def report(self, state: _State, optimizer: torch.optim.Optimizer, model: CLIP) -> StepReport:
+    def report(self, state: _State, model: CLIP) -> StepReport:
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         self._smooth = 0.9 * self._smooth + 0.1 * seconds if self._smooth else seconds
@@ -468,7 +571,7 @@ class _Clock:
             step=state.step,
             steps=self.steps,
             loss=state.loss,
-            lr=optimizer.param_groups[0]["lr"],
+            lr=state.lr,
             logit_scale=model.logit_scale.exp().item(),
             grad_norm_image=state.grad_norms[0],
             grad_norm_text=state.grad_norms[1],
@@ -531,6 +634,7 @@ FREE_RUN = (
     *("checkpoint_every", "checkpoint_minutes", "keep_last", "keep_best", "mirror", "evaluate_every", "log"),
     *("device", "micro_batch_size", "sharding", "recompute", "timeout", "extend_to"),
 )
+FREE_START = ("cache_features", "feature_cache", "stop_when_lost")
 """What may differ when a run is continued: the number of ranks may too, which is in no config."""
 
 
@@ -541,6 +645,7 @@ def require_same_run(stored: Mapping[str, Any], config: TrainConfig) -> None:
         "out": config.out,
         "loader": replace(theirs.loader, **{name: getattr(config.loader, name) for name in FREE_LOADER}),
         "run": replace(theirs.run, **{name: getattr(config.run, name) for name in FREE_RUN}),
+        "start": replace(theirs.start, **{name: getattr(config.start, name) for name in FREE_START}),
     }
     theirs, ours = to_dict(replace(theirs, **free)), to_dict(config)
     changed = sorted(name for name in ours if ours[name] != theirs[name])

@@ -33,16 +33,28 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     return decayed, kept
 
 
-def build_optimizer(model: CLIP, config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer; `beta2` and `eps` follow the image tower's family unless they are given."""
+def build_optimizer(
+    model: CLIP, config: OptimConfig, lr_scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """Build the optimizer; `beta2` and `eps` follow the image tower's family unless they are given.
+
+    `lr_scales` gives weights, by name, their share of the learning rate, and leaves out those that are not in it.
+    """
     is_vit = isinstance(model.config.vision, ViTConfig)
     beta2 = config.beta2 if config.beta2 is not None else (0.98 if is_vit else 0.999)
     eps = config.eps if config.eps is not None else (1e-6 if is_vit else 1e-8)
     decayed, kept = split_parameters(model)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": list(kept.values()), "weight_decay": 0.0},
     ]
+    if lr_scales is not None:
+        groups = [
+            {"params": params, "weight_decay": decay, "lr_scale": scale}
+            for scale in sorted(set(lr_scales.values()), reverse=True)
+            for named, decay in ((decayed, config.weight_decay), (kept, 0.0))
+            if (params := [p for name, p in named.items() if lr_scales.get(name) == scale])
+        ]
     if config.half_statistics:
         return HalfAdamW(groups, lr=config.lr, betas=(config.beta1, beta2), eps=eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, beta2), eps=eps, fused=True)
@@ -110,5 +122,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: CLIP, tensors: Ma
                 optimizer.state[parameter][kind] = state
             else:
                 optimizer.state[parameter][kind] = value.to(parameter.device if kind != "step" else "cpu", copy=True)
-        if isinstance(optimizer, torch.optim.AdamW):  # the fused kernel counts on the device
-            optimizer.state[parameter]["step"] = tensors[f"step.{name}"].to(parameter.device, copy=True)
+        step = tensors.get(f"step.{name}")
+        if isinstance(optimizer, torch.optim.AdamW) and step is not None:  # the fused kernel counts on the device
+            optimizer.state[parameter]["step"] = step.to(parameter.device, copy=True)

@@ -63,6 +63,14 @@ SMALL_DATA = Recipe(
 )
 """For some ten thousand pairs. Measured in docs/train.md."""
 
+FINETUNE = Recipe(
+    optim=OptimConfig(lr=1e-5, warmup=500, weight_decay=0.1, beta2=0.999, eps=1e-8, max_grad_norm=1.0),
+    run=RunConfig(epochs=10.0),
+)
+"""What `diptych finetune` begins with. Rate, weight decay, warm-up, epochs: FLYP's (Goyal et al. 2023), which
+fine-tunes CLIP with its own loss. Length of gradients: WiSE-FT's code (Wortsman et al. 2022). beta2 and eps: AdamW's
+own, as in both. docs/finetune.md gives a reason for each, the batch size and patch dropout too."""
+
 NAMES = ("paper", "small-data")
 
 

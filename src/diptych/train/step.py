@@ -82,8 +82,12 @@ class Step:
         torch.manual_seed(derive_seed("noise", self.seed, first + part.start))
         image = self.preprocess.normalize(batch.image[part].to(self.device, non_blocking=True))
         text = batch.text[part].to(self.device, non_blocking=True)
+        stored = [
+            None if features is None else features[part].to(self.device, non_blocking=True)
+            for features in (batch.image_features, batch.text_features)
+        ]
         with self.precision():
-            return self.model(image, text, self.draw_patches(first + part.start, len(image)))
+            return self.model(image, text, self.draw_patches(first + part.start, len(image)), *stored)
 
     def draw_patches(self, first: int, count: int) -> Tensor | None:
         """Which patches of each picture are seen, int64 [count, kept]; None for all of them.

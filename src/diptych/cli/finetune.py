@@ -1,0 +1,175 @@
+"""`diptych finetune` and `diptych wise-ft`."""
+
+import dataclasses
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from diptych.cli.train import (
+    build_evaluators,
+    check_keep_best,
+    describe_evaluator,
+    is_first_rank,
+    print_on_first_rank,
+    print_train_report,
+    train_with_progress,
+)
+from diptych.errors import UsageError
+from diptych.model.config import Activation
+from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.train.config import (
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    StartConfig,
+    TrainConfig,
+)
+from diptych.train.recipe import FINETUNE
+
+if TYPE_CHECKING:
+    from diptych.checkpoint.loaded import Opened
+    from diptych.examine import Examiner
+    from diptych.train.wise import Point
+
+LOST_STATUS = 3
+"""Exit status of a run that the guard ended."""
+RISKY_LR = 1e-4
+"""From here on a rate is one for training from scratch: the paper's begin at 3.6e-4 (Table 20)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Train a model further on other pairs, with safe defaults, or continue the unfinished run in --out.
+
+    Says after each epoch what each evaluation won or lost beside the model it started from.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
+    data: tuple[str, ...]
+    """Folders of shards or tars, here or at a URL; PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
+    out: Path
+    """The run's folder: checkpoints, logs, config; with LoRA also adapter/, which peft reads."""
+    evaluate: tuple[str, ...] = ()
+    """NAME=PATH of sets to be asked about before, during and after: class folders of pictures, shards with labels
+    (zero-shot accuracy) or with captions (retrieval). NAME=zeroshot:PATH or NAME=retrieval:PATH chooses."""
+    templates: tuple[str, ...] = ("simple",)
+    """For zero-shot sets: names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
+    start: StartConfig = field(default_factory=StartConfig)
+    loader: LoaderConfig = FINETUNE.loader
+    loss: LossConfig = FINETUNE.loss
+    optim: OptimConfig = FINETUNE.optim
+    run: RunConfig = FINETUNE.run
+
+    def __call__(self) -> int:
+        self._refuse_early()
+        from diptych.train.start import open_start
+
+        opened = open_start(self.out, self.model, self.start)
+        config = TrainConfig(
+            model=opened.config,
+            data=tuple(SourceConfig.parse(text) for text in self.data),
+            out=self.out,
+            loader=self.loader,
+            loss=self.loss,
+            optim=self.optim,
+            run=self.run,
+            start_model=self.model,
+            start=self.start,
+        )
+        evaluators = self._open_evaluators(opened)
+        report = train_with_progress(config, evaluators=evaluators)
+        if is_first_rank():
+            print_train_report(report)
+            if report.lost:
+                print(f"stopped: more than {self.start.stop_when_lost:g} points lost in {', '.join(report.lost)}")
+        if report.lost:
+            return LOST_STATUS
+        return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
+
+    def _refuse_early(self) -> None:
+        """Before anything is read: what cannot be done, and what is likely a slip."""
+        if self.start.stop_when_lost is not None and not self.evaluate:
+            raise UsageError("stop_when_lost needs something to be lost; add --evaluate NAME=PATH")
+        if self.start.lora_rank is not None:
+            from diptych.train.lora import require_peft
+
+            require_peft()
+        if self.optim.lr >= RISKY_LR and self.start.lora_rank is None:
+            print_on_first_rank(
+                f"warning: a learning rate of {self.optim.lr:g} is one for training from scratch; it is likely to undo "
+                f"what the model knows (the default is {FINETUNE.optim.lr:g})"
+            )
+
+    def _open_evaluators(self, opened: "Opened") -> "list[Examiner]":
+        if not self.evaluate:
+            check_keep_best(self.run.keep_best, [])
+            return []
+        evaluators = build_evaluators(self.evaluate, opened.tokenizer, opened.preprocess, self.templates)
+        check_keep_best(self.run.keep_best, evaluators)
+        for evaluator in evaluators:
+            print_on_first_rank(describe_evaluator(evaluator))
+        return evaluators
+
+
+@dataclass(frozen=True, kw_only=True)
+class WiseFT:
+    """Ask the models between a start and what was fine-tuned from it (WiSE-FT), and write the best one.
+
+    Weights are (1 - alpha) * start + alpha * fine-tuned, for alpha 0, 0.1, ..., 1. The best is the one with the highest
+    mean over evaluations (acc1, or else the mean of both recalls at 1); of equal ones the nearest to the start.
+    """
+
+    start: Annotated[str, tyro.conf.Positional]
+    """The model before fine-tuning: a run's folder, a checkpoint of any layout, or a published name."""
+    finetuned: Annotated[str, tyro.conf.Positional]
+    """The model after it."""
+    evaluate: tuple[str, ...]
+    """NAME=PATH of sets to be asked about, as in `diptych finetune`."""
+    out: Path
+    """New folder: wise_ft.json, the whole curve, and model/, the best model."""
+    templates: tuple[str, ...] = ("simple",)
+    """For zero-shot sets: names of template lists, or templates with a {}."""
+    activation: Activation | None = None
+    """Of bare files that do not show which activation they were trained with."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, ..."""
+
+    def __call__(self) -> int:
+        if self.out.exists() and any(self.out.iterdir()):
+            raise UsageError(f"{self.out} is not empty; name a new folder")
+        from diptych import files
+        from diptych.checkpoint import layouts
+        from diptych.train import guard, wise
+
+        models = [layouts.load(m, device=self.device, activation=self.activation) for m in (self.start, self.finetuned)]
+        start, tuned = models
+        wise.require_same_kind(start, tuned)
+        evaluators = build_evaluators(self.evaluate, start.tokenizer, start.preprocess, self.templates)
+        for evaluator in evaluators:
+            print(describe_evaluator(evaluator))
+        names = [name for evaluator in evaluators for name in evaluator.metrics if name.endswith(guard.HEADLINES)]
+        print("alpha  score   " + "  ".join(names))
+        points = wise.sweep(start.model, tuned.model, evaluators, on_point=lambda point: _print_point(point, names))
+        best = wise.choose(points)
+        self.out.mkdir(parents=True, exist_ok=True)
+        loaded = start._replace(model=wise.interpolate(start.model, tuned.model, best.alpha))
+        layouts.save(loaded, self.out / "model")
+        files.write_json(self.out / "wise_ft.json", self._describe(points, best))
+        print(f"best: alpha {best.alpha:.1f} ({wise.RULE})")
+        print(f"written: {self.out / 'model'} and {self.out / 'wise_ft.json'}")
+        return 0
+
+    def _describe(self, points: "list[Point]", best: "Point") -> dict[str, Any]:
+        from diptych.train.wise import RULE
+
+        curve = [dataclasses.asdict(point) for point in points]
+        return {"start": self.start, "finetuned": self.finetuned, "rule": RULE, "best": best.alpha, "curve": curve}
+
+
+def _print_point(point: "Point", names: list[str]) -> None:
+    values = "  ".join(f"{point.metrics[name]:{len(name)}.2%}" for name in names)
+    print(f"{point.alpha:5.1f}  {point.score:6.2%}  {values}", flush=True)
