@@ -214,7 +214,7 @@ def peers_read(root: Path, cases: list[str]) -> None:
                 model = open_clip.load_openai_model(str(place / "model.pt"), device="cpu").float().eval()
                 model.load_state_dict(torch.load(place / "model.pt", weights_only=True), strict=True)  # it had rounded
             elif place.name == "transformers":
-                model, info = transformers.CLIPModel.from_pretrained(place, output_loading_info=True)
+                model, info = transformers.CLIPModel.from_pretrained(place, output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
                 problems = {kind: names for kind, names in info.items() if names}
                 assert not problems, problems
                 store(place, *hf_features(model.eval(), image, text))

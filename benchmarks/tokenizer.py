@@ -103,7 +103,7 @@ def _clip_tokenizer_of_transformers():
     vocabulary = SimpleTokenizer()
     ids = {token: i for token, i in vocabulary.encoder.items() if i < 49406}
     ids |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    return CLIPTokenizer(vocab=ids, merges=[tuple(pair) for pair in vocabulary.bpe_ranks])
+    return CLIPTokenizer(vocab=ids, merges=[tuple(pair) for pair in vocabulary.bpe_ranks])  # pyright: ignore[reportArgumentType]
 
 
 BUILDERS = {

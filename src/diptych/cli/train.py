@@ -57,7 +57,8 @@ class Train:
             before = CONTINUED[self.preset]
             raise UsageError(
                 f"the paper's {self.preset} is not trained from scratch, but is {before} trained for one more epoch; "
-                f"train {before}, then continue it with diptych finetune"
+                f"train {before}, give it larger pictures with diptych convert --image-size, then continue it with "
+                "diptych finetune"
             )
         model = dataclasses.replace(get_preset(self.preset), logit_bias=self.loss.loss == "siglip")
         if self.tokenizer is not None:
