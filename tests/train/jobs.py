@@ -18,7 +18,7 @@ from pathlib import Path, PosixPath
 import torch
 from samples import TINY_RESNET, TINY_VIT, make_loaded, train_config
 from diptych.errors import DiptychError
-from diptych.train import loop
+from diptych.train import loop, setup, trainer
 torch.set_num_threads(1)
 config = train_config(Path({data!r}), Path({out!r}), **{options})
 loss = dataclasses.replace(config.loss, **{loss})
@@ -33,7 +33,7 @@ if {evaluate!r}:
     from diptych.cli.train import build_evaluators
     from diptych.image import Preprocess
     preprocess = Preprocess(image_size=config.model.vision.image_size)
-    evaluators = build_evaluators({evaluate!r}, loop.load_tokenizer(config), preprocess)
+    evaluators = build_evaluators({evaluate!r}, setup.load_tokenizer(config), preprocess)
 try:
     {work}
 except DiptychError as error:

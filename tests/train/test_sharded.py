@@ -12,7 +12,7 @@ from diptych.checkpoint import native
 from samples import write_samples
 
 FILES = ("model.safetensors", "training.safetensors")
-AGAIN = """us = loop.ranks.connect(60.0, 'cpu'); t = loop._Trainer(config, us)
+AGAIN = """us = loop.ranks.connect(60.0, 'cpu'); t = trainer.Trainer(config, us, lambda _: None)
     print(t.resume()); t.save(); loop.ranks.disconnect(us)"""
 """Continue from the newest checkpoint and write it again."""
 
@@ -63,7 +63,7 @@ def test_a_run_goes_on_with_two_then_one_then_four_ranks(data, tmp_path):
 
 LARGE = """import os; config = dataclasses.replace(config, model=dataclasses.replace(config.model,
         vision=dataclasses.replace(config.model.vision, width=384, layers=12, heads=6)))
-    us = loop.ranks.connect(60.0, 'cpu'); t = loop._Trainer(config, us)
+    us = loop.ranks.connect(60.0, 'cpu'); t = trainer.Trainer(config, us, lambda _: None)
     config.out.mkdir(exist_ok=True)
     def status(field):
         return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0]) << 10

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from diptych.examine import Examiner
     from diptych.image import Preprocess
     from diptych.tokenizer import Tokenizer
-    from diptych.train.loop import Evaluation, Evaluator, StepReport, TrainReport
+    from diptych.train.report import Evaluation, StepReport, TrainReport
+    from diptych.train.trainer import Evaluator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class Train:
             check_keep_best(config.run.keep_best, [])
             return []
         from diptych.image import Preprocess
-        from diptych.train.loop import load_tokenizer
+        from diptych.train.setup import load_tokenizer
 
         preprocess = Preprocess(image_size=config.model.vision.image_size)
         evaluators = build_evaluators(self.evaluate, load_tokenizer(config), preprocess, self.templates)

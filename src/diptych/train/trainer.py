@@ -1,0 +1,368 @@
+"""A run's moving parts on one rank; what is done with them: resume, step, log, evaluate, checkpoint, in this order."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diptych import files
+from diptych.checkpoint import native
+from diptych.checkpoint.loaded import Loaded, build_meta
+from diptych.config import from_dict, to_dict
+from diptych.errors import NonFiniteLossError, UsageError
+from diptych.image import Preprocess, open_picture
+from diptych.model.clip import CLIP, MAX_LOGIT_SCALE, CLIPOutput, Output
+from diptych.ranks import Ranks
+from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
+from diptych.train import features, guard, lora, parallel, sharded
+from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.groups import group_pairs
+from diptych.train.keep import Keeper
+from diptych.train.logs import METRICS, SKIPPED, TIMING, Logs
+from diptych.train.loss import clip_loss, siglip_loss
+from diptych.train.micro import choose_micro_batch_size
+from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
+from diptych.train.report import CLOCK, Evaluation, State, StepReport
+from diptych.train.setup import build_model, choose_device, choose_dtype, load_tokenizer, require_same_run
+from diptych.train.start import choose_lr_scales, count_trained, load_start, lock
+from diptych.train.step import Step
+
+Evaluator = Callable[[CLIP], Mapping[str, float]]
+"""Takes the model in evaluation mode, returns named numbers. Training is given evaluators, it never imports them."""
+
+CONFIG = "config.json"
+
+
+class Trainer:
+    """A run's moving parts on one rank."""
+
+    def __init__(self, config: TrainConfig, us: Ranks, on_note: Callable[[str], None]) -> None:
+        self.config, self.ranks = config, us
+        self.device = choose_device(config.run.device, us)
+        self.dtype = choose_dtype(config.run, self.device)
+        start = load_start(config)
+        self.tokenizer = start.tokenizer if start else load_tokenizer(config)
+        self.preprocess = start.preprocess if start else Preprocess(image_size=config.model.vision.image_size)
+        with us.one_after_the_other():  # the first rank indexes foreign shards, the others find the index
+            self.loader = Loader(
+                config.data,
+                config.loader,
+                config.model.vision.image_size,
+                self.tokenizer,
+                rank=us.rank,
+                world_size=us.world_size,
+                prepare=lambda data: self.preprocess.pixels(open_picture(data)),
+            )
+        self.skipped_by_index = [s for source in self.loader.sources for s in source.dataset.skipped]
+        self.steps = config.run.steps or math.ceil(config.run.epochs * self.loader.batches_per_epoch)
+        self.steps = config.run.extend_to or self.steps
+        if self.optim.warmup >= self.steps:
+            raise UsageError(
+                f"warmup {self.optim.warmup} takes all of the {self.steps} steps; "
+                f"use --warmup {max(1, self.steps // 20)} or train longer"
+            )
+        self.model = (start.model if start else build_model(config)).to(self.device)
+        if start:
+            self._prepare_start(on_note)
+        if config.run.recompute:
+            parallel.recompute_blocks(self.model)
+        self.module = parallel.wrap(self.model, us, config.run.sharding)
+        scales = choose_lr_scales(self.model, config.start.layer_decay) if start else None
+        self.optimizer = build_optimizer(self.model, config.optim, scales)
+        self.state = State()
+        self.micro_batch_size = config.run.micro_batch_size
+        self.keeper = Keeper(config.out, config.run)
+        self.logs = Logs(config.out, config.run.log, active=us.is_first)
+        self.step = Step(
+            model=self.module,
+            plain=self.model,
+            criterion=self.criterion,
+            preprocess=self.preprocess,
+            device=self.device,
+            precision=self.precision,
+            seed=config.loader.seed,
+            patch_dropout=config.loss.patch_dropout,
+        )
+        self._is_compiled = False
+
+    def _prepare_start(self, on_note: Callable[[str], None]) -> None:
+        """Fine-tuning: lock a tower and have its features, add LoRA's matrices."""
+        start = self.config.start
+        lock(self.model, start)
+        reason = features.why_not(self.config, self.steps, self.loader.batches_per_epoch)
+        if start.lock != "none" and reason:
+            on_note(f"features of the locked {start.lock} tower are not kept: {reason}")
+        elif not reason:
+            self.loader.stored = self._store_features(on_note)
+        if start.lora_rank is not None:
+            lora.inject(self.model, start, self.config.loader.seed)
+        trained, total = count_trained(self.model)
+        on_note(f"fine-tuning {self.config.start_model}: {trained:,} of {total:,} numbers are trained")
+
+    def _store_features(self, on_note: Callable[[str], None]) -> StoredFeatures:
+        start = self.config.start
+        tower = features.Tower(
+            loaded=Loaded(self.model.eval(), self.preprocess, self.tokenizer),
+            image=start.lock == "image",
+            device=self.device,
+            dtype=self.dtype,
+            precision=self.precision,
+            stored=np.dtype(start.feature_type),
+        )
+
+        def say(done: int, shards: int) -> None:
+            on_note(f"features of the locked {start.lock} tower: shard {done} of {shards}")
+
+        return features.store(start, tower, self.loader, self.ranks, say)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Fine-tuning warms up over a tenth of the run at most."""
+        optim = self.config.optim
+        return replace(optim, warmup=min(optim.warmup, self.steps // 10)) if self.config.start_model else optim
+
+    @property
+    def evaluate_every(self) -> int | None:
+        """Steps between evaluations: fine-tuning looks after every epoch unless it is told otherwise."""
+        return self.config.run.evaluate_every or (self.loader.batches_per_epoch if self.config.start_model else None)
+
+    def lost(self) -> tuple[str, ...]:
+        """Metrics that fell by more than the guard allows."""
+        state = self.state
+        found = guard.lost(state.start_metrics, state.metrics, self.config.start.stop_when_lost)
+        return tuple(change.name for change in found)
+
+    @property
+    def plain(self) -> CLIP:
+        """The model as users load it: on this rank alone, and LoRA's matrices added to what they belong to."""
+        model = parallel.whole(self.model)
+        return model if self.config.start.lora_rank is None else lora.merged(model)
+
+    def compile(self) -> None:
+        """Compile the towers in place: names in the state dict stay as they are."""
+        self._is_compiled = True
+        self.model.visual.compile(dynamic=False)
+        self.model.text.transformer.compile(dynamic=False)
+        # Every length of text is a shape of its own; without this PyTorch would give up after eight and run eagerly.
+        multiple = self.model.text.length_multiple = 8
+        lengths = -(-self.config.model.text.context_length // multiple) + 1
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * lengths)
+
+    def close(self) -> None:
+        """Wait for copies, end the logs."""
+        self.logs.close()
+        self.keeper.close()
+
+    # --- resume -------------------------------------------------------------------------------------------------
+
+    def resume(self) -> tuple[int, tuple[str, ...]]:
+        """Continue from the newest intact checkpoint in `out`, or start; refuse a run with other settings."""
+        out = self.config.out
+        found = None
+        if self.ranks.is_first:
+            files.remove_leftovers(out)
+            passed_over = self.keeper.fetch()
+            newest, damaged = native.newest_valid(out)
+            if newest is not None:
+                require_same_run(json.loads((out / CONFIG).read_text()), self.config)
+            files.write_json(out / CONFIG, to_dict(self.config))
+            found = newest, tuple(passed_over) + tuple(f"{folder.name}: {why}" for folder, why in damaged)
+        newest, passed_over = self.ranks.tell(found)
+        if newest is not None:
+            self._restore(newest)
+        self.logs.open(self.state.log_bytes)
+        if not self.state.step:
+            for shard, key, reason in self.skipped_by_index:
+                self.logs.append(SKIPPED, {"shard": shard, "key": key, "reason": reason})
+        return self.state.step, passed_over
+
+    def _restore(self, folder: Path) -> None:
+        training = native.load_training(folder)
+        if self.config.start.lora_rank is None:
+            parallel.fill(self.model, native.map_weights(self.model, folder))
+        else:
+            weights = native.map_weights(build_meta(self.config.model), folder)
+            parallel.fill(self.model, lora.restored(self.model, weights, training.tensors))
+        restore_optimizer(self.optimizer, self.model, training.tensors)
+        torch.set_rng_state(training.tensors["rng.cpu"].clone())  # it wants memory that is aligned
+        values = training.values
+        self.dtype = getattr(torch, values["dtype"])  # what `auto` meant on the machine where the run began
+        self.steps = self.config.run.extend_to or values["steps"]  # whatever the batch size says now
+        if values["world_size"] == self.ranks.world_size and not self.config.run.micro_batch_size:
+            self.micro_batch_size = values["micro_batch_size"]
+        position = from_dict(Position, values["position"])
+        self.loader.seek(replace(position, batch_size=self.config.loader.batch_size))
+        self.keeper.best = tuple(values["best"]) if values["best"] else None
+        self.state = State(
+            step=values["step"],
+            samples_seen=values["samples_seen"],
+            loss=values["loss"],
+            log_bytes=values["log_bytes"],
+            skipped=Counter(values["skipped"]),
+            metrics=values["metrics"],
+            start_metrics=values.get("start_metrics", {}),
+        )
+
+    # --- step ---------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> None:
+        """Gradients of the batch, update. A loss that is not finite stops the run before the update."""
+        lr = self.state.lr = learning_rate(self.state.step, self.steps, self.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self.model.train(self.config.start_model is None)  # fine-tuning keeps the statistics of BatchNorm
+        first = self.state.samples_seen + self.ranks.rank * len(batch.image)
+        if self.micro_batch_size is None:
+            self.micro_batch_size = choose_micro_batch_size(self.step, batch, self.ranks)
+        if self.config.run.compile and not self._is_compiled:
+            self.compile()
+        groups = group_pairs(batch, self.config.loss.positives, self.ranks, self.device)
+        value = self.step.gradients(batch, first, self.micro_batch_size, groups).item()
+        if not math.isfinite(value):
+            self._refuse(f"the loss is {value}", batch, lr)
+        parallel.finish_gradients(self.model, self.ranks, self.config.run.sharding)
+        self.state.grad_norms = self._grad_norms()
+        if not math.isfinite(sum(self.state.grad_norms)):
+            self._refuse("the gradient is not finite", batch, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.model.training:
+            parallel.average_statistics(self.model, self.ranks)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.state.step += 1
+        self.state.samples_seen += self.config.loader.batch_size
+        self.state.loss = value
+        self._note_skipped(batch)
+
+    def criterion(self, output: Output, groups: Tensor | None) -> Tensor:
+        """The loss of the global batch, by this rank's features."""
+        loss = clip_loss if isinstance(output, CLIPOutput) else siglip_loss
+        return loss(*output, groups=groups, ranks=self.ranks)
+
+    def _grad_norms(self) -> tuple[float, float]:
+        """Of both towers; gradients are shortened to `max_grad_norm` if there is one."""
+        towers = []
+        for tower in (self.model.visual, self.model.text):
+            gradients = [p.grad for p in tower.parameters() if p.grad is not None]
+            towers.append(parallel.sum_of_squares(gradients) if gradients else torch.zeros((), device=self.device))
+        norms = torch.stack(towers).sqrt()
+        if (longest := self.config.optim.max_grad_norm) is not None:
+            shorten = (longest / (norms.norm() + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
+                [p.grad for p in self.model.parameters() if p.grad is not None], shorten
+            )
+        image, text = norms.tolist()
+        return image, text
+
+    def _refuse(self, what: str, batch: Batch, lr: float) -> None:
+        raise NonFiniteLossError(
+            f"{what} at step {self.state.step + 1} (learning rate {lr:.3g}); the weights were not "
+            f"updated. Samples: {', '.join(batch.keys[:5])}, ... Try a lower lr or a longer warmup"
+        )
+
+    def _note_skipped(self, batch: Batch) -> None:
+        if self.ranks.sum(torch.tensor(len(batch.skipped), device=self.device)) == 0:
+            return
+        for skipped in self.ranks.gather_objects(batch.skipped):
+            self.state.skipped.update(reason for _, reason in skipped)
+            for key, reason in skipped:
+                self.logs.append(SKIPPED, {"step": self.state.step, "key": key, "reason": reason})
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Matrix products in the run's type."""
+        if self.dtype is torch.float32:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, self.dtype))
+            if self.device.type == "cpu":  # the fused kernel's bfloat16 derivative is six times slower (LOG.md)
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that happens `every` so many steps, and at the end, happens now."""
+        return self.state.step == self.steps or (every is not None and self.state.step % every == 0)
+
+    # --- log, evaluate, checkpoint ------------------------------------------------------------------------------
+
+    def log_step(self, report: StepReport) -> None:
+        """What must come out the same again goes to metrics.jsonl, what depends on the clock to timing.jsonl."""
+        values = asdict(report)
+        del values["steps"]
+        self.logs.show(report.step, {f"train/{name}": value for name, value in values.items() if name != "step"})
+        clock = {name: values.pop(name) for name in CLOCK}
+        self.logs.append(METRICS, values)
+        self.logs.append(TIMING, {"step": report.step, **clock})
+
+    def evaluate(self, evaluators: Sequence[Evaluator]) -> Evaluation:
+        """Ask every evaluator about the model as it is; on every rank, so that they can share the work."""
+        self.model.eval()
+        model = self.plain
+        model.eval()
+        with torch.inference_mode():
+            for evaluator in evaluators:
+                self.state.metrics |= evaluator(model)
+        if self.state.step:
+            self.keeper.judge(self.state.step, self.state.metrics)
+        else:
+            self.state.start_metrics = dict(self.state.metrics)
+        self.logs.append(METRICS, {"step": self.state.step, "evaluation": self.state.metrics})
+        self.logs.show(self.state.step, {f"evaluation/{name}": value for name, value in self.state.metrics.items()})
+        state = self.state
+        return Evaluation(step=state.step, steps=self.steps, metrics=state.metrics, start=state.start_metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step: the whole model, whatever the ranks hold of it."""
+        folder = native.step_folder(self.config.out, self.state.step)
+        tensors = optimizer_tensors(self.optimizer, self.model) | {"rng.cpu": torch.get_rng_state()}
+        if self.config.start.lora_rank is not None:
+            tensors |= lora.parts(self.model)
+        is_cut = parallel.is_cut(self.model)
+        if self.ranks.is_first:
+            self._write(folder, tensors, partial(sharded.write, ranks=self.ranks) if is_cut else native.save_tensors)
+        elif is_cut:
+            for file in (self.model.state_dict(), tensors):  # in the order of native.write
+                sharded.write(file, None, self.ranks)
+        self.ranks.wait()
+
+    def _write(self, folder: Path, tensors: Mapping[str, Tensor], put: native.SaveTensors) -> None:
+        values = {
+            "step": self.state.step,
+            "steps": self.steps,
+            "samples_seen": self.state.samples_seen,
+            "loss": self.state.loss,
+            "position": to_dict(self.loader.position),
+            "log_bytes": self.logs.sizes(),
+            "skipped": dict(self.state.skipped),
+            "metrics": self.state.metrics,
+            "start_metrics": self.state.start_metrics,
+            "best": self.keeper.best,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "world_size": self.ranks.world_size,
+            "micro_batch_size": self.micro_batch_size,
+            "config": to_dict(self.config),
+        }
+        native.save(
+            folder,
+            Loaded(
+                self.model if self.config.start.lora_rank is None else lora.merged(self.model),
+                self.preprocess,
+                self.tokenizer,
+            ),
+            native.TrainingState(tensors=tensors, values=values),
+            put,
+        )
+        if self.config.start_model and self.config.start.lora_rank is not None:
+            lora.save(self.model, self.config.start, self.config.start_model, self.config.out / lora.ADAPTER)
+        self.keeper.saved(self.state.step, [*self.logs.files(), self.config.out / CONFIG])
