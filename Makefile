@@ -12,7 +12,7 @@ demo: .venv/demo ## build real pairs, train a small CLIP on them, ask it what it
 	$(VENV)/python -m recipes.demo $(ARGS)
 
 test: .venv/demo .venv/dev ## run the tests
-	$(VENV)/python -m pytest -q -rs $(ARGS)
+	$(VENV)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: .venv/demo .venv/dev ## ruff, pyright, import-linter
 	$(VENV)/ruff check .
