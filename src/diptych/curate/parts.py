@@ -141,9 +141,11 @@ class _RowGroups:
 def read_done(folder: Path, name: str) -> Done | None:
     """The record of a task; None if it is not done. A record that cannot be read counts as none."""
     try:
-        return Done(**json.loads((folder / "done" / f"{name}.json").read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        done = Done(**json.loads((folder / "done" / f"{name}.json").read_text()))
+        inside = all((folder / file).resolve().is_relative_to(folder.resolve()) for file in done.files)
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None
+    return done if inside else None
 
 
 def write_done(folder: Path, name: str, done: Done) -> None:
