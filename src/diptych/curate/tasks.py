@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -66,6 +66,7 @@ class StageReport:
     """Of the manifest."""
 
 
+@runtime_checkable
 class Execute(Protocol):
     """What runs a stage: `run_stage` with an engine chosen by the caller."""
 
@@ -128,25 +129,31 @@ def run_job(
     parent: str | None = None,
     redo: bool = False,
     on_task: OnTask | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> StageReport:
-    """`run_stage` for a job of one's own; `config` is what the manifest says of its settings."""
+    """`run_stage` for a job of one's own; `config` is what the manifest says of its settings.
+
+    `prepare` is called if there is anything to do, before it is done.
+    """
     began = time.monotonic()
     folder = job.folder
     _check_tasks(tasks)
     for part in (folder / "done", folder / "dropped"):
         part.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for part in (folder, folder / "done", folder / "dropped"):
-            files.remove_leftovers(part)
+        _remove_leftovers(folder)
         found = _find_done(job, tasks, redo)
         missing = [task for task in tasks if task.name not in found]
         if missing:
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            if prepare is not None:
+                prepare()
         done = dict(found)
         for name, one in run_tasks(job, missing, processes=processes, engine=engine):
             done[name] = one
             if on_task is not None:
                 on_task(folder.name, len(done), len(tasks))
+        _remove_leftovers(folder)  # of processes that died
         manifest = parts.write_manifest(folder, config=config, parent=parent, done=[done[task.name] for task in tasks])
     return StageReport(
         stage=folder.name,
@@ -159,6 +166,11 @@ def run_job(
         seconds=time.monotonic() - began,
         hash=manifest.hash,
     )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for part in (folder, folder / "done", folder / "dropped"):
+        files.remove_leftovers(part)
 
 
 def _check_tasks(tasks: Sequence[Task]) -> None:
