@@ -12,22 +12,23 @@ Both rules end in one search: the entry's words as a run of the text's words, al
 """
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from diptych.curate.config_match import MatchConfig, Rule
+from diptych.curate.parts import read_manifest
+from diptych.curate.records import MATCHED, with_reason
+from diptych.curate.tasks import Execute, StageReport, tasks_of
 from diptych.curate.trie import UNKNOWN, WordTrie
-from diptych.errors import UsageError
-
-Rule = Literal["includes", "strict_metaclip"]
+from diptych.errors import NotFoundError, UsageError
 
 NO_QUERY = "no_query"
 """The reason of a text that contains none of the queries."""
@@ -119,8 +120,16 @@ class Matcher:
         return sizes, found % max(1, self._trie.sequences)
 
 
+def queries_file(path: Path) -> Path:
+    """The list of queries that a user means by a file or by the folder that `diptych curate queries` wrote."""
+    file = path / "queries.parquet" if path.is_dir() else path
+    if not file.is_file():
+        raise NotFoundError(f"no list of queries at {file}; `diptych curate queries` writes one")
+    return file
+
+
 @lru_cache(maxsize=2)
-def _load_matcher(path: str, rule: Rule) -> Matcher:
+def _load_matcher(path: str, changed: int, rule: Rule) -> Matcher:  # noqa: ARG001 (a new file is a new matcher)
     table = pq.read_table(path, columns=["id", "text"]).sort_by("id")
     if table["id"].to_pylist() != list(range(len(table))):
         raise UsageError(f"ids in {path} are not 0, 1, 2, ...; a query list numbers its rows so; write the list again")
@@ -137,20 +146,18 @@ class Match:
     """How texts are compared."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Match batch by batch; the automaton is built once per process, at the first batch."""
+        """Match batch by batch; the list is read once per process, at the first batch."""
         for batch in batches:
-            matcher = _load_matcher(str(Path(self.queries)), self.rule)
+            matcher = _load_matcher(self.queries, Path(self.queries).stat().st_mtime_ns, self.rule)
             offsets, numbers = matcher.find(batch.column("caption").to_pylist())
             queries = pa.ListArray.from_arrays(pa.array(offsets), pa.array(numbers))
-            reasons = pa.array([None if size else NO_QUERY for size in np.diff(offsets).tolist()], pa.string())
-            batch = batch.append_column(pa.field("queries", pa.list_(pa.int32())), queries)
-            yield batch.append_column(pa.field("reason", pa.string()), reasons)
+            batch = batch.append_column(MATCHED.field("queries"), queries)
+            yield with_reason(batch, [None if size else NO_QUERY for size in np.diff(offsets).tolist()])
 
 
-def count_matches(batches: Iterable[pa.RecordBatch], queries: int) -> NDArray[np.uint64]:
-    """Count the pairs of each query; the counts of several tasks add up."""
-    counts = np.zeros(queries, dtype=np.uint64)
-    for batch in batches:
-        ids = batch.column("queries").flatten().to_numpy(zero_copy_only=False)
-        counts += np.bincount(ids, minlength=queries).astype(np.uint64)
-    return counts
+def run(config: MatchConfig, *, execute: Execute) -> StageReport:
+    """Match a folder of candidates."""
+    config = replace(config, queries=queries_file(config.queries))
+    stage = Match(queries=str(config.queries), rule=config.rule)
+    parent = read_manifest(config.pairs).hash
+    return execute(stage, tasks_of(config.pairs), config.out, config, schema=MATCHED, parent=parent)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -63,6 +63,7 @@ class StageReport:
     """Of the manifest."""
 
 
+@runtime_checkable
 class Execute(Protocol):
     """What runs a stage: `run_stage` with an engine chosen by the caller."""
 
