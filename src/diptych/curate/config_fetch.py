@@ -83,11 +83,11 @@ class FetchConfig:
         if not self.product.replace("-", "").replace("_", "").isalpha() or not self.product.isascii():
             raise UsageError(f"product {self.product!r} may have letters, - and _ only (RFC 9309); for example diptych")
         for name in ("concurrency", "per_host", "partitions", "attempts", "dead_after", "size", "max_bytes"):
-            self._require(name, 1)
+            self._require(name, 1.0)
         for name in ("deadline", "connect_timeout", "read_timeout"):
             self._require(name, 0.01)
         for name in ("max_redirects", "backoff", "max_wait", "min_side", "known_distance"):
-            self._require(name, 0)
+            self._require(name, 0.0)
         if not 1 <= self.quality <= 100:
             raise UsageError(f"quality {self.quality} is not in 1..100; use 95")
         if self.max_aspect < 1:

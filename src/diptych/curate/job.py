@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -42,6 +42,7 @@ class Task:
         return [[one, -1] if isinstance(one, str) else [one.name, one.stat().st_size] for one in self.inputs]
 
 
+@runtime_checkable
 class Job(Protocol):
     """What a worker is given."""
 

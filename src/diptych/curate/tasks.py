@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -66,6 +66,7 @@ class StageReport:
     """Of the manifest."""
 
 
+@runtime_checkable
 class Execute(Protocol):
     """What runs a stage: `run_stage` with an engine chosen by the caller."""
 

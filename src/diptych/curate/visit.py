@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Protocol
 
 import aiohttp
 import yarl
@@ -21,6 +20,7 @@ import yarl
 from diptych import __version__
 from diptych.curate.address import Guard, check_url
 from diptych.curate.config_fetch import FetchConfig
+from diptych.curate.ledger import Ledger
 from diptych.curate.outcome import NotFetched
 from diptych.curate.robots import ALLOW_ALL, MAX_ROBOTS_BYTES, Rules, opts_out, parse_robots
 
@@ -30,18 +30,6 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _HOST_REASONS = ("dns", "connect", "tls", "address", "port")
 _DNS_SECONDS = 60
 _HOSTS = 20_000
-
-
-class RobotsMemory(Protocol):
-    """Where robots.txt files are kept from one run to the next: the ledger."""
-
-    def robots(self, origin: str, max_age: float) -> str | None:
-        """The text, if it is young enough."""
-        ...
-
-    def keep_robots(self, origin: str, text: str) -> None:
-        """Remember a text."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class _Known:
 class Visitor:
     """One client with its connections, names and robots.txt files; an async context."""
 
-    def __init__(self, config: FetchConfig, guard: Guard, memory: RobotsMemory) -> None:
+    def __init__(self, config: FetchConfig, guard: Guard, memory: Ledger) -> None:
         self._config = config
         self._guard = guard
         self._memory = memory
