@@ -364,7 +364,8 @@ ROUTES: dict[str, Answer] = {
 
 _ROUTE_CASES = {
     **dict.fromkeys(
-        "to-loopback to-decimal to-mapped to-six to-private-name to-mixed-name to-relative-host".split(), "address"
+        ["to-loopback", "to-decimal", "to-mapped", "to-six", "to-private-name", "to-mixed-name", "to-relative-host"],
+        "address",
     ),
     "to-metadata": "address",
     "to-file": "scheme",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import hostile_web
+
 from diptych.curate.config_fetch import FetchConfig
 from diptych.curate.fetch import fetch_partition
 from diptych.curate.ledger import Ledger, Reader

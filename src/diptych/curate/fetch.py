@@ -254,10 +254,12 @@ class _Fetcher:
             task.result()  # what is not a NotFetched is a bug or a full disk: stop
 
     async def _one(self, job: Job) -> None:
+        if self._schedule.failures(job.host) >= self._config.dead_after:
+            self._give_up(job, NotFetched(job.reason, "the host could not be reached several times in a row"))
+            self._schedule.finish(job)
+            return
+        job.tries += 1
         try:
-            if self._schedule.failures(job.host) >= self._config.dead_after:
-                raise NotFetched("host_down", "it could not be reached several times in a row")
-            job.tries += 1
             picture = await self._visitor.fetch(job.url)
             await self._check(picture)
         except NotFetched as error:
@@ -271,7 +273,7 @@ class _Fetcher:
         finally:
             delay = self._visitor.crawl_delay(job.url)
             if delay:
-                self._schedule.pause(job.host, time.monotonic() + delay)
+                self._schedule.slow(job.host, delay)
             self._schedule.finish(job)
 
     async def _check(self, picture: Picture) -> None:
@@ -284,19 +286,21 @@ class _Fetcher:
 
     def _failed(self, job: Job, error: NotFetched) -> None:
         now, reason, wait = time.monotonic(), error.reason, error.wait
-        if reason != "host_down":
-            self._schedule.note(job.host, reached=reason not in _UNREACHED)
-        may_pass = is_transient(reason) and reason != "host_down"
-        backoff = self._config.backoff * 2 ** max(0, job.tries - 1)
+        self._schedule.note(job.host, reached=reason not in _UNREACHED)
+        job.reason = reason
+        backoff = self._config.backoff * 2 ** (job.tries - 1)
         pause = max(wait or 0.0, backoff)
-        if may_pass and reason in _PAUSING:
+        if reason in _PAUSING:
             self._schedule.pause(job.host, now + min(pause, self._config.max_wait))
-        if may_pass and job.tries < self._config.attempts and pause <= self._config.max_wait:
+        if is_transient(reason) and job.tries < self._config.attempts and pause <= self._config.max_wait:
             self._schedule.add(job, now + pause)
             return
-        again_at = time.time() + wait if wait is not None and is_transient(reason) else None
-        self._ledger.fail(job.url, reason, detail=error.detail, tries=job.tries, again_at=again_at)
-        self._count(reason)
+        self._give_up(job, error)
+
+    def _give_up(self, job: Job, error: NotFetched) -> None:
+        again_at = time.time() + error.wait if error.wait is not None and is_transient(error.reason) else None
+        self._ledger.fail(job.url, error.reason, detail=error.detail, tries=job.tries, again_at=again_at)
+        self._count(error.reason)
 
     def _count(self, outcome: str) -> None:
         self._counts[outcome] += 1

@@ -55,10 +55,12 @@ def looks_like_picture(data: bytes) -> bool:
 
 def open_bounded(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header; raises PictureError. Nothing is decoded yet."""
+    Image.init()  # without it Pillow knows only its five most common formats
+    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF may be left out of a build
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, and bombs, which are decided here
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
         raise PictureError("not_a_picture", f"{len(data)} bytes of no format that is taken") from None
     except Image.DecompressionBombError as error:

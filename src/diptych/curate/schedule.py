@@ -15,6 +15,8 @@ class Job:
     host: str
     tries: int = 0
     """How often it was asked in this run."""
+    reason: str = "host_down"
+    """Why the last try failed."""
 
 
 @dataclass
@@ -22,6 +24,7 @@ class _Host:
     waiting: deque[Job] = field(default_factory=deque)
     running: int = 0
     free_at: float = 0.0
+    pace: float = 0.0
     queued: bool = False
     failures: int = 0
 
@@ -71,6 +74,8 @@ class Schedule:
                 continue
             job = host.waiting.popleft()
             host.running += 1
+            if host.pace:
+                host.free_at = now + host.pace
             self._held -= 1
             self._queue(name)
             return job
@@ -82,12 +87,18 @@ class Schedule:
         host = self._hosts[job.host]
         host.running -= 1
         self._queue(job.host)
-        if not host.running and not host.waiting and not host.failures and host.free_at <= self._now:
+        if not host.running and not host.waiting and not host.failures and not host.pace and host.free_at <= self._now:
             del self._hosts[job.host]
 
     def pause(self, host: str, until: float) -> None:
         """Ask nothing of a host until then."""
         self._hosts[host].free_at = max(self._hosts[host].free_at, until)
+
+    def slow(self, host: str, pace: float) -> None:
+        """Leave this many seconds between the beginnings of two jobs of a host."""
+        if self._hosts[host].pace != pace:
+            self._hosts[host].pace = pace
+            self.pause(host, self._now + pace)
 
     def note(self, host: str, *, reached: bool) -> int:
         """Count failures to reach a host; returns how many there were in a row."""
