@@ -1,9 +1,13 @@
+import hashlib
 import io
+import itertools
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import fetching
@@ -101,7 +105,7 @@ def test_a_host_that_asks_for_a_pause_gets_it(tmp_path):
         folder = write_pairs(tmp_path / "in", [server.url(i) for i in range(3)])
         report = fetch(config_for(folder, tmp_path / "out", server, per_host=1))
     assert report.outcomes == {"ok": 3}
-    assert max(b - a for a, b in zip(times, times[1:], strict=False)) > 0.95
+    assert max(b - a for a, b in itertools.pairwise(times)) > 0.95
 
 
 def test_a_pause_that_is_too_long_is_left_to_a_later_run(tmp_path):
@@ -139,13 +143,11 @@ def test_robots_txt_is_read_once_and_its_delay_is_kept(tmp_path):
         assert fetch(config).outcomes == {"ok": 4, "robots": 1}
         fetch(config_for(write_pairs(tmp_path / "in2", [server.url(9)]), tmp_path / "out2", server))
         assert server.asked["/robots.txt"] == 2  # one for each ledger
-    gaps = [b - a for a, b in zip(times[1:5], times[2:5], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times[1:5])]
     assert min(gaps) > 0.25
 
 
 def test_listed_pictures_are_never_written(tmp_path):
-    import hashlib
-
     listed = tmp_path / "listed.txt"
     listed.write_text(
         f"# two\n{hashlib.md5(fetching.draw(1)).hexdigest()}\n{hashlib.sha256(fetching.draw(2)).hexdigest()}"
@@ -162,9 +164,6 @@ def test_listed_pictures_are_never_written(tmp_path):
 
 def test_a_picture_too_large_to_decode_is_dropped_by_its_header(tmp_path):
     head = bytearray(io.BytesIO(_png((64, 64))).getvalue())
-    import struct
-    import zlib
-
     head[16:24] = struct.pack(">II", 60_000, 60_000)
     head[29:33] = struct.pack(">I", zlib.crc32(head[12:29]))
     with serve() as server:
@@ -237,7 +236,7 @@ def test_killed_fetches_lose_nothing_and_ask_nothing_twice_but_what_was_under_wa
 
 
 def kill_and_finish(folder: Path, out: Path, place: str, plan: list) -> int:
-    """Start a fetch again and again; kill it each time another share of the pictures was asked; let the last one end."""
+    """Start a fetch again and again; kill it each time another share of the pictures was asked; the last one ends."""
     asked, pictures, kills = plan
     killed = 0
     command = [sys.executable, fetching.__file__, str(folder), str(out), place]

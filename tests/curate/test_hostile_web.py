@@ -22,17 +22,9 @@ def test_every_hostile_case_ends_as_specified_and_nothing_forbidden_is_asked(tmp
 
 
 def fetch(folder: Path, urls: list[str], world: hostile_web.World, **changes) -> dict[str, str | None]:
-    settings = dict(
-        folder=folder,
-        out=folder,
-        contact="https://example.org/crawler",
-        ports=(80, 443, world.port),
-        deadline=2.0,
-        read_timeout=1.0,
-        max_bytes=hostile_web.MAX_BYTES,
-        attempts=1,
-    )
-    config = FetchConfig(**(settings | changes))
+    settings = {"ports": (80, 443, world.port), "deadline": 2.0, "read_timeout": 1.0, "attempts": 1}
+    settings |= {"contact": "https://example.org/crawler", "max_bytes": hostile_web.MAX_BYTES}
+    config = FetchConfig(folder=folder, out=folder, **(settings | changes))
     with Ledger(folder / "ledger" / "0000") as ledger:
         ledger.add(urls)
     fetch_partition(config, 0, guard=world.guard())

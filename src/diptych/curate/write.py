@@ -10,13 +10,34 @@ A sample's JSON says where it came from: picture, page, queries, and the draw th
 tombstones name are not written again.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from diptych import files
 from diptych.curate import parts
+from diptych.curate.balance import hash_keys
 from diptych.curate.config_curate import WriteConfig
-from diptych.curate.job import Job, Task
-from diptych.curate.tasks import StageReport, tasks_of
+from diptych.curate.job import Job, Task, task_fingerprint
+from diptych.curate.parts import DROPPED, Done
+from diptych.curate.tasks import StageReport, part_name, tasks_of
+from diptych.errors import ShardError, UsageError
+from diptych.pair import Pair
+from diptych.shards.dataset import DATASET_FILE, Dataset, describe
+from diptych.shards.index import load_index
+from diptych.shards.order import hash_positions
+from diptych.shards.tombstones import DELETED, read_tombstones
+from diptych.shards.write import shard_name, why_not, write_shard
 
 SCATTER = "scatter"
 
