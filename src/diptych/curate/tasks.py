@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +27,8 @@ import pyarrow as pa
 
 from diptych import files
 from diptych.curate import parts
-from diptych.curate.engines import Engine, run_tasks
+from diptych.curate.config_curate import Engine, EngineConfig
+from diptych.curate.engines import run_tasks
 from diptych.curate.job import Job, StageJob, Task, task_fingerprint
 from diptych.curate.parts import MANIFEST_FILE, Done
 from diptych.curate.records import Stage
@@ -79,6 +81,23 @@ class Execute(Protocol):
         *,
         schema: pa.Schema,
         parent: str | None = None,
+    ) -> StageReport:
+        """Run it."""
+        ...
+
+
+@runtime_checkable
+class ExecuteJob(Protocol):
+    """What runs a job: `tasks.run_job` with an engine chosen by the caller."""
+
+    def __call__(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+        *,
+        config: Mapping[str, Any],
+        parent: str | None = None,
+        prepare: Callable[[], object] | None = None,
     ) -> StageReport:
         """Run it."""
         ...
@@ -166,6 +185,15 @@ def run_job(
         seconds=time.monotonic() - began,
         hash=manifest.hash,
     )
+
+
+def executors(config: EngineConfig, on_task: OnTask | None = None) -> tuple[Execute, ExecuteJob]:
+    """`run_stage` and `run_job` with an engine."""
+    processes = config.processes
+    if processes is None:
+        processes = (os.cpu_count() or 1) if config.engine == "local" else 0
+    chosen: dict[str, Any] = {"processes": processes, "engine": config.engine, "redo": config.redo, "on_task": on_task}
+    return partial(run_stage, **chosen), partial(run_job, **chosen)
 
 
 def _remove_leftovers(folder: Path) -> None:

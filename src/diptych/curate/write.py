@@ -13,11 +13,11 @@ tombstones name are not written again.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from diptych import files
 from diptych.curate import parts
 from diptych.curate.config_curate import WriteConfig
-from diptych.curate.job import Job, Task, task_fingerprint
+from diptych.curate.job import Task, task_fingerprint
 from diptych.curate.parts import DROPPED, MANIFEST_FILE, Done, Manifest
-from diptych.curate.tasks import StageReport, tasks_of
+from diptych.curate.tasks import ExecuteJob, StageReport, tasks_of
 from diptych.errors import UsageError
 from diptych.pair import Pair
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
@@ -43,23 +43,6 @@ SCATTER = "scatter"
 """Folder of the first step, inside that of the shards; it goes when they are finished."""
 COMPACTED = "compacted"
 """In the manifest's settings: samples whose bytes were taken out after the shards were written."""
-
-
-@runtime_checkable
-class ExecuteJob(Protocol):
-    """What runs a job: `tasks.run_job` with an engine chosen by the caller."""
-
-    def __call__(
-        self,
-        job: Job,
-        tasks: Sequence[Task],
-        *,
-        config: Mapping[str, Any],
-        parent: str | None = None,
-        prepare: Callable[[], object] | None = None,
-    ) -> StageReport:
-        """Run it."""
-        ...
 
 
 def run(config: WriteConfig, *, execute: ExecuteJob) -> StageReport:
