@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.test_policies import kept, make_pairs
+from diptych.curate import balance as balance_room
 from diptych.curate.balance import BalanceReport, format_report, run
 from diptych.curate.config_match import BalanceConfig
-from diptych.curate.parts import read_rows
+from diptych.curate.parts import read_manifest, read_rows
 from diptych.curate.records import BALANCED, MATCHED
 from diptych.curate.tasks import run_stage
 from diptych.errors import UsageError
@@ -100,3 +101,11 @@ def test_a_second_run_redoes_nothing_and_other_settings_are_refused(matches, tmp
     with pytest.raises(UsageError, match="other settings"):
         run(other, execute=run_stage)
     assert run(other, execute=partial(run_stage, redo=True)).limit == LIMIT + 1
+
+
+def test_sums_of_several_parts_a_task_are_the_same(matches, tmp_path, monkeypatch):
+    monkeypatch.setattr(balance_room, "TASKS", 3)
+    report = balance(tmp_path, matches, 8, "assign")
+    assert len(read_manifest(tmp_path / "balance" / "plan" / "counts").files) == 2 * 3
+    assert kept_keys(report) == kept(matches, "assign")
+    assert report.achieved["cap"].pairs == len(kept(matches, "cap"))

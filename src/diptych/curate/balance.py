@@ -38,6 +38,8 @@ OVER_LIMIT = "over_limit"
 TALLY = pa.schema([pa.field("place", pa.int64()), pa.field("count", pa.int64())])
 DRAWS = pa.schema([pa.field("place", pa.int64()), pa.field("draw", pa.float64())])
 BLOCK_ROWS = 65_536
+TASKS = 256
+"""Tasks of a sum, at most: each leaves up to a row per query, which one process adds up."""
 
 Measure = Callable[[Matches], NDArray[np.int64]]
 
@@ -69,19 +71,19 @@ class Tally:
     """Stage: sums a measure over the pairs of the parts it is given the paths of."""
 
     measure: Measure
+    size: int
+    """Places of the measure."""
     charged_by: str | None = None
     """File of counts, if each pair is to be charged to its rarest query first."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """One row per place whose sum is not zero."""
+        total = np.zeros(self.size, dtype=np.int64)
         for path in _paths(batches):
-            total: NDArray[np.int64] | None = None
             for block in read_blocks(path, self.charged_by):
-                part = self.measure(block)
-                total = part if total is None else total + part
-            places = np.flatnonzero(total) if total is not None else np.zeros(0, dtype=np.int64)
-            counts = total[places] if total is not None else places
-            yield _rows(TALLY, places, counts)
+                total += self.measure(block)
+        places = np.flatnonzero(total)
+        yield _rows(TALLY, places, total[places])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +254,12 @@ class _Planner:
     def __init__(self, config: BalanceConfig, parent: str, queries: int, execute: Execute) -> None:
         self._config, self._parent, self._queries, self._execute = config, parent, queries, execute
         self._folder = config.out / "plan"
-        self._tasks = [Task(part_name(i), (path,), rows=False) for i, path in enumerate(part_paths(config.pairs))]
+        paths = part_paths(config.pairs)
+        together = -(-len(paths) // TASKS)
+        self._tasks = [
+            Task(part_name(i), tuple(paths[start : start + together]), rows=False)
+            for i, start in enumerate(range(0, len(paths), together))
+        ]
 
     def counts(self) -> NDArray[np.int64]:
         """Pairs of each query."""
@@ -289,7 +296,7 @@ class _Planner:
 
     def _tally(self, name: str, measure: Measure, size: int, charged_by: str | None = None) -> str:
         total = np.zeros(size, dtype=np.int64)
-        for batch in self._run(name, Tally(measure=measure, charged_by=charged_by), TALLY):
+        for batch in self._run(name, Tally(measure=measure, size=size, charged_by=charged_by), TALLY):
             np.add.at(total, batch.column("place").to_numpy(), batch.column("count").to_numpy())
         return self._save(name, total)
 

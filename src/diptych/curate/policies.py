@@ -12,10 +12,13 @@ the pairs charged to it, so exactly min(t, charged) each. A common query may hol
 
 Draws that tie at the border are all dropped, so that repeated keys cannot break a cap.
 
-Under `cap` with a limit of t, most pairs of rare queries go: a pair stays with the smallest chance of its queries, and
-nearly every text holds a common one ("red", "the"). That is not a loss of this way of choosing but of the statement "at
-most t pairs contain a query": whatever is chosen, the pairs that contain a common query are t in all, and rare queries
-share these t places with everything else that query meets. Who wants rare queries whole takes `metaclip` or `assign`.
+Under `cap` most pairs of rare queries go: a pair stays with the smallest chance of its queries, and nearly every text
+holds a common one ("red", "the"). That lies in the statement "at most t pairs contain a query" more than in this way of
+choosing: whatever is chosen, the pairs that contain a common query are t in all, and rare queries share these places
+with everything else that query meets. Filling in order (a pair stays if all its queries have room) leaves no place
+empty and keeps about twice the pairs, and still few of the rare ones (benchmarks/balance.py compares both); but what it
+decides on a pair depends on chains of other pairs, so it cannot be cut into parts and one more pair may turn many
+others. Who wants rare queries whole takes `metaclip` or `assign`.
 
 Cutoffs need no shuffle. Counts come first; each query above t gets a histogram of its draws below a bound that almost
 surely holds t + 1 of them; a second pass collects the values of the one bin that holds the border. Histograms add up,
