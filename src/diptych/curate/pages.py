@@ -8,11 +8,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import fsspec
 
-from diptych.curate.warc import TOO_LARGE, Damage, Record, read_records
+from diptych.curate.warc import TOO_LARGE, Damage, Readable, Record, read_records
 from diptych.errors import NotFoundError, UsageError
 
 Kind = Literal["html", "wat"]
@@ -67,7 +67,7 @@ def open_input(path: str) -> Any:
         raise UsageError(f"{path} cannot be opened: {error}; `pip install diptych[remote]` for http") from None
 
 
-def read_pages(stream: IO[bytes], path: str, url: str, limit: int) -> Iterator[Page | Drop]:
+def read_pages(stream: Readable, path: str, url: str, limit: int) -> Iterator[Page | Drop]:
     """Pages of one file; `url` is that of a plain HTML file."""
     if path.endswith(PLAIN):
         yield _read_plain(stream, url, limit, packed=path.endswith(".gz"))
@@ -86,7 +86,7 @@ def may_hold_pictures(page: Page) -> bool:
     return page.kind == "wat" or _PICTURE_TAG.search(page.body) is not None
 
 
-def _read_plain(stream: IO[bytes], url: str, limit: int, *, packed: bool) -> Page | Drop:
+def _read_plain(stream: Readable, url: str, limit: int, *, packed: bool) -> Page | Drop:
     body: bytes | None = stream.read(limit + 1)
     if packed and body is not None:
         body = _inflate(body, 31, limit)

@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import Protocol, runtime_checkable
 
 _CHUNK = 1 << 16
 _MOST_OUT = 1 << 20
@@ -27,6 +27,15 @@ _HEADER_END = re.compile(rb"\r?\n\r?\n")
 DAMAGED = "record_damaged"
 TRUNCATED = "record_truncated"
 TOO_LARGE = "record_too_large"
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """What bytes come from."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most so many; none at the end."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ class _DamagedError(Exception):
 class _Unpacked:
     """The bytes of a file, unpacked if it is gzip, in pieces that never span two members."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
+    def __init__(self, raw: Readable) -> None:
         self._raw = raw
         self._input = raw.read(_CHUNK)
         self._taken = 0  # bytes of the file before `_input`
@@ -168,7 +177,7 @@ def _begins_member(data: bytes) -> bool:
 class _Reader:
     """Cuts the unpacked bytes into records."""
 
-    def __init__(self, raw: IO[bytes], wanted: Collection[str], limit: int) -> None:
+    def __init__(self, raw: Readable, wanted: Collection[str], limit: int) -> None:
         self._source = _Unpacked(raw)
         self._wanted, self._limit = wanted, limit
         self._buffer, self._place = b"", 0
@@ -205,6 +214,7 @@ class _Reader:
                 return
             try:
                 if not self._fill(self._buffer[max(self._place, len(self._buffer) - 12) :]):
+                    self._buffer, self._place = b"", 0
                     return
                 lost = False
             except _DamagedError:
@@ -288,7 +298,7 @@ class _Reader:
         return b"".join(parts)
 
 
-def read_records(raw: IO[bytes], wanted: Collection[str], limit: int) -> Iterator[Record | Damage]:
+def read_records(raw: Readable, wanted: Collection[str], limit: int) -> Iterator[Record | Damage]:
     """Records of the wanted types with at most `limit` bytes of each, and what was damaged, in the file's order."""
     reader = _Reader(raw, wanted, limit)
     while True:
