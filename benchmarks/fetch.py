@@ -17,11 +17,10 @@ from typing import Any
 
 from harness import ROOT, report
 
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "curate")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "curate"))
 import fetching  # pyright: ignore[reportMissingImports]
 import hostile_web  # pyright: ignore[reportMissingImports]
-from test_fetch import kill_and_finish  # pyright: ignore[reportMissingImports]
-from test_hostile_web import fetch as fetch_hostile  # pyright: ignore[reportMissingImports]
 
 from diptych.curate.parts import read_manifest
 
@@ -46,7 +45,7 @@ def hostile(folder: Path) -> list[dict[str, Any]]:
     with hostile_web.world() as world:
         cases = hostile_web.cases(world.port)
         began = time.monotonic()
-        outcomes = fetch_hostile(folder, [url for url, _ in cases.values()], world)
+        outcomes = hostile_web.fetch_all(folder, [url for url, _ in cases.values()], world)
         seconds = time.monotonic() - began
         wrong = [f"{name}: {outcomes[url]}, not {end}" for name, (url, end) in cases.items() if outcomes[url] != end]
     print("\n".join(wrong))
@@ -66,7 +65,7 @@ def killed(folder: Path, kills: int, pictures: int) -> list[dict[str, Any]]:
         fetching.fetch(fetching.config_for(pairs, whole, server, min_side=8))
         seconds = time.monotonic() - began
         server.asked.clear()
-        done = kill_and_finish(pairs, out, server.place, [server.asked, pictures, kills])
+        done = fetching.kill_and_finish(pairs, out, server, pictures, kills)
         asked = server.asked.copy()
     again = asked.total() - len(asked)
     same = read_manifest(out).hash == read_manifest(whole).hash
