@@ -3,6 +3,9 @@
 import functools
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -134,6 +137,24 @@ def config_for(folder: Path, out: Path, server: Pictures, **changes: Any) -> Fet
 
 def fetch(config: FetchConfig) -> FetchReport:
     return run(config, execute=execute)
+
+
+def kill_and_finish(folder: Path, out: Path, server: Pictures, pictures: int, kills: int) -> int:
+    """Start a fetch again and again; kill it each time another share of the pictures was asked; the last one ends."""
+    killed = 0
+    command = [sys.executable, __file__, str(folder), str(out), server.place]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    while True:
+        process = subprocess.Popen(command, env=environment)
+        goal = pictures * (killed + 1) / (kills + 1)
+        while killed < kills and process.poll() is None and server.asked.total() < goal:
+            time.sleep(0.002)
+        if killed == kills or process.poll() is not None:
+            assert process.wait(60) == 0
+            return killed
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed += 1
 
 
 if __name__ == "__main__":  # python fetching.py FOLDER OUT HOST:PORT [PARTITIONS]: a fetch that can be killed

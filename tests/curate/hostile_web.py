@@ -15,10 +15,14 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
 from diptych.curate.address import Guard, IPAddress, is_public
+from diptych.curate.config_fetch import FetchConfig
+from diptych.curate.fetch import fetch_partition
+from diptych.curate.ledger import Ledger, Reader
 
 PUBLIC = "127.0.0.9"
 PRIVATE = ("127.0.0.1", "127.0.0.2", "::1")
@@ -533,3 +537,16 @@ def cases(port: int) -> dict[str, tuple[str, str]]:
     for name in ("to-relative",):
         found[f"server {name}"] = (f"http://{name}.test:{port}/", found[f"server {name}"][1])
     return found
+
+
+def fetch_all(folder: Path, urls: list[str], world: World, **changes) -> dict[str, str | None]:
+    """Fetch addresses of this world as one partition; address -> outcome."""
+    settings = {"ports": (80, 443, world.port), "deadline": 2.0, "read_timeout": 1.0, "attempts": 1}
+    settings |= {"contact": "https://example.org/crawler", "max_bytes": MAX_BYTES}
+    config = FetchConfig(folder=folder, out=folder, **(settings | changes))
+    with Ledger(folder / "ledger" / "0000") as ledger:
+        ledger.add(urls)
+    fetch_partition(config, 0, guard=world.guard())
+    with Reader(folder / "ledger", 1) as reader:
+        found = {url: reader.find(url) for url in urls}
+    return {url: entry.outcome if entry else None for url, entry in found.items()}

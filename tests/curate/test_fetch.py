@@ -1,16 +1,13 @@
 import hashlib
 import io
 import itertools
-import os
-import signal
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
 
 import fetching
+import hostile_web
 import pyarrow.parquet as pq
 import pytest
 from fetching import config_for, execute, fetch, serve, write_pairs
@@ -50,11 +47,8 @@ def test_pictures_come_in_the_order_of_the_pairs_with_what_is_known_of_them(tmp_
 
 
 def test_every_request_says_who_asks(tmp_path):
-    import hostile_web
-    from test_hostile_web import fetch as fetch_all
-
     with hostile_web.world() as world:
-        fetch_all(tmp_path, [f"http://good.test:{world.port}/{i}" for i in range(3)], world)
+        hostile_web.fetch_all(tmp_path, [f"http://good.test:{world.port}/{i}" for i in range(3)], world)
         (agent,) = world.agents
     assert agent.startswith("diptych/")
     assert agent.endswith(" (+https://example.org/crawler)")
@@ -226,32 +220,13 @@ def test_killed_fetches_lose_nothing_and_ask_nothing_twice_but_what_was_under_wa
         fetch(config_for(folder, tmp_path / "whole" / "fetch", server, min_side=8))
         server.asked.clear()
         out = tmp_path / "killed" / "fetch"
-        killed = kill_and_finish(folder, out, server.place, [server.asked, pictures, kills])
+        killed = fetching.kill_and_finish(folder, out, server, pictures, kills)
         asked = server.asked.copy()
     assert killed == kills
     assert len(asked) == pictures + 1
     assert asked.total() - len(asked) <= kills * (concurrency + 1)
     assert read_manifest(out).hash == read_manifest(tmp_path / "whole" / "fetch").hash
     assert [row["image_url"] for row in rows_of(out)] == urls
-
-
-def kill_and_finish(folder: Path, out: Path, place: str, plan: list) -> int:
-    """Start a fetch again and again; kill it each time another share of the pictures was asked; the last one ends."""
-    asked, pictures, kills = plan
-    killed = 0
-    command = [sys.executable, fetching.__file__, str(folder), str(out), place]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    while True:
-        process = subprocess.Popen(command, env=environment)
-        goal = pictures * (killed + 1) / (kills + 1)
-        while killed < kills and process.poll() is None and asked.total() < goal:
-            time.sleep(0.002)
-        if killed == kills or process.poll() is not None:
-            assert process.wait(60) == 0
-            return killed
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
 
 
 def test_the_schema_of_the_input_is_kept(tmp_path):

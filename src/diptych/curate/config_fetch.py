@@ -122,8 +122,8 @@ class PicturesConfig:
     """Bits of 64 by which the perceptual hashes of pictures that look alike may differ."""
     evaluation: tuple[Path, ...] = ()
     """Folders of shards or of pairs with pictures that are tested on; what looks like one of theirs is dropped."""
-    evaluation_distance: int = 6
-    """Bits of 64 by which the hash of a picture may differ from one that is tested on; see `contamination`."""
+    evaluation_distance: int = 3
+    """Bits of 64 by which the hash of a picture may differ from one that is tested on, or from its mirror image."""
     known_hashes: tuple[Path, ...] = ()
     """Lists of pictures that must not stay, as `fetch` takes them."""
     known_distance: int = 4
