@@ -61,9 +61,10 @@ class Filter:
 
     def __call__(self) -> int:
         from diptych.curate import filters
+        from diptych.curate.parts import read_manifest
 
         with _executing(self.engine) as (execute, _):
-            report = filters.run(self.filter, execute=execute)
+            report = filters.run(self.filter, execute=execute, parent=read_manifest(self.filter.folder).hash)
         return _print_stage(report)
 
 
@@ -76,9 +77,10 @@ class Distinct:
 
     def __call__(self) -> int:
         from diptych.curate import near_text
+        from diptych.curate.parts import read_manifest
 
         with _executing(self.engine) as (execute, _):
-            report = near_text.run(self.distinct, execute=execute)
+            report = near_text.run(self.distinct, execute=execute, parent=read_manifest(self.distinct.folder).hash)
         return _print_stage(report)
 
 
@@ -224,7 +226,7 @@ class Run:
             report = pipeline.run(self.pipeline, execute=execute, execute_job=execute_job)
         print(report.funnel)
         print(f"report: {report.html}")
-        print(f"shards: {report.shards}  (manifest {report.hash})")
+        print(f"shards: {report.folder}  (manifest {report.hash})")
         return 0
 
 

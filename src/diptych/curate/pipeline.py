@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diptych.config import from_dict
-from diptych.curate import balance as balance_stage
 from diptych.curate import crawl, fetch, filters, near_text, write
-from diptych.curate import match as match_stage
-from diptych.curate import select as select_stage
 from diptych.curate.config_crawl import CrawlConfig, FilterConfig, NearTextConfig
 from diptych.curate.config_curate import PipelineConfig, WriteConfig
 from diptych.curate.config_fetch import FetchConfig, PicturesConfig
 from diptych.curate.config_match import BalanceConfig, MatchConfig
-from diptych.curate.match import queries_file
+from diptych.curate.parts import read_manifest
 from diptych.curate.report import Funnel, read_funnel, write_report
 from diptych.curate.select import Score
 from diptych.curate.tasks import Execute, ExecuteJob
@@ -38,12 +35,13 @@ Config = TypeVar("Config")
 class PipelineReport:
     """What came of all stages."""
 
-    shards: Path
+    folder: Path
+    """Of the last stage: the shards, unless the run was to end before."""
     funnel: Funnel
     html: Path
     """The funnel for people."""
     hash: str
-    """Of the manifest of the shards, and so of everything before it."""
+    """Of the last stage's manifest, and so of everything before it."""
 
 
 def run(
@@ -52,21 +50,36 @@ def run(
     execute: Execute,
     execute_job: ExecuteJob,
     score: Score | None = None,
-    on_stage: Callable[[str], None] | None = None,
+    until: str = STAGES[-1],
 ) -> PipelineReport:
-    """Run what is not finished yet; `score` rates (picture, text), `on_stage` is told the name of each stage."""
-    work, made = config.work, _Settings(config.settings)
-    queries = queries_file(config.queries)
-    folder = {name: work / name for name in STAGES}
+    """Run what is not finished yet, up to and with the stage `until`; `score` rates (picture, text)."""
+    if until not in STAGES:
+        raise unknown_name("stage", until, STAGES)
+    done = STAGES[: STAGES.index(until) + 1]
+    steps = _build_steps(config, execute, execute_job, score)
+    for name in done:
+        steps[name]()
+    funnel = read_funnel([config.work / name for name in done])
+    html = write_report(config.work, funnel)
+    return PipelineReport(folder=config.work / until, funnel=funnel, html=html, hash=funnel.stages[-1].hash)
+
+
+def _build_steps(
+    config: PipelineConfig, execute: Execute, execute_job: ExecuteJob, score: Score | None
+) -> dict[str, Callable[[], object]]:
+    """Each stage with its settings; all are read before any is run."""
+    made = _Settings(config.settings)
+    folder = {name: config.work / name for name in STAGES}
+    listed = config.queries / "queries.parquet" if config.queries.suffix != ".parquet" else config.queries
     crawling = made.build(CrawlConfig, "crawl", inputs=list(config.inputs), out=folder["crawl"])
     filtering = made.build(FilterConfig, "filter", folder=folder["crawl"], out=folder["filter"])
     comparing = made.build(NearTextConfig, "distinct", folder=folder["filter"], out=folder["distinct"])
-    matching = made.build(MatchConfig, "match", pairs=folder["distinct"], queries=queries, out=folder["match"])
+    matching = made.build(MatchConfig, "match", pairs=folder["distinct"], queries=listed, out=folder["match"])
     balancing = made.build(
         BalanceConfig,
         "balance",
         pairs=folder["match"],
-        queries=queries,
+        queries=listed,
         out=folder["balance"],
         policy=config.policy,
         limit=config.limit,
@@ -82,25 +95,18 @@ def run(
     )
     choosing = made.build(PicturesConfig, "pictures", folder=folder["fetch"], out=folder["pictures"])
     writing = made.build(
-        WriteConfig, "write", folder=folder["pictures"], out=folder["shards"], queries=queries, seed=config.seed
+        WriteConfig, "write", folder=folder["pictures"], out=folder["shards"], queries=listed, seed=config.seed
     )
-    steps: dict[str, Callable[[], object]] = {
+    return {
         "crawl": lambda: crawl.run(crawling, execute=execute),
-        "filter": lambda: filters.run(filtering, execute=execute),
-        "distinct": lambda: near_text.run(comparing, execute=execute),
-        "match": lambda: match_stage.run(matching, execute=execute),
-        "balance": lambda: balance_stage.run(balancing, execute=execute),
+        "filter": lambda: filters.run(filtering, execute=execute, parent=read_manifest(folder["crawl"]).hash),
+        "distinct": lambda: near_text.run(comparing, execute=execute, parent=read_manifest(folder["filter"]).hash),
+        "match": lambda: match.run(matching, execute=execute),
+        "balance": lambda: balance.run(balancing, execute=execute),
         "fetch": lambda: fetch.run(fetching, execute=execute),
-        "pictures": lambda: select_stage.run(choosing, execute=execute, score=score),
+        "pictures": lambda: select.run(choosing, execute=execute, score=score),
         "shards": lambda: write.run(writing, execute=execute_job),
     }
-    for name, step in steps.items():
-        if on_stage is not None:
-            on_stage(name)
-        step()
-    funnel = read_funnel([folder[name] for name in STAGES])
-    html = write_report(work, funnel)
-    return PipelineReport(shards=folder["shards"], funnel=funnel, html=html, hash=funnel.stages[-1].hash)
 
 
 class _Settings:
