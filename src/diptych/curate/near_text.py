@@ -173,8 +173,9 @@ def run(config: NearTextConfig, *, execute: Execute, parent: str | None = None) 
         "similarity": config.similarity,
         "hashes": config.hashes,
         "seed": config.seed,
+        "signed": report.hash,
     }
-    return execute(Strike(verdicts=str(verdicts)), strikes, config.out, decides, schema=CANDIDATES, parent=report.hash)
+    return execute(Strike(verdicts=str(verdicts)), strikes, config.out, decides, schema=CANDIDATES, parent=parent)
 
 
 def judge(paths: list[Path], *, near: bool, similarity: float, buckets: int) -> list[NDArray[np.uint8]]:
@@ -191,7 +192,7 @@ def judge(paths: list[Path], *, near: bool, similarity: float, buckets: int) -> 
         for bucket in range(buckets):
             _join_bucket(paths, bucket, buckets, verdicts, place, parents, similarity)
         rows = np.flatnonzero(verdicts == 0)
-        roots = np.array([_root(parents, row) for row in rows], dtype=np.int64)
+        roots = np.array([_root(parents, int(row)) for row in rows], dtype=np.int64)
         verdicts[rows[roots != rows]] = 2
     return np.split(verdicts, np.cumsum(sizes)[:-1]) if sizes else []
 
