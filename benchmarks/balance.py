@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/balance.py          (make bench NAME=balance)
 
 Pairs are made up: 3.5 queries each out of 500,000, with Zipf frequencies (exponent 1.2) that leave 9 % of all
-matches to queries below the limit, as in the pool MetaCLIP describes; the limit is that pool's too, 20,000 for 1.6
-billion pairs, in proportion. Each figure is the processor time of one process that balances such a folder, input and
-output included; a line through the origin is fitted. Writes docs/balance.svg. No peer does this.
+matches to queries below the limit, near the 6 % of the pool MetaCLIP describes; the limit is that pool's, 20,000 for
+1.6 billion pairs, in proportion. Each figure is the processor time of one process that balances such a folder, input
+and output included; a line through the origin is fitted. Writes docs/balance.svg. No peer does this.
 
     .venv/bin/python benchmarks/balance.py fill     one million pairs: `cap` beside filling up in order
 """

@@ -42,6 +42,7 @@ TASKS = 256
 """Tasks of a sum, at most: each leaves up to a row per query, which one process adds up."""
 
 Measure = Callable[[Matches], NDArray[np.int64]]
+"""Places of a sum at which a block of pairs counts one each."""
 
 
 def to_matches(keys: pa.Array, queries: pa.ListArray) -> Matches:
@@ -68,7 +69,7 @@ def read_blocks(path: Path, charged_by: str | None = None) -> Iterator[Matches]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """Stage: sums a measure over the pairs of the parts it is given the paths of."""
+    """Stage: adds up a measure over the pairs of the parts it is given the paths of."""
 
     measure: Measure
     size: int
@@ -81,7 +82,7 @@ class Tally:
         total = np.zeros(self.size, dtype=np.int64)
         for path in _paths(batches):
             for block in read_blocks(path, self.charged_by):
-                total += self.measure(block)
+                np.add.at(total, self.measure(block), 1)
         places = np.flatnonzero(total)
         yield _rows(TALLY, places, total[places])
 
@@ -90,11 +91,9 @@ class Tally:
 class CountQueries:
     """Measure: pairs of each query."""
 
-    queries: int
-
     def __call__(self, block: Matches) -> NDArray[np.int64]:
         """Of one block."""
-        return np.bincount(block.queries, minlength=self.queries)
+        return block.queries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ class BinDraws:
 
     def __call__(self, block: Matches) -> NDArray[np.int64]:
         """Of one block."""
-        return self.common().histogram(block).ravel()
+        return self.common().places(block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +138,7 @@ class CountKept:
         """Of one block."""
         plan = self.plan.load()
         kept = plan.judge(block).kept
-        held = np.bincount(block.queries[kept[block.pairs]], minlength=len(plan.counts))
-        return np.append(held, np.count_nonzero(kept))
+        return np.append(block.queries[kept[block.pairs]], np.full(np.count_nonzero(kept), len(plan.counts)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,16 +261,16 @@ class _Planner:
 
     def counts(self) -> NDArray[np.int64]:
         """Pairs of each query."""
-        return load_array(self._tally("counts", CountQueries(queries=self._queries), self._queries))
+        return load_array(self._tally("counts", CountQueries(), self._queries))
 
     def plan(self, policy: Policy) -> PlanFiles:
         """All that a policy asks of the whole."""
-        counts = self._tally("counts", CountQueries(queries=self._queries), self._queries)
+        counts = self._tally("counts", CountQueries(), self._queries)
         cutoffs = None
         if policy == "cap":
             cutoffs = self._cutoffs(policy, counts, None)
         elif policy == "assign":
-            charged = self._tally("charged", CountQueries(queries=self._queries), self._queries, counts)
+            charged = self._tally("charged", CountQueries(), self._queries, counts)
             cutoffs = self._cutoffs(policy, charged, counts)
         limit, seed = self._config.limit, self._config.seed
         return PlanFiles(policy=policy, limit=limit, seed=seed, counts=counts, cutoffs=cutoffs)
