@@ -26,11 +26,11 @@ from diptych import files
 from diptych.curate.config_match import BalanceConfig, Policy
 from diptych.curate.job import Task
 from diptych.curate.match import queries_file
-from diptych.curate.parts import part_paths, read_manifest, read_rows
+from diptych.curate.parts import Manifest, part_paths, read_manifest, read_rows
 from diptych.curate.policies import BINS, Common, Matches, Plan, charge, hash_keys
 from diptych.curate.records import BALANCED, with_reason
 from diptych.curate.tasks import Execute, StageReport, part_name, tasks_of
-from diptych.errors import ShardError
+from diptych.errors import ShardError, UsageError
 
 POLICIES: tuple[Policy, ...] = ("cap", "metaclip", "assign")
 OVER_LIMIT = "over_limit"
@@ -214,6 +214,7 @@ def run(config: BalanceConfig, *, execute: Execute) -> BalanceReport:
     """Balance a folder of matched pairs; the others of the three policies are only counted."""
     config = replace(config, queries=queries_file(config.queries))
     parent = read_manifest(config.pairs)
+    _check_list(config, parent)
     texts = pq.read_table(config.queries, columns=["id", "text"]).sort_by("id")
     planner = _Planner(config, parent.hash, len(texts), execute)
     counts = planner.counts()
@@ -244,6 +245,16 @@ def run(config: BalanceConfig, *, execute: Execute) -> BalanceReport:
     short = {name: value for name, value in asdict(balanced).items() if name != "stage"}
     files.write_json(config.out / "balance.json", short)
     return balanced
+
+
+def _check_list(config: BalanceConfig, parent: Manifest) -> None:
+    """The pairs name queries by number, so another list would count nonsense; raises UsageError."""
+    matched = parent.config.get("queries")
+    if isinstance(matched, dict) and matched.get("sha256") != files.sha256(config.queries):
+        raise UsageError(
+            f"the pairs in {config.pairs} were matched with another list than {config.queries}; name that list, or run "
+            "`diptych curate match` with this one"
+        )
 
 
 class _Planner:
