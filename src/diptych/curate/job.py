@@ -1,9 +1,13 @@
-"""What is done: a task, a piece of a stage's input that becomes one part, and a job, the stage it belongs to."""
+"""What is done: a task, a piece of a stage's input that becomes one part, and a job, which does tasks.
+
+A job is picklable and may be called in any process, with any task, as often as one likes: it leaves the same files.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -38,9 +42,28 @@ class Task:
         return [[one, -1] if isinstance(one, str) else [one.name, one.stat().st_size] for one in self.inputs]
 
 
+@runtime_checkable
+class Job(Protocol):
+    """What a worker is given."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files go; its name is the name of what is done."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of settings and of what is read."""
+        ...
+
+    def __call__(self, task: Task) -> Done:
+        """Do one task and commit it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """All that a worker must know to do tasks of one stage."""
+class StageJob:
+    """Gives a stage the rows of a task, and writes the rows that stay and those that do not."""
 
     stage: Stage
     folder: Path

@@ -16,21 +16,26 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from diptych import files
 from diptych.curate import parts
-from diptych.curate.engines import Engine, run_tasks
-from diptych.curate.job import Job, Task, task_fingerprint
+from diptych.curate.config_curate import Engine, EngineConfig
+from diptych.curate.engines import run_tasks
+from diptych.curate.job import Job, StageJob, Task, task_fingerprint
 from diptych.curate.parts import MANIFEST_FILE, Done
 from diptych.curate.records import Stage
 from diptych.errors import NotFoundError, RunLockedError, UsageError
+
+OnTask = Callable[[str, int, int], None]
+"""Told the stage, how many of its tasks are done, and of how many, after each."""
 
 
 def part_name(number: int) -> str:
@@ -81,6 +86,23 @@ class Execute(Protocol):
         ...
 
 
+@runtime_checkable
+class ExecuteJob(Protocol):
+    """What runs a job: `tasks.run_job` with an engine chosen by the caller."""
+
+    def __call__(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+        *,
+        config: Mapping[str, Any],
+        parent: str | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> StageReport:
+        """Run it."""
+        ...
+
+
 def run_stage(
     stage: Stage,
     tasks: Sequence[Task],
@@ -92,40 +114,66 @@ def run_stage(
     engine: Engine = "local",
     parent: str | None = None,
     redo: bool = False,
-    on_task: Callable[[int, int], None] | None = None,
+    on_task: OnTask | None = None,
 ) -> StageReport:
     """Do the tasks that are not done yet and write the manifest; the folder's name is the stage's.
 
     `config` is a dataclass or a mapping of what decides the outcome, `schema` that of the rows that stay, `parent` the
     hash of the manifest of what is read. `processes` 0 works in this process. A folder made with other settings is
-    refused; with `redo` it is made anew. `on_task` is told how many tasks are done, and of how many.
+    refused; with `redo` it is made anew.
+    """
+    described = parts.describe_config(config, folder)
+    job = StageJob(
+        stage=stage, folder=folder, schema=schema, fingerprint=parts.fingerprint(folder.name, described, parent)
+    )
+    return run_job(
+        job,
+        tasks,
+        config=described,
+        processes=processes,
+        engine=engine,
+        parent=parent,
+        redo=redo,
+        on_task=on_task,
+    )
+
+
+def run_job(
+    job: Job,
+    tasks: Sequence[Task],
+    *,
+    config: Mapping[str, Any],
+    processes: int = 0,
+    engine: Engine = "local",
+    parent: str | None = None,
+    redo: bool = False,
+    on_task: OnTask | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> StageReport:
+    """`run_stage` for a job of one's own; `config` is what the manifest says of its settings.
+
+    `prepare` is called if there is anything to do, before it is done.
     """
     began = time.monotonic()
+    folder = job.folder
     _check_tasks(tasks)
     for part in (folder / "done", folder / "dropped"):
         part.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for part in (folder, folder / "done", folder / "dropped"):
-            files.remove_leftovers(part)
-        described = parts.describe_config(config, folder)
-        job = Job(
-            stage=stage,
-            folder=folder,
-            schema=schema,
-            fingerprint=parts.fingerprint(folder.name, described, parent),
-        )
+        _remove_leftovers(folder)
         found = _find_done(job, tasks, redo)
         missing = [task for task in tasks if task.name not in found]
         if missing:
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            if prepare is not None:
+                prepare()
         done = dict(found)
         for name, one in run_tasks(job, missing, processes=processes, engine=engine):
             done[name] = one
             if on_task is not None:
-                on_task(len(done), len(tasks))
-        manifest = parts.write_manifest(
-            folder, config=described, parent=parent, done=[done[task.name] for task in tasks]
-        )
+                on_task(folder.name, len(done), len(tasks))
+        _remove_leftovers(folder)  # of processes that died
+        manifest = parts.write_manifest(folder, config=config, parent=parent, done=[done[task.name] for task in tasks])
     return StageReport(
         stage=folder.name,
         folder=folder,
@@ -137,6 +185,20 @@ def run_stage(
         seconds=time.monotonic() - began,
         hash=manifest.hash,
     )
+
+
+def executors(config: EngineConfig, on_task: OnTask | None = None) -> tuple[Execute, ExecuteJob]:
+    """`run_stage` and `run_job` with an engine."""
+    processes = config.processes
+    if processes is None:
+        processes = (os.cpu_count() or 1) if config.engine == "local" else 0
+    chosen: dict[str, Any] = {"processes": processes, "engine": config.engine, "redo": config.redo, "on_task": on_task}
+    return partial(run_stage, **chosen), partial(run_job, **chosen)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for part in (folder, folder / "done", folder / "dropped"):
+        files.remove_leftovers(part)
 
 
 def _check_tasks(tasks: Sequence[Task]) -> None:
@@ -165,7 +227,8 @@ def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, Done]:
             "or add --redo to make it anew"
         )
     for name in stale:
-        for path in (f"done/{name}.json", f"{name}.parquet", f"dropped/{name}.parquet"):
+        old = parts.read_done(job.folder, name)
+        for path in (f"done/{name}.json", *(old.files if old is not None else ())):
             (job.folder / path).unlink(missing_ok=True)
     current = {name: done for name, done in recorded.items() if done is not None and name not in stale}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
