@@ -16,13 +16,14 @@ import random
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
 import harness
 
-PAGES = 600
+PAGES = 300
 ROUNDS = 3
 LAZY = ("data-src",)
 Pair = tuple[str, str]
@@ -99,8 +100,9 @@ def read_warcio(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def extract_beautifulsoup(path: Path) -> list[Pair]:
-    from bs4 import BeautifulSoup
+    from bs4 import BeautifulSoup, XMLParsedAsHTMLWarning
 
+    warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
     found: list[Pair] = []
     for url, body in read_warcio(path):
         soup = BeautifulSoup(body.decode("utf-8", "replace"), "lxml")
@@ -133,7 +135,6 @@ def extract_selectolax(path: Path) -> list[Pair]:
 
 def extract_ours(path: Path) -> list[Pair]:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     from diptych.curate.config_crawl import OPT_OUTS
     from diptych.curate.crawl import Crawl
@@ -149,7 +150,7 @@ def extract_ours(path: Path) -> list[Pair]:
     )
     found: list[Pair] = []
     for batch in stage(iter([pa.record_batch({"path": [str(path)]})])):
-        batch = batch.filter(pc.is_null(batch.column("reason")))
+        batch = batch.filter(batch.column("reason").is_null())
         found.extend(zip(batch.column("image_url").to_pylist(), batch.column("caption").to_pylist(), strict=True))
     return found
 
