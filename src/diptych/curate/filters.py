@@ -29,7 +29,7 @@ LANGUAGE = "language"
 _ENDING = r"\.(?:jpe?g|jfif|png|gif|webp|avif|svg|bmp|tiff?|ico|heic|cr2|nef|psd|pdf|mp4|html?|php|aspx?)"
 _FILE_NAMES = re.compile(
     rf"""\S*{_ENDING}(?:\?\S*)?                            # name.jpg
-    | (?:[^\s/\\]+[/\\]){(2,)}\S*                           # a/path/of/it
+    | (?:[^\s/\\]+[/\\]){{2,}}\S*                           # a/path/of/it
     | [\w\s()&',-]{{0,120}}{_ENDING}                       # Some name (2).jpg
     | (?:https?://|www\.|data:|javascript:)\S*             # an address
     | (?:img|dsc[fn]?|pict?|p|imag|image|photo|picture|screen\s?shot|screenshot|untitled|scan|file|wp|vid|gopr|dji|mvc|
