@@ -6,7 +6,7 @@ of all that are joined, directly or over others, one stays: the one whose hash o
 neither the order of the rows nor how they lie in files matters. `Strike` puts the verdicts onto the rows.
 
 The bands are compared in `buckets`, one after the other, so that memory is bounded by the largest of them; over all
-of it 24 bytes a row are held.
+of it some 40 bytes a row are held.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class Sign:
             signatures = hasher(batch.column("caption").to_pylist())
             scopes = np.array([_hash(self._scope_of(*place)) for place in zip(
                 batch.column("image_url").to_pylist(), pages, strict=True)], dtype=np.uint64)  # fmt: skip
-            bands = signatures.reshape(len(keys), -1, rows)
+            bands = signatures.reshape(len(keys), self.hashes // rows, rows)
             cut = np.zeros(bands.shape[:2], dtype=np.uint64)
             for row in range(rows):
                 cut = mix(cut ^ bands[:, :, row])
