@@ -14,8 +14,8 @@ from test_contamination import scene
 from diptych.curate.config_fetch import PicturesConfig
 from diptych.curate.job import Task
 from diptych.curate.parts import read_rows
+from diptych.curate.pictures import FACTS, decide, run
 from diptych.curate.records import CANDIDATES, with_reason
-from diptych.curate.select import FACTS, decide, run
 from diptych.curate.tasks import part_name
 from diptych.errors import UsageError
 from diptych.pair import Pair
