@@ -1,116 +1,124 @@
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import io
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from fetching import execute
-from PIL import ImageOps
-from test_contamination import scene
+from PIL import Image, ImageOps
 
-from diptych.curate.config_fetch import PicturesConfig
-from diptych.curate.job import Task
-from diptych.curate.parts import read_rows
-from diptych.curate.pictures import FACTS, decide, run
-from diptych.curate.records import CANDIDATES, with_reason
-from diptych.curate.tasks import part_name
-from diptych.errors import UsageError
-from diptych.pair import Pair
-from diptych.shards.write import write_shards
-from samples import encode
+from diptych.curate.pictures import hash_picture, looks_like_picture, on_white, prepare, read_known
+from diptych.errors import NotFoundError, PictureError, UsageError
+from samples import encode, noise
+
+DEFAULTS = {"size": 64, "quality": 90, "keep_original": False, "min_side": 16, "max_aspect": 3.0, "max_pixels": 10**6}
 
 
-@dataclass(frozen=True)
-class Same:
-    """A stage that keeps all rows."""
-
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            yield with_reason(batch, [None] * batch.num_rows)
+def make(data: bytes, **changes):
+    return prepare(data, **(DEFAULTS | changes))
 
 
-def write_rows(folder: Path, images: dict[str, bytes | None], per_part: int = 5) -> Path:
-    """A finished stage with these pictures."""
-    rows = [
-        {"key": key, "caption": f"text of {key}", "image": image, "image_url": key, "page_url": "p", "details": []}
-        for key, image in images.items()
-    ]
-    folder.mkdir()
-    tasks = []
-    for start in range(0, len(rows), per_part):
-        path = folder / f"{start}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows[start : start + per_part], schema=CANDIDATES), path)
-        tasks.append(Task(part_name(len(tasks)), (path,)))
-    execute(Same(), tasks, folder / "pictures", {}, schema=CANDIDATES)
-    return folder / "pictures"
+def smooth(size: tuple[int, int]) -> Image.Image:
+    return noise((7, 5)).resize(size, Image.Resampling.BICUBIC)
 
 
-def kept(folder) -> list[str]:
-    return [row["key"] for batch in read_rows(folder) for row in batch.to_pylist()]
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
 
 
-def test_copies_and_pictures_that_are_tested_on_are_dropped_with_their_reason(tmp_path):
-    write_shards([Pair(key="e", caption="e", image=encode(scene(5)))], tmp_path / "tested")
-    images = {
-        "a": encode(scene(1)),
-        "b": encode(scene(2)),
-        "a-again": encode(scene(1)),
-        "a-smaller": encode(scene(1).resize((80, 60))),
-        "tested": encode(scene(5), quality=50),
-        "tested-mirrored": encode(ImageOps.mirror(scene(5))),
-        "c": encode(scene(3)),
-        "broken": b"\xff\xd8\xff and no more",
-        "none": None,
-    }
-    folder = write_rows(tmp_path / "in", images)
-    config = PicturesConfig(folder=folder, out=tmp_path / "out", evaluation=(tmp_path / "tested",))
-    report = run(config, execute=execute)
-    assert kept(config.out) == ["a", "b", "c"]
-    dropped = {"duplicate": 1, "near_duplicate": 1, "evaluation": 2, "empty": 1}
-    assert {k: v for k, v in report.dropped.items() if k in dropped} == dropped
-    assert report.kept + sum(report.dropped.values()) == len(images)
-    assert run(config, execute=execute).hash == report.hash
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_small_upright_picture_keeps_its_bytes(format):
+    data = encode(smooth((60, 50)), format)
+    made = make(data)
+    assert made.data == data
+    assert (made.width, made.height, made.original_width, made.original_height) == (60, 50, 60, 50)
 
 
-def test_a_listed_picture_does_not_stay(tmp_path):
-    images = {"a": encode(scene(1)), "b": encode(scene(2))}
-    (tmp_path / "list").write_text(hashlib.sha1(images["a"]).hexdigest())
-    folder = write_rows(tmp_path / "in", images)
-    config = PicturesConfig(folder=folder, out=tmp_path / "out", known_hashes=(tmp_path / "list",))
-    assert run(config, execute=execute).dropped == {"known_hash": 1}
+@pytest.mark.parametrize("format", ["GIF", "BMP", "AVIF", "TIFF"])
+def test_formats_that_shards_do_not_take_become_jpeg(format):
+    made = make(encode(smooth((60, 50)).quantize() if format == "GIF" else smooth((60, 50)), format))
+    assert opened(made.data).format == "JPEG"
+    assert looks_like_picture(encode(smooth((60, 50)), format))
 
 
-def score(images: Sequence[bytes], captions: Sequence[str]) -> Sequence[float]:
-    return [0.9 if caption.endswith("b") else 0.1 for caption in captions]
+@pytest.mark.parametrize(("size", "expected"), [((400, 300), (85, 64)), ((300, 400), (64, 85)), ((65, 64), (65, 64))])
+def test_a_large_picture_is_made_smaller_by_its_shorter_side(size, expected):
+    image = smooth(size)
+    made = make(encode(image))
+    assert (made.width, made.height) == expected == opened(made.data).size
+    assert (made.original_width, made.original_height) == size
+    wanted = np.asarray(image.resize(expected, Image.Resampling.BICUBIC), float)
+    assert np.abs(np.asarray(opened(made.data), float) - wanted).mean() < 4
 
 
-def test_pairs_that_do_not_fit_are_dropped_by_a_given_score(tmp_path):
-    folder = write_rows(tmp_path / "in", {"a": encode(scene(1)), "b": encode(scene(2))})
-    config = PicturesConfig(folder=folder, out=tmp_path / "out", min_score=0.3)
-    assert run(config, execute=execute, score=score).dropped == {"score": 1}
-    assert kept(config.out) == ["b"]
-    with pytest.raises(UsageError, match="belong together"):
-        run(config, execute=execute)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(60, 40), (300, 200)])
+def test_a_picture_is_stored_upright(orientation, size):
+    image = smooth(size)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(image, exif=exif.tobytes())
+    made = make(data)
+    upright = ImageOps.exif_transpose(opened(data))
+    assert (made.original_width, made.original_height) == upright.size
+    stored = opened(made.data)
+    assert stored.getexif().get(0x0112, 1) == 1
+    assert stored.size == (made.width, made.height)
+    difference = np.asarray(stored, float) - np.asarray(upright.resize(stored.size, Image.Resampling.BICUBIC), float)
+    assert np.abs(difference).mean() < 5
 
 
-def test_several_pairs_of_a_picture_may_stay_and_dropped_ones_do_not_count():
-    rows = [
-        {"sha256": "x", "phash": 7, "known": None, "score": 0.1, "broken": None},
-        {"sha256": "x", "phash": 7, "known": None, "score": 0.9, "broken": None},
-        {"sha256": "x", "phash": 7, "known": None, "score": 0.9, "broken": None},
-        {"sha256": "y", "phash": 7, "known": None, "score": 0.9, "broken": None},
-        {"sha256": "z", "phash": 2**63, "known": None, "score": float("nan"), "broken": None},
-        {"sha256": "w", "phash": 0xFF << 20, "known": None, "score": 0.9, "broken": None},
-    ]
-    table = pa.Table.from_pylist(rows, schema=FACTS)
-    nothing = np.empty(0, np.uint64)
+def test_the_original_may_be_kept():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(smooth((300, 200)), exif=exif.tobytes())
+    made = make(data, keep_original=True)
+    assert made.data == data
+    assert (made.width, made.height, made.original_width, made.original_height) == (300, 200, 200, 300)
 
-    def reasons(**changes):
-        return decide(table, PicturesConfig(folder=Path(), out=Path(), min_score=0.5, **changes), nothing)
 
-    assert reasons() == ["score", None, "duplicate", "near_duplicate", "score", None]
-    assert reasons(per_picture=2) == ["score", None, None, "near_duplicate", "score", None]
-    assert reasons(near=False) == ["score", None, "duplicate", None, "score", None]
+def test_what_is_transparent_becomes_white():
+    clear = Image.new("RGBA", (300, 200), (0, 0, 0, 0))
+    assert opened(make(encode(clear, "PNG")).data).getpixel((5, 5)) == (255, 255, 255)
+    assert on_white(Image.new("LA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encode(smooth((15, 60))), "too_small"),
+        (encode(smooth((200, 60))), "aspect"),
+        (encode(smooth((60, 200))), "aspect"),
+        (encode(Image.new("L", (2000, 1000)), "PNG"), "too_many_pixels"),
+        (encode(smooth((60, 50)))[:-200], "truncated"),
+        (encode(noise((60, 50)), "PNG")[:2000], "truncated"),
+        (b"not at all", "not_a_picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_a_picture"),
+    ],
+)
+def test_pictures_that_cannot_be_used_have_a_reason(data, reason):
+    with pytest.raises(PictureError) as caught:
+        make(data)
+    assert caught.value.reason == reason
+
+
+def test_listed_pictures_are_recognised_by_bytes_and_by_looks(tmp_path):
+    pictures = [encode(noise((9, 8), seed).resize((90, 80), Image.Resampling.BICUBIC)) for seed in range(5)]
+    (tmp_path / "a").write_text(
+        f"{hashlib.md5(pictures[0]).hexdigest()}  # seen 2024\n\n{hashlib.sha1(pictures[1]).hexdigest().upper()}\n"
+        f"{hashlib.sha256(pictures[2]).hexdigest()}\n"
+    )
+    (tmp_path / "b").write_text(f"phash:{hash_picture(pictures[3]):016x}\n")
+    known = read_known([tmp_path / "a", tmp_path / "b"], 4)
+    assert [known(picture) for picture in pictures] == ["md5", "sha1", "sha256", "phash", None]
+    again = encode(opened(pictures[3]).resize((60, 60)), quality=50)
+    assert known(again) == "phash"
+    assert known(b"no picture") is None
+    assert bool(known)
+    assert not read_known([], 4)
+
+
+def test_a_list_with_a_line_that_is_no_hash_is_refused(tmp_path):
+    (tmp_path / "a").write_text("# fine\n" + "a" * 32 + "\nabcd\n")
+    with pytest.raises(UsageError, match="line 3: 'abcd' is no hash"):
+        read_known([tmp_path / "a"], 4)
+    with pytest.raises(NotFoundError, match="no such list"):
+        read_known([tmp_path / "missing"], 4)

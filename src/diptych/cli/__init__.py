@@ -10,14 +10,16 @@ import tyro
 
 from diptych.cli.checkpoints import Convert, Inspect, Verify
 from diptych.cli.classify import Classify
+from diptych.cli.curate import Curate
 from diptych.cli.plan import Plan
 from diptych.cli.train import Train
 from diptych.errors import DiptychError
 
-Command = Train | Plan | Classify | Inspect | Convert | Verify
+Command = Train | Plan | Curate | Classify | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "plan": Plan,
+    "curate": Curate,
     "classify": Classify,
     "inspect": Inspect,
     "convert": Convert,

@@ -1,9 +1,53 @@
-"""How pairs become shards, how samples are deleted: frozen values, nothing heavy imported."""
+"""How stages are run, how pairs become shards, how samples are deleted: frozen values, nothing heavy imported."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from diptych.errors import UsageError
+
+Engine = Literal["local", "ray"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Where the tasks of a stage run; it does not change what comes out."""
+
+    engine: Engine = "local"
+    """local: processes of this machine. ray: a Ray cluster ($RAY_ADDRESS, or one started here) that sees the folder."""
+    processes: int | None = None
+    """Tasks at once; by default one per core of this machine or of the cluster."""
+    redo: bool = False
+    """Make a folder anew that was begun with other settings or inputs."""
+
+    def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 1:
+            raise UsageError(f"processes {self.processes} must be 1 or more; leave it out for one per core")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """From web pages to shards in one work folder."""
+
+    work: Path
+    """Folder for all stages; a run that was stopped goes on there."""
+    inputs: tuple[str, ...]
+    """WARC, WAT and HTML files (gzipped or not), folders or `.paths` lists of them; paths or fsspec URLs."""
+    queries: Path
+    """The list of queries: queries.parquet or its folder; `diptych curate queries` makes one."""
+    contact: str
+    """Web page or e-mail address of who runs this; every request for a picture names it."""
+    policy: Literal["cap", "metaclip", "assign"] = "cap"
+    """How pairs of common queries are thinned out; see `diptych curate balance`."""
+    limit: int = 20_000
+    """Pairs a query; 20,000 in the paper."""
+    seed: int = 0
+    """Of every choice."""
+    allow_host: tuple[str, ...] = ()
+    """host:port of this machine that may be asked although its address is not public, for example 127.0.0.1:8000."""
+    settings: Path | None = None
+    """A TOML file with a table for each stage ([crawl], [filter], [distinct], [match], [balance], [fetch], [pictures],
+    [write]): any of its options, with _ for -."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from diptych.curate.copies import MAX_DISTANCE, SIDE, VIEWS, Curve, hash_encoded
 from diptych.curate.duplicates import Found, Hashes, find_near
 from diptych.curate.job import Task
 from diptych.curate.parts import MANIFEST_FILE, part_paths, read_manifest, read_part, read_rows
-from diptych.curate.prepare import decode_small, on_white
+from diptych.curate.pictures import decode_small, on_white
 from diptych.curate.records import with_reason
 from diptych.curate.tasks import Execute, StageReport, part_name
 from diptych.errors import NotFoundError, PictureError, UsageError

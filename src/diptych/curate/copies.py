@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from diptych.curate.duplicates import Hashes, perceptual_hashes
-from diptych.curate.prepare import decode_small, on_white
+from diptych.curate.pictures import decode_small, on_white
 
 SIDE = 192
 """Both sides of a JPEG are decoded to at least this many pixels before it is hashed."""

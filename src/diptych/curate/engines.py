@@ -14,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
+from diptych.curate.config_curate import Engine
 from diptych.curate.job import Job, Task
 from diptych.curate.parts import Done
 from diptych.errors import TaskLostError, UsageError
-
-Engine = Literal["local", "ray"]
 
 TRIES = 2
 """How often a task is begun whose process dies."""

@@ -38,7 +38,7 @@ from diptych.curate.job import Task
 from diptych.curate.ledger import Ledger, Reader, partition_of
 from diptych.curate.outcome import OK, NotFetched, is_transient
 from diptych.curate.parts import MANIFEST_FILE, read_manifest, read_part
-from diptych.curate.prepare import Known, KnownHashes, looks_like_picture, prepare, read_known
+from diptych.curate.pictures import Known, KnownHashes, looks_like_picture, prepare, read_known
 from diptych.curate.records import with_reason
 from diptych.curate.schedule import Job, Schedule, host_of
 from diptych.curate.tasks import Execute, StageReport, tasks_of

@@ -4,11 +4,12 @@ The same rows give the same bytes, and every page of a part carries a checksum, 
 whoever reads it.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych import files
-from diptych.config import to_dict
 from diptych.curate.records import REASON
 from diptych.errors import NotFoundError, ShardError, UsageError
 
@@ -62,16 +62,22 @@ class Manifest:
     """SHA-256 of all the rest."""
 
 
-def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of one part, in batches of up to READ_ROWS; raises ShardError if it is damaged."""
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a part and hold its pages to their checksums; raises ShardError if it is damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(READ_ROWS, columns=list(columns) if columns is not None else None):
-                yield batch.replace_schema_metadata(None)
+            yield file
     except FileNotFoundError:
         raise NotFoundError(f"no such file: {path}; run the stage that writes {path.parent} again") from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} is damaged ({error}); run the stage that wrote it again, it replaces it") from None
+
+
+def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of one part, in batches of up to READ_ROWS."""
+    with reading(path) as file:
+        yield from file.iter_batches(READ_ROWS, columns=list(columns) if columns is not None else None)
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -164,20 +170,22 @@ def describe_config(config: object, folder: Path) -> dict[str, Any]:
     A path becomes its last part, with the SHA-256 of a file or the manifest's hash of a stage's folder; the folder that
     is written is left out.
     """
-    values = to_dict(config) if is_dataclass(config) else dict(config) if isinstance(config, Mapping) else None
-    if values is None:
+    described = _describe(config, folder)
+    if not isinstance(described, dict):
         raise TypeError(f"{config!r} is neither a dataclass nor a mapping")
-    own = config if isinstance(config, Mapping) else {name: getattr(config, name) for name in values}
-    described: dict[str, Any] = {}
-    for name, value in own.items():
-        if isinstance(value, Path):
-            if value != folder:
-                described[name] = _describe_path(value)
-        elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
-            described[name] = [_describe_path(Path(item)) for item in value]
-        else:
-            described[name] = values[name]
     return described
+
+
+def _describe(value: object, folder: Path) -> Any:
+    if isinstance(value, Path):
+        return _describe_path(value)
+    if is_dataclass(value):
+        value = {one.name: getattr(value, one.name) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _describe(one, folder) for name, one in value.items() if one != folder}
+    if isinstance(value, (tuple, list)):
+        return [_describe(one, folder) for one in value]
+    return value
 
 
 def _describe_path(path: Path) -> dict[str, str]:
@@ -207,19 +215,25 @@ def write_manifest(folder: Path, *, config: Mapping[str, Any], parent: str | Non
         rows, kept = rows + one.rows, kept + one.kept
         dropped.update(one.dropped)
         parts.update(one.files)
-    content = {
-        "stage": folder.name,
-        "config": config,
-        "parent": parent,
-        "rows": rows,
-        "kept": kept,
-        "dropped": dict(sorted(dropped.items())),
-        "files": parts,
-    }
-    head = {"format": "diptych stage", "version": MANIFEST_VERSION}
-    digest = hash_json(head | content)
-    files.write_json(folder / MANIFEST_FILE, head | content | {"hash": digest})
-    return Manifest(**content, hash=digest)
+    manifest = Manifest(
+        stage=folder.name,
+        config=config,
+        parent=parent,
+        rows=rows,
+        kept=kept,
+        dropped=dict(sorted(dropped.items())),
+        files=parts,
+    )
+    return save_manifest(folder, manifest)
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write a manifest with its hash."""
+    content = {"format": "diptych stage", "version": MANIFEST_VERSION, **asdict(manifest)}
+    del content["hash"]
+    digest = hash_json(content)
+    files.write_json(folder / MANIFEST_FILE, content | {"hash": digest})
+    return replace(manifest, hash=digest)
 
 
 def read_manifest(folder: Path) -> Manifest:

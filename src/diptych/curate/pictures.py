@@ -1,184 +1,212 @@
-"""Pairs with pictures -> those whose picture is no copy, is not tested on, is not listed, and fits its text.
+"""Pictures as they came -> pictures worth storing: decoded within limits, upright, not larger than needed.
 
-    out/evaluation-0/ hashes of the pictures that are tested on; a stage
-    out/facts/        what each picture is: SHA-256, perceptual hash, whether it is listed, its score; a stage
-    out/decided/      the reason of each row, decided over all rows together
-    out/...           the rows that stay; a stage
+Also the lists of pictures that must not be stored, which are asked before anything is written.
 
-Reasons: `known_hash`, `score`, `evaluation` (looks like a picture that is tested on), `duplicate` (the bytes of an
-earlier picture), `near_duplicate` (looks like one). They are looked at in this order, rows in the order of the parts.
-A dropped row does not use up its picture's `per_picture`.
+A picture that need not change keeps its bytes. One that is too large, of a format that shards do not take, or whose
+EXIF orientation turns it is decoded, turned, made smaller and stored as JPEG, without its other metadata.
 """
 
 import hashlib
 import io
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diptych import files
-from diptych.curate.config_fetch import PicturesConfig
-from diptych.curate.contamination import hash_set, picture_files, read_hashes
-from diptych.curate.duplicates import Hashes, find_near, first_alike
-from diptych.curate.job import Task
-from diptych.curate.parts import read_manifest, read_part, read_rows
-from diptych.curate.prepare import KnownHashes, hash_picture, read_known
-from diptych.curate.records import with_reason
-from diptych.curate.tasks import Execute, StageReport, tasks_of
-from diptych.errors import PictureError, UsageError
+from diptych.curate.duplicates import perceptual_hashes
+from diptych.errors import NotFoundError, PictureError, UsageError
 
-Score = Callable[[Sequence[bytes], Sequence[str]], Sequence[float]]
-"""Encoded pictures and their texts -> how well they fit, for example CLIP's cosines; picklable."""
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
+"""What is decoded, as Pillow names it; no other parser sees a stranger's bytes."""
+KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
+"""What is stored as it came."""
 
-FACTS = pa.schema(
-    [
-        pa.field("sha256", pa.string()),
-        pa.field("phash", pa.uint64()),
-        pa.field("known", pa.string()),
-        pa.field("score", pa.float64()),
-        pa.field("broken", pa.string()),
-    ]
-)
-_ROWS = 256
+_ORIENTATION = 0x0112
+_DIGITS = {32: "md5", 40: "sha1", 64: "sha256"}
+_HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 
-
-def run(config: PicturesConfig, *, execute: Execute, score: Score | None = None) -> StageReport:
-    """Decide and write; `score` is needed for `min_score`."""
-    if (score is None) != (config.min_score is None):
-        raise UsageError(
-            f"min_score {config.min_score} and a scoring function belong together; give both (a model to score with) "
-            "or neither"
-        )
-    tasks, parent = tasks_of(config.folder), read_manifest(config.folder).hash
-    known = read_known(config.known_hashes, config.known_distance)
-    facts = config.out / "facts"
-    settings = {"known_hashes": config.known_hashes, "known_distance": config.known_distance}
-    execute(
-        Facts(known=known, score=score),
-        tasks,
-        facts,
-        settings | {"scored": score is not None},
-        schema=FACTS,
-        parent=parent,
-    )
-    decided = config.out / "decided"
-    _decide(config, tasks, facts, decided, _evaluation_hashes(config, execute))
-    by_path = [Task(task.name, (*task.inputs, decided / f"{task.name}.parquet"), rows=False) for task in tasks]
-    schema = pq.read_schema(tasks[0].inputs[0]).remove_metadata()
-    return execute(Apply(), by_path, config.out, _settings(config), schema=schema, parent=parent)
-
-
-def _settings(config: PicturesConfig) -> dict[str, object]:
-    """What decides the outcome; folders are named by their hash, since their pictures were read already."""
-    return vars(config) | {"folder": None, "out": None, "evaluation": [picture_files(p)[1] for p in config.evaluation]}
+Known = Callable[[bytes], str | None]
+"""Bytes of a picture -> the list it is on, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """A stage: rows with pictures -> what each picture is."""
+class Prepared:
+    """A picture to store."""
 
-    known: KnownHashes
-    score: Score | None
+    data: bytes
+    width: int
+    height: int
+    original_width: int
+    """As it is looked at: turned as its EXIF orientation says."""
+    original_height: int
 
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for start in range(0, batch.num_rows, _ROWS):
-                yield self._look(batch.slice(start, _ROWS))
 
-    def _look(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        images, captions = batch.column("image").to_pylist(), batch.column("caption").to_pylist()
-        rows = [self._facts(image) for image in images]
-        if self.score is not None:
-            whole = [i for i, row in enumerate(rows) if row["broken"] is None]
-            scores = self.score([images[i] for i in whole], [captions[i] for i in whole]) if whole else []
-            for i, value in zip(whole, scores, strict=True):
-                rows[i]["score"] = float(value)
-        return with_reason(pa.RecordBatch.from_pylist(rows, schema=FACTS), [None] * len(rows))
+def looks_like_picture(data: bytes) -> bool:
+    """Whether the first bytes are those of a format that is taken."""
+    if data[:4] == b"RIFF":
+        return data[8:12] == b"WEBP"
+    if data[4:8] == b"ftyp":
+        return b"avif" in data[8:64] or b"avis" in data[8:64]
+    return data.startswith(_HEADS)
 
-    def _facts(self, image: bytes | None) -> dict[str, Any]:
-        if not image:
-            return dict.fromkeys(FACTS.names) | {"broken": "empty"}
+
+def open_bounded(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header; raises PictureError. Nothing is decoded yet."""
+    Image.init()  # without it Pillow knows only its five most common formats
+    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF may be left out of a build
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata, and bombs, which are decided here
+            image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        raise PictureError("not_a_picture", f"{len(data)} bytes of no format that is taken") from None
+    except Image.DecompressionBombError as error:
+        raise PictureError("too_many_pixels", str(error)) from None
+    except Exception as error:  # parsers raise whatever the bytes made them stumble over
+        raise PictureError("truncated", f"{type(error).__name__}: {error}") from None
+    if image.width * image.height > max_pixels:
+        raise PictureError("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels:,}")
+    return image
+
+
+def decode_small(data: bytes, side: int, max_pixels: int) -> Image.Image:
+    """Decode, at a reduced scale if both sides stay at least `side`; raises PictureError."""
+    image = open_bounded(data, max_pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            found, broken = hash_picture(image), None
-        except PictureError as error:
-            found, broken = None, error.reason
-        digest = hashlib.sha256(image).hexdigest()
-        return {"sha256": digest, "phash": found, "known": self.known(image), "score": None, "broken": broken}
+            image.draft("RGB", (side, side))
+            image.load()
+        except Exception as error:
+            raise PictureError("truncated", f"{type(error).__name__}: {error}") from None
+    return image
 
 
-@dataclass(frozen=True)
-class Apply:
-    """A stage: (path of a part, path of its reasons) -> the rows with their reasons."""
-
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            part, decided = batch.column("path").to_pylist()
-            reasons = pq.read_table(decided).column("reason").to_pylist()
-            place = 0
-            for rows in read_part(Path(part)):
-                yield with_reason(rows, reasons[place : place + rows.num_rows])
-                place += rows.num_rows
+def hash_picture(data: bytes, max_pixels: int = 100_000_000) -> int:
+    """The perceptual hash of encoded bytes; raises PictureError."""
+    return int(perceptual_hashes([on_white(decode_small(data, 128, max_pixels))])[0])
 
 
-def _decide(config: PicturesConfig, tasks: Sequence[Task], facts: Path, decided: Path, evaluation: Hashes) -> None:
-    table = pa.Table.from_batches(read_rows(facts), schema=FACTS)
-    reasons = decide(table, config, evaluation)
-    decided.mkdir(exist_ok=True)
-    place = 0
-    for task in tasks:
-        rows = pq.read_metadata(facts / f"{task.name}.parquet").num_rows
-        part = pa.table({"reason": pa.array(reasons[place : place + rows], pa.string())})
-        buffer = io.BytesIO()
-        pq.write_table(part, buffer, compression="zstd")
-        path = decided / f"{task.name}.parquet"
-        if not path.exists() or path.read_bytes() != buffer.getvalue():
-            (config.out / "done" / f"{task.name}.json").unlink(missing_ok=True)
-            files.write_bytes(path, buffer.getvalue())
-        place += rows
+def prepare(
+    data: bytes,
+    *,
+    size: int,
+    quality: int,
+    keep_original: bool,
+    min_side: int,
+    max_aspect: float,
+    max_pixels: int,
+) -> Prepared:
+    """Make a picture ready to be stored; raises PictureError with the reason to drop it."""
+    image = open_bounded(data, max_pixels)
+    turned = _orientation(image)
+    width, height = image.size if turned < 5 else image.size[::-1]
+    short, long = min(width, height), max(width, height)
+    if short < min_side:
+        raise PictureError("too_small", f"{width} x {height}, the shorter side at least {min_side}")
+    if long > max_aspect * short:
+        raise PictureError("aspect", f"{width} x {height}, at most {max_aspect:g} : 1")
+    decoded = decode_small(data, 2 * size, max_pixels)  # completely, so that no broken picture is stored
+    if keep_original:
+        return Prepared(data=data, width=image.width, height=image.height, original_width=width, original_height=height)
+    if short <= size and turned == 1 and image.format in KEPT_FORMATS:
+        return Prepared(data=data, width=width, height=height, original_width=width, original_height=height)
+    small = _shrink(on_white(ImageOps.exif_transpose(decoded)), width, height, size)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= 95 else 2)
+    return Prepared(
+        data=buffer.getvalue(),
+        width=small.width,
+        height=small.height,
+        original_width=width,
+        original_height=height,
+    )
 
 
-def decide(facts: pa.Table, config: PicturesConfig, evaluation: Hashes) -> list[str | None]:
-    """The reason of each row, None for those that stay."""
-    reasons: list[str | None] = facts.column("broken").to_pylist()
-    hashes = facts.column("phash").combine_chunks().fill_null(0).to_numpy()
-    tested = np.zeros(len(hashes), bool)
-    tested[find_near(hashes, evaluation, config.evaluation_distance)[0]] = True
-    digests, known, scores = (facts.column(name).to_pylist() for name in ("sha256", "known", "score"))
-    for i, reason in enumerate(reasons):
-        if reason is not None:
-            continue
-        if known[i] is not None:
-            reasons[i] = "known_hash"
-        elif config.min_score is not None and not scores[i] >= config.min_score:
-            reasons[i] = "score"
-        elif tested[i]:
-            reasons[i] = "evaluation"
-    left = np.flatnonzero([reason is None for reason in reasons])
-    alike = left[first_alike(hashes[left], config.max_distance)].tolist() if config.near and len(left) else []
-    same, seen = Counter[str](), Counter[int]()
-    for place, i in enumerate(left.tolist()):
-        if same[digests[i]] >= config.per_picture:
-            reasons[i] = "duplicate"
-        elif alike and seen[alike[place]] >= config.per_picture:
-            reasons[i] = "near_duplicate"
-        else:
-            same[digests[i]] += 1
-            if alike:
-                seen[alike[place]] += 1
-    return reasons
+def _shrink(image: Image.Image, width: int, height: int, size: int) -> Image.Image:
+    """To a shorter side of `size`; `width` and `height` are those before decoding at a reduced scale."""
+    short = min(width, height)
+    if short <= size:
+        return image
+    target = max(size, round(width * size / short)), max(size, round(height * size / short))
+    return image.resize(target, Image.Resampling.BICUBIC)
 
 
-def _evaluation_hashes(config: PicturesConfig, execute: Execute) -> Hashes:
-    """Of the pictures that are tested on, and of their mirror images."""
-    found = [np.empty(0, np.uint64)]
-    for number, folder in enumerate(config.evaluation):
-        out = config.out / f"evaluation-{number}"
-        hash_set(folder, out, execute)
-        found.append(read_hashes(out)[1][:, :2].ravel())
-    return np.unique(np.concatenate(found))
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, as a page shows it."""
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata does not make a picture unusable
+        return 1
+    return turned if isinstance(turned, int) and 1 <= turned <= 8 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownHashes:
+    """Pictures that must not be stored, by hashes of their bytes and by perceptual hashes; picklable."""
+
+    digests: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Algorithm -> hexadecimal digests."""
+    perceptual: tuple[int, ...] = ()
+    max_distance: int = 4
+    """Bits by which a perceptual hash may differ."""
+    max_pixels: int = 100_000_000
+
+    def __bool__(self) -> bool:
+        return bool(self.digests or self.perceptual)
+
+    def __call__(self, data: bytes) -> str | None:
+        """The kind of hash that is listed, or None."""
+        for name, digests in self.digests.items():
+            if hashlib.new(name, data, usedforsecurity=False).hexdigest() in digests:
+                return name
+        if not self.perceptual:
+            return None
+        try:
+            found = hash_picture(data, self.max_pixels)
+        except PictureError:
+            return None  # it will be dropped as a picture that cannot be read
+        listed = np.array(self.perceptual, np.uint64)
+        near = np.bitwise_count(listed ^ np.uint64(found)) <= self.max_distance
+        return "phash" if near.any() else None
+
+
+def read_known(paths: Iterable[Path], max_distance: int, max_pixels: int = 100_000_000) -> KnownHashes:
+    """Read lists: a hash a line, `#` begins a comment."""
+    digests: dict[str, set[str]] = {}
+    perceptual: set[int] = set()
+    for path in paths:
+        if not path.is_file():
+            raise NotFoundError(f"no such list of hashes: {path}")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            text = line.partition("#")[0].strip().lower()
+            if not text:
+                continue
+            kind, colon, rest = text.partition(":")
+            try:
+                if colon and kind == "phash" and len(rest) == 16:
+                    perceptual.add(int(rest, 16))
+                    continue
+                digests.setdefault(_DIGITS[len(bytes.fromhex(text)) * 2], set()).add(text)
+            except (ValueError, KeyError):
+                raise UsageError(
+                    f"{path}, line {number}: {text[:80]!r} is no hash; write 32, 40 or 64 hexadecimal digits, or "
+                    "phash: and 16"
+                ) from None
+    return KnownHashes(
+        digests={name: frozenset(found) for name, found in sorted(digests.items())},
+        perceptual=tuple(sorted(perceptual)),
+        max_distance=max_distance,
+        max_pixels=max_pixels,
+    )

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +27,8 @@ import pyarrow as pa
 
 from diptych import files
 from diptych.curate import parts
-from diptych.curate.engines import Engine, run_tasks
+from diptych.curate.config_curate import Engine, EngineConfig
+from diptych.curate.engines import run_tasks
 from diptych.curate.job import Job, StageJob, Task, task_fingerprint
 from diptych.curate.parts import MANIFEST_FILE, Done
 from diptych.curate.records import Stage
@@ -84,6 +86,23 @@ class Execute(Protocol):
         ...
 
 
+@runtime_checkable
+class ExecuteJob(Protocol):
+    """What runs a job: `tasks.run_job` with an engine chosen by the caller."""
+
+    def __call__(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+        *,
+        config: Mapping[str, Any],
+        parent: str | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> StageReport:
+        """Run it."""
+        ...
+
+
 def run_stage(
     stage: Stage,
     tasks: Sequence[Task],
@@ -129,25 +148,31 @@ def run_job(
     parent: str | None = None,
     redo: bool = False,
     on_task: OnTask | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> StageReport:
-    """`run_stage` for a job of one's own; `config` is what the manifest says of its settings."""
+    """`run_stage` for a job of one's own; `config` is what the manifest says of its settings.
+
+    `prepare` is called if there is anything to do, before it is done.
+    """
     began = time.monotonic()
     folder = job.folder
     _check_tasks(tasks)
     for part in (folder / "done", folder / "dropped"):
         part.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for part in (folder, folder / "done", folder / "dropped"):
-            files.remove_leftovers(part)
+        _remove_leftovers(folder)
         found = _find_done(job, tasks, redo)
         missing = [task for task in tasks if task.name not in found]
         if missing:
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            if prepare is not None:
+                prepare()
         done = dict(found)
         for name, one in run_tasks(job, missing, processes=processes, engine=engine):
             done[name] = one
             if on_task is not None:
                 on_task(folder.name, len(done), len(tasks))
+        _remove_leftovers(folder)  # of processes that died
         manifest = parts.write_manifest(folder, config=config, parent=parent, done=[done[task.name] for task in tasks])
     return StageReport(
         stage=folder.name,
@@ -160,6 +185,20 @@ def run_job(
         seconds=time.monotonic() - began,
         hash=manifest.hash,
     )
+
+
+def executors(config: EngineConfig, on_task: OnTask | None = None) -> tuple[Execute, ExecuteJob]:
+    """`run_stage` and `run_job` with an engine."""
+    processes = config.processes
+    if processes is None:
+        processes = (os.cpu_count() or 1) if config.engine == "local" else 0
+    chosen: dict[str, Any] = {"processes": processes, "engine": config.engine, "redo": config.redo, "on_task": on_task}
+    return partial(run_stage, **chosen), partial(run_job, **chosen)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for part in (folder, folder / "done", folder / "dropped"):
+        files.remove_leftovers(part)
 
 
 def _check_tasks(tasks: Sequence[Task]) -> None:

@@ -1,0 +1,140 @@
+"""Records of archives, whole and damaged."""
+
+import gzip
+import io
+import random
+import re
+import resource
+import zlib
+
+import pytest
+from curate.archives import page, packed, record
+
+from diptych.curate.warc import DAMAGED, TOO_LARGE, TRUNCATED, Damage, Record, read_records
+
+URLS = [f"http://a.example/{i}" for i in range(40)]
+
+
+def make(seed: int, most: int = 3000) -> list[bytes]:
+    """Records with blocks that compress badly, between requests that nobody wants."""
+    draw = random.Random(seed)
+    made = []
+    for url in URLS:
+        made.append(record("request", url, b"GET / HTTP/1.1\r\n\r\n"))
+        made.append(page(url, draw.randbytes(draw.randint(0, most))))
+    return made
+
+
+def read(data: bytes, limit: int = 1 << 20) -> tuple[list[Record], list[str]]:
+    found = list(read_records(io.BytesIO(data), {"response"}, limit))
+    records = [one for one in found if isinstance(one, Record)]
+    return records, [one.reason for one in found if isinstance(one, Damage)]
+
+
+def blocks(records: list[bytes]) -> list[bytes]:
+    return [one.partition(b"\r\n\r\n")[2][:-4] for one in records if b"WARC-Type: response" in one[:100]]
+
+
+@pytest.mark.parametrize("most", [3000, 300_000], ids=["small", "large"])
+@pytest.mark.parametrize("layout", ["member each", "one member", "plain", "members cut anywhere"])
+def test_all_layouts_give_the_same_records(layout, most):
+    made = make(1, most)
+    plain = b"".join(made)
+    data = {
+        "member each": packed(made),
+        "one member": gzip.compress(plain),
+        "plain": plain,
+        "members cut anywhere": packed([plain[i : i + 1777] for i in range(0, len(plain), 1777)], 1),
+    }[layout]
+    records, damage = read(data)
+    assert [one.body for one in records] == blocks(made)
+    assert [one.headers["warc-target-uri"] for one in records] == URLS
+    assert damage == []
+    if layout == "plain":
+        assert all(data[one.offset : one.offset + 6] == b"WARC/1" for one in records)
+    if layout == "member each":
+        assert all(gzip.decompress(data[one.offset :][: len(packed([made[1]])) + most * 2])[:6] == b"WARC/1"
+                   for one in records[-1:])  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [3000, 200_000], ids=["small", "large"])
+@pytest.mark.parametrize("seed", range(15))
+def test_damage_costs_what_is_damaged(seed, most):
+    draw = random.Random(seed)
+    members = [packed([one]) for one in make(seed, most)]
+    hit = sorted(draw.sample(range(len(members)), 3))
+    for number in hit:
+        damaged = bytearray(members[number])
+        what = draw.choice(["flip", "cut", "cut to nothing", "insert", "tail"])
+        if what == "flip":
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        elif what == "cut":
+            del damaged[draw.randrange(1, len(damaged)) :]
+        elif what == "cut to nothing":
+            del damaged[3:]
+        elif what == "insert":
+            place = draw.randrange(len(damaged))
+            damaged[place:place] = draw.randbytes(50)
+        else:
+            damaged += draw.randbytes(draw.randint(1, 3000))
+        members[number] = bytes(damaged)
+    records, damage = read(b"".join(members))
+    wanted = blocks(make(seed, most))
+    whole = {URLS[i]: block for i, block in enumerate(wanted) if 2 * i + 1 not in hit}
+    found = {one.headers["warc-target-uri"]: one.body for one in records}
+    assert len(found) == len(records)
+    assert whole.items() <= found.items()
+    assert all(wanted[URLS.index(url)] == body for url, body in found.items()), "a damaged record was given out"
+    assert len(damage) <= len(hit)
+
+
+def test_damage_in_a_plain_file_costs_what_is_damaged():
+    made = make(2)
+    made[9] = re.sub(rb"Content-Length: .*\r", b"Content-Length: 3\r", made[9])
+    made[21] = b"garbage\r\n" * 1000
+    made[41] = made[41].replace(b"Content-Length", b"Content-Breadth")
+    records, damage = read(b"".join(made))
+    wanted = [url for i, url in enumerate(URLS) if i not in (10, 20)]
+    assert [one.headers["warc-target-uri"] for one in records] == wanted
+    assert damage == [DAMAGED] * 3
+
+
+def test_a_file_cut_short_gives_what_came_before():
+    data = packed(make(3))
+    records, damage = read(data[:-50])
+    assert len(records) == 39
+    assert damage == [TRUNCATED]
+    assert read(b"") == ([], [])
+    assert read(data[:5]) == ([], [TRUNCATED])
+    assert read(b"no archive at all " * 9000) == ([], [DAMAGED])
+
+
+def test_a_record_with_a_false_length_does_not_take_the_next_one_along():
+    made = make(4)
+    made[5] = made[5].replace(b"Content-Length: ", b"Content-Length: 1")
+    records, damage = read(packed(made))
+    assert [one.headers["warc-target-uri"] for one in records] == URLS[:2] + URLS[3:]
+    assert damage == [TRUNCATED]
+
+
+def test_a_bomb_takes_no_memory_and_costs_one_record():
+    zeros = bytes(1 << 20)
+    head = record("response", "http://b.example/", b"").replace(b"Content-Length: 0", b"Content-Length: %d" % (1 << 30))
+    packer = zlib.compressobj(9, wbits=31)
+    bomb = packer.compress(head[:-4]) + b"".join(packer.compress(zeros) for _ in range(1 << 10)) + packer.flush()
+    made = make(5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    records, damage = read(packed(made[:10]) + bomb + packed(made[10:]), limit=1 << 16)
+    assert [one.body for one in records] == blocks(made)
+    assert damage == [TOO_LARGE]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+
+
+def test_a_record_over_the_limit_is_cut_and_the_next_one_whole():
+    made = [page("http://a.example/1", bytes(100_000)), page("http://a.example/2", b"x")]
+    (first, second), damage = read(packed(made), limit=1000)
+    assert (first.cut, len(first.body), second.cut, second.body[-1:], damage) == (True, 1000, False, b"x", [])
+
+
+def test_what_looks_like_members_everywhere_is_read_in_bounded_time():
+    assert read(packed(make(6)[:2]) + b"\x1f\x8b\x08\0" * 100_000)[1] == [DAMAGED]
