@@ -130,8 +130,12 @@ def serve(seconds: float = 0.0) -> Iterator[Pictures]:
         server.server_close()
 
 
-def config_for(folder: Path, out: Path, server: Pictures, **changes: Any) -> FetchConfig:
-    settings = {"contact": "https://example.org/crawler", "allow_host": (server.place,), "backoff": 0.01}
+def config_for(folder: Path, out: Path, server: Pictures | None, **changes: Any) -> FetchConfig:
+    settings = {
+        "contact": "https://example.org/crawler",
+        "allow_host": (server.place,) if server else (),
+        "backoff": 0.01,
+    }
     return FetchConfig(folder=folder, out=out, **(settings | {"concurrency": 8, "per_host": 8} | changes))
 
 

@@ -10,7 +10,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 from diptych.curate.config_fetch import ContaminationConfig
 from diptych.curate.contamination import compare, run
-from diptych.curate.copies import CHANGES, VIEWS, distances, hash_views, measure_curve
+from diptych.curate.copies import CHANGES, VIEWS, distances, hash_encoded, hash_views, measure_curve
+from diptych.curate.pictures import hash_picture
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair
 from diptych.shards.write import write_shards
@@ -124,3 +125,9 @@ def test_a_threshold_may_be_given_and_one_picture_makes_no_curve(tmp_path):
         )
     with pytest.raises(NotFoundError, match="no such set"):
         run(ContaminationConfig(data=tmp_path / "no", against=tmp_path / "one", out=tmp_path / "q"), execute=execute)
+
+
+def test_the_first_view_is_the_hash_that_the_filters_use():
+    for seed in range(5):
+        data = encode(scene(seed, (700, 500)))
+        assert int(hash_encoded(data)[0]) == hash_picture(data)

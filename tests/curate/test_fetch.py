@@ -1,6 +1,7 @@
 import hashlib
 import io
 import itertools
+import re
 import struct
 import time
 import zlib
@@ -13,9 +14,12 @@ import pytest
 from fetching import config_for, execute, fetch, serve, write_pairs
 from PIL import Image
 
+from diptych.curate.address import Guard
+from diptych.curate.fetch import fetch_partition, forget
+from diptych.curate.ledger import Ledger
 from diptych.curate.parts import read_manifest, read_rows
 from diptych.curate.records import CANDIDATES
-from diptych.errors import RunLockedError, UsageError
+from diptych.errors import DownloadError, RunLockedError, UsageError
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -50,8 +54,7 @@ def test_every_request_says_who_asks(tmp_path):
     with hostile_web.world() as world:
         hostile_web.fetch_all(tmp_path, [f"http://good.test:{world.port}/{i}" for i in range(3)], world)
         (agent,) = world.agents
-    assert agent.startswith("diptych/")
-    assert agent.endswith(" (+https://example.org/crawler)")
+    assert re.fullmatch(r"diptych(/[\d.]+\w*)? \(\+https://example\.org/crawler\)", agent)
 
 
 def test_only_failures_are_asked_again_and_only_their_parts_made_anew(tmp_path):
@@ -203,8 +206,6 @@ def test_settings_that_would_mix_are_refused(tmp_path):
 
 
 def test_two_fetches_into_one_folder_are_refused(tmp_path):
-    from diptych.curate.ledger import Ledger
-
     with serve() as server:
         folder = write_pairs(tmp_path / "in", [server.url(1)])
         config = config_for(folder, tmp_path / "out", server)
@@ -236,3 +237,41 @@ def test_the_schema_of_the_input_is_kept(tmp_path):
     (batch,) = read_rows(tmp_path / "out")
     assert batch.schema.names == CANDIDATES.names
     assert execute is fetching.execute
+
+
+def test_the_resolver_of_this_machine_is_asked_and_a_name_may_be_allowed(tmp_path):
+    with serve() as server:
+        port = server.server_address[1]
+        urls = [f"http://localhost:{port}/1.jpg", "http://nobody.invalid/1.jpg"]
+        folder = write_pairs(tmp_path / "in", urls)
+        config = config_for(folder, tmp_path / "out", server, allow_host=(f"localhost:{port}",), attempts=1)
+        assert fetch(config).outcomes == {"dns": 1, "ok": 1}
+        other = config_for(folder, tmp_path / "out2", server, allow_host=(), ports=(80, port), attempts=1)
+        assert fetch(other).outcomes == {"address": 1, "dns": 1}
+
+
+def test_a_resolver_that_fails_for_most_names_stops_the_run(tmp_path):
+    async def lookup(name: str) -> list[str]:
+        raise OSError("no answer")
+
+    config = config_for(tmp_path, tmp_path, None, allow_host=(), attempts=1)
+    with Ledger(tmp_path / "ledger" / "0000") as ledger:
+        ledger.add(f"http://host{i}.test/x" for i in range(600))
+    with pytest.raises(DownloadError, match="500 of the last 500"):
+        fetch_partition(config, 0, guard=Guard(lookup=lookup))
+    with Ledger(tmp_path / "ledger" / "0000") as ledger:
+        assert ledger.counts()["dns"] >= 500  # and they are tried again by the next run
+
+
+def test_a_forgotten_picture_is_gone_and_never_asked_again(tmp_path):
+    with serve() as server:
+        folder = write_pairs(tmp_path / "in", [server.url(i) for i in range(4)], per_part=2)
+        config = config_for(folder, tmp_path / "out", server, retry="failed")
+        fetch(config)
+        assert forget(config.out, [server.url(1), "http://never.test/x"]) == 1
+        report = fetch(config)
+    assert server.asked["/1.jpg"] == 1
+    assert (report.stage.done, report.stage.dropped) == (1, {"deleted": 1})
+    everything = b"".join(path.read_bytes() for path in config.out.rglob("*") if path.is_file())
+    assert fetching.draw(0) in everything
+    assert fetching.draw(1) not in everything

@@ -20,7 +20,7 @@ from diptych.curate.tasks import part_name
 from diptych.errors import UsageError
 from diptych.pair import Pair
 from diptych.shards.write import write_shards
-from samples import encode
+from samples import draw, encode
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,14 @@ def test_copies_and_pictures_that_are_tested_on_are_dropped_with_their_reason(tm
     assert run(config, execute=execute).hash == report.hash
 
 
+def test_pictures_of_another_colour_are_no_copies(tmp_path):
+    colours = ("red", "green", "blue", "red")
+    images = {f"{i}-{colour}": encode(draw(colour, "ring", 64), quality=95 - i) for i, colour in enumerate(colours)}
+    config = PicturesConfig(folder=write_rows(tmp_path / "in", images), out=tmp_path / "out")
+    assert run(config, execute=execute).dropped == {"near_duplicate": 1}
+    assert kept(config.out) == ["0-red", "1-green", "2-blue"]
+
+
 def test_a_listed_picture_does_not_stay(tmp_path):
     images = {"a": encode(scene(1)), "b": encode(scene(2))}
     (tmp_path / "list").write_text(hashlib.sha1(images["a"]).hexdigest())
@@ -98,12 +106,12 @@ def test_pairs_that_do_not_fit_are_dropped_by_a_given_score(tmp_path):
 
 def test_several_pairs_of_a_picture_may_stay_and_dropped_ones_do_not_count():
     rows = [
-        {"sha256": "x", "phash": 7, "known": None, "score": 0.1, "broken": None},
-        {"sha256": "x", "phash": 7, "known": None, "score": 0.9, "broken": None},
-        {"sha256": "x", "phash": 7, "known": None, "score": 0.9, "broken": None},
-        {"sha256": "y", "phash": 7, "known": None, "score": 0.9, "broken": None},
-        {"sha256": "z", "phash": 2**63, "known": None, "score": float("nan"), "broken": None},
-        {"sha256": "w", "phash": 0xFF << 20, "known": None, "score": 0.9, "broken": None},
+        {"sha256": "x", "phash": 7, "colour": 0, "known": None, "score": 0.1, "broken": None},
+        {"sha256": "x", "phash": 7, "colour": 0, "known": None, "score": 0.9, "broken": None},
+        {"sha256": "x", "phash": 7, "colour": 0, "known": None, "score": 0.9, "broken": None},
+        {"sha256": "y", "phash": 7, "colour": 0, "known": None, "score": 0.9, "broken": None},
+        {"sha256": "z", "phash": 2**63, "colour": 0, "known": None, "score": float("nan"), "broken": None},
+        {"sha256": "w", "phash": 0xFF << 20, "colour": 0, "known": None, "score": 0.9, "broken": None},
     ]
     table = pa.Table.from_pylist(rows, schema=FACTS)
     nothing = np.empty(0, np.uint64)

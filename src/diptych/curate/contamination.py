@@ -23,7 +23,7 @@ from PIL import Image
 
 from diptych import files
 from diptych.curate.config_fetch import ContaminationConfig
-from diptych.curate.copies import MAX_DISTANCE, SIDE, VIEWS, Curve, hash_encoded, measure_curve
+from diptych.curate.copies import MAX_DISTANCE, VIEWS, Curve, hash_encoded, measure_curve
 from diptych.curate.duplicates import Found, Hashes, find_near
 from diptych.curate.job import Task
 from diptych.curate.parts import MANIFEST_FILE, part_paths, read_manifest, read_part, read_rows
@@ -237,7 +237,7 @@ def _sample(config: ContaminationConfig) -> list[Image.Image]:
         for key, image in iter_pictures(path):
             if key in wanted and image:
                 wanted.discard(key)
-                picture = on_white(decode_small(image, 2 * SIDE, 100_000_000))
+                picture = on_white(decode_small(image, 512, 100_000_000))
                 picture.thumbnail((512, 512))
                 pictures.append(picture)
     return pictures

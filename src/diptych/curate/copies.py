@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from diptych.curate.duplicates import Hashes, perceptual_hashes
-from diptych.curate.pictures import decode_small, on_white
+from diptych.curate.pictures import decode_to_hash, to_hash
 
-SIDE = 192
-"""Both sides of a JPEG are decoded to at least this many pixels before it is hashed."""
 MAX_DISTANCE = 20
 """Where the curve ends: beyond it everything resembles everything."""
 VIEWS = 13
@@ -30,6 +28,7 @@ Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 def hash_views(picture: Image.Image) -> Hashes:
     """Hashes of the whole picture, its mirror image, its middle, and nine cuts; [VIEWS], the whole first."""
+    picture = to_hash(picture)
     wide, high = picture.size
     side = min(wide, high)
     middle = picture.crop(
@@ -41,7 +40,7 @@ def hash_views(picture: Image.Image) -> Hashes:
 
 def hash_encoded(data: bytes, max_pixels: int = 100_000_000) -> Hashes:
     """`hash_views` of encoded bytes; raises PictureError."""
-    return hash_views(on_white(decode_small(data, SIDE, max_pixels)))
+    return hash_views(decode_to_hash(data, max_pixels))
 
 
 def _cut(picture: Image.Image, share: float, left: float, top: float) -> Image.Image:

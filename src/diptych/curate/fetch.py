@@ -23,7 +23,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,19 @@ def count_outcomes(config: FetchConfig) -> Counter[str]:
         with Ledger(config.out / "ledger" / f"{place:04d}") as ledger:
             total += ledger.counts()
     return total
+
+
+def forget(out: Path, urls: Iterable[str]) -> int:
+    """Remove pictures from a fetch's folder for good; returns how many addresses were known.
+
+    Their rows leave the parts, with the reason `deleted`, when the fetch is run again.
+    """
+    partitions = json.loads((out / "ledger" / "settings.json").read_text())["partitions"]
+    known = 0
+    for url in urls:
+        with Ledger(out / "ledger" / f"{partition_of(url, partitions):04d}") as ledger:
+            known += ledger.forget(url)
+    return known
 
 
 _BUILT = ("size", "quality", "keep_original", "min_side", "max_aspect", "max_pixels")

@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from diptych import files
-from diptych.curate.outcome import OK, TRANSIENT
+from diptych.curate.outcome import DELETED, OK, TRANSIENT
 from diptych.errors import RunLockedError
 
 PACK_BYTES = 1 << 30
@@ -105,7 +105,7 @@ class Ledger:
 
     def iter_open(self, retry: str = "none", now: float | None = None) -> Iterator[str]:
         """Addresses to try: those not tried yet and, as `retry` says, failures; in an order that mixes hosts."""
-        again = {"none": "0", "failed": f"outcome != '{OK}'", "transient": _transient_sql()}[retry]
+        again = {"none": "0", "failed": f"outcome NOT IN ('{OK}', '{DELETED}')", "transient": _transient_sql()}[retry]
         where = f"id > ? AND (outcome IS NULL OR ({again} AND COALESCE(again_at, 0) <= ?))"
         last = b""
         while rows := self._db.execute(
@@ -137,6 +137,25 @@ class Ledger:
             "UPDATE urls SET outcome = ?, detail = ?, tries = tries + ?, again_at = ? WHERE id = ?",
             (reason, detail[:200], tries, again_at, _id(url)),
         )
+
+    def forget(self, url: str) -> bool:
+        """Overwrite the bytes of a picture and never ask for it again; False for an address that is not known."""
+        row = self._db.execute("SELECT outcome, pack, start, size FROM urls WHERE id = ?", (_id(url),)).fetchone()
+        if row is None:
+            return False
+        outcome, pack, start, size = row
+        if outcome == OK:
+            with open(self.folder / f"{pack:05d}.pack", "r+b") as file:
+                file.seek(start)
+                file.write(bytes(size))
+                file.flush()
+                os.fsync(file.fileno())
+        self._db.execute(
+            "UPDATE urls SET outcome = ?, detail = NULL, final_url = NULL, sha256 = NULL, pack = NULL, start = NULL,"
+            " size = NULL, again_at = NULL WHERE id = ?",
+            (DELETED, _id(url)),
+        )
+        return True
 
     def robots(self, origin: str, max_age: float) -> str | None:
         """The robots.txt of an origin (`` if it has none), if it was read less than `max_age` seconds ago."""

@@ -7,6 +7,8 @@ becomes the `reason` of the row.
 import re
 
 OK = "ok"
+DELETED = "deleted"
+"""Someone asked for the picture to be removed; it is never asked for again."""
 
 TRANSIENT = frozenset(
     {

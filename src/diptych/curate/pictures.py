@@ -24,6 +24,11 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
 """What is stored as it came."""
 
+MAX_PIXELS = 100_000_000
+"""Default for what is decoded."""
+HASHED_SIDE = 128
+"""Pixels of the shorter side of what perceptual hashes are made of."""
+
 _ORIENTATION = 0x0112
 _DIGITS = {32: "md5", 40: "sha1", 64: "sha256"}
 _HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
@@ -85,9 +90,24 @@ def decode_small(data: bytes, side: int, max_pixels: int) -> Image.Image:
     return image
 
 
-def hash_picture(data: bytes, max_pixels: int = 100_000_000) -> int:
+def decode_to_hash(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Encoded bytes -> what perceptual hashes are made of; raises PictureError."""
+    return to_hash(decode_small(data, 2 * HASHED_SIDE, max_pixels))
+
+
+def to_hash(picture: Image.Image) -> Image.Image:
+    """Grey, and small enough that hashing it in many ways is cheap."""
+    grey = on_white(picture).convert("L")
+    short = min(grey.size)
+    if short <= HASHED_SIDE:
+        return grey
+    size = tuple(max(HASHED_SIDE, round(side * HASHED_SIDE / short)) for side in grey.size)
+    return grey.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+
+def hash_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """The perceptual hash of encoded bytes; raises PictureError."""
-    return int(perceptual_hashes([on_white(decode_small(data, 128, max_pixels))])[0])
+    return int(perceptual_hashes([decode_to_hash(data, max_pixels)])[0])
 
 
 def prepare(
@@ -161,7 +181,7 @@ class KnownHashes:
     perceptual: tuple[int, ...] = ()
     max_distance: int = 4
     """Bits by which a perceptual hash may differ."""
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
 
     def __bool__(self) -> bool:
         return bool(self.digests or self.perceptual)
@@ -182,7 +202,7 @@ class KnownHashes:
         return "phash" if near.any() else None
 
 
-def read_known(paths: Iterable[Path], max_distance: int, max_pixels: int = 100_000_000) -> KnownHashes:
+def read_known(paths: Iterable[Path], max_distance: int, max_pixels: int = MAX_PIXELS) -> KnownHashes:
     """Read lists: a hash a line, `#` begins a comment."""
     digests: dict[str, set[str]] = {}
     perceptual: set[int] = set()

@@ -6,13 +6,13 @@
     out/...           the rows that stay; a stage
 
 Reasons: `known_hash`, `score`, `evaluation` (looks like a picture that is tested on), `duplicate` (the bytes of an
-earlier picture), `near_duplicate` (looks like one). They are looked at in this order, rows in the order of the parts.
-A dropped row does not use up its picture's `per_picture`.
+earlier picture), `near_duplicate` (looks like one, colour included). They are looked at in this order, rows in the
+order of the parts. A dropped row does not use up its picture's `per_picture`.
 """
 
 import hashlib
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from diptych import files
 from diptych.curate.config_fetch import PicturesConfig
 from diptych.curate.contamination import hash_set, picture_files, read_hashes
-from diptych.curate.duplicates import Hashes, find_near, first_alike
+from diptych.curate.duplicates import Hashes, find_near, first_alike, perceptual_hashes
 from diptych.curate.job import Task
 from diptych.curate.parts import read_manifest, read_part, read_rows
-from diptych.curate.pictures import KnownHashes, hash_picture, read_known
+from diptych.curate.pictures import HASHED_SIDE, MAX_PIXELS, KnownHashes, decode_small, on_white, read_known, to_hash
 from diptych.curate.records import with_reason
 from diptych.curate.tasks import Execute, StageReport, tasks_of
 from diptych.errors import PictureError, UsageError
@@ -40,11 +41,14 @@ FACTS = pa.schema(
     [
         pa.field("sha256", pa.string()),
         pa.field("phash", pa.uint64()),
+        pa.field("colour", pa.uint32()),
         pa.field("known", pa.string()),
         pa.field("score", pa.float64()),
         pa.field("broken", pa.string()),
     ]
 )
+COLOUR_TOLERANCE = 12
+"""Levels of 256 by which the mean red, green and blue of copies may differ."""
 _ROWS = 256
 
 
@@ -105,11 +109,18 @@ class Facts:
         if not image:
             return dict.fromkeys(FACTS.names) | {"broken": "empty"}
         try:
-            found, broken = hash_picture(image), None
+            picture = on_white(decode_small(image, 2 * HASHED_SIDE, MAX_PIXELS))
         except PictureError as error:
-            found, broken = None, error.reason
-        digest = hashlib.sha256(image).hexdigest()
-        return {"sha256": digest, "phash": found, "known": self.known(image), "score": None, "broken": broken}
+            return dict.fromkeys(FACTS.names) | {"broken": error.reason}
+        red, green, blue = picture.resize((1, 1), Image.Resampling.BOX).tobytes()
+        return {
+            "sha256": hashlib.sha256(image).hexdigest(),
+            "phash": int(perceptual_hashes([to_hash(picture)])[0]),
+            "colour": red << 16 | green << 8 | blue,
+            "known": self.known(image),
+            "score": None,
+            "broken": None,
+        }
 
 
 @dataclass(frozen=True)
@@ -161,17 +172,23 @@ def decide(facts: pa.Table, config: PicturesConfig, evaluation: Hashes) -> list[
             reasons[i] = "evaluation"
     left = np.flatnonzero([reason is None for reason in reasons])
     alike = left[first_alike(hashes[left], config.max_distance)].tolist() if config.near and len(left) else []
-    same, seen = Counter[str](), Counter[int]()
+    same, seen = Counter[str](), defaultdict[int, list[int]](list)
+    colours = facts.column("colour").to_pylist()
     for place, i in enumerate(left.tolist()):
+        kind = seen[alike[place]] if alike else []
         if same[digests[i]] >= config.per_picture:
             reasons[i] = "duplicate"
-        elif alike and seen[alike[place]] >= config.per_picture:
+        elif sum(_same_colour(colours[i], colour) for colour in kind) >= config.per_picture:
             reasons[i] = "near_duplicate"
         else:
             same[digests[i]] += 1
-            if alike:
-                seen[alike[place]] += 1
+            kind.append(colours[i])
     return reasons
+
+
+def _same_colour(one: int, other: int) -> bool:
+    """Whether two mean colours are near; the hash sees no colour, and a red ring is no copy of a blue one."""
+    return all(abs((one >> shift & 255) - (other >> shift & 255)) <= COLOUR_TOLERANCE for shift in (0, 8, 16))
 
 
 def _evaluation_hashes(config: PicturesConfig, execute: Execute) -> Hashes:

@@ -5,6 +5,7 @@ headers are read for an opt-out. The body is counted while it arrives, packed an
 """
 
 import asyncio
+import importlib.metadata
 import time
 import urllib.parse
 import zlib
@@ -17,7 +18,6 @@ from types import TracebackType
 import aiohttp
 import yarl
 
-from diptych import __version__
 from diptych.curate.address import Guard, check_url
 from diptych.curate.config_fetch import FetchConfig
 from diptych.curate.ledger import Ledger
@@ -55,7 +55,7 @@ class Visitor:
         self._guard = guard
         self._memory = memory
         self._rules: dict[str, _Known] = {}
-        self.user_agent = f"{config.product}/{__version__} (+{config.contact})"
+        self.user_agent = f"{config.product}{_version()} (+{config.contact})"
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> "Visitor":
@@ -274,6 +274,13 @@ async def _unpacked(response: aiohttp.ClientResponse, limit: int) -> AsyncIterat
         yield piece
     if not unpacker.eof and unpacked <= limit:
         raise NotFetched("cut_off", "the packed body breaks off")
+
+
+def _version() -> str:
+    try:
+        return "/" + importlib.metadata.version("diptych")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return ""
 
 
 def _headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:
