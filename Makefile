@@ -11,7 +11,7 @@ help:            ## list these targets
 demo: .venv/demo ## build real pairs, train a small CLIP on them, ask it what it never saw (under 5 minutes on 2 cores)
 	$(VENV)/python -m recipes.demo $(ARGS)
 
-curate-demo: .venv/demo ## crawl real pages from a server of one's own, through every stage into shards and a training run
+curate-demo: .venv/demo .venv/curate ## crawl real pages from a server of one's own, through every stage into shards and a training run
 	$(VENV)/python -m recipes.curate_demo $(ARGS)
 
 test: .venv/demo .venv/dev ## run the tests
@@ -61,6 +61,11 @@ clean:           ## delete environments and runs
 .venv/demo: .venv/bin/python pyproject.toml constraints.txt
 	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+.venv/curate: .venv/bin/python pyproject.toml constraints.txt
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[curate]'
 	@touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt

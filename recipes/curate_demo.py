@@ -65,9 +65,8 @@ def main(demo: CurateDemo) -> pipeline.PipelineReport:
     """Run the demo from end to end."""
     began = time.monotonic()
     site = build_site(demo.work)
-    with serve(site, demo.port):
+    with serve(site, demo.port), executors(demo.engine) as (execute, execute_job):
         archive = crawl_site(demo.work, demo.port)
-        execute, execute_job = executors(demo.engine)
         config = PipelineConfig(
             work=demo.work / "stages",
             inputs=(str(archive),),

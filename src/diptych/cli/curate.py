@@ -280,9 +280,12 @@ def _executing(config: EngineConfig) -> "Iterator[tuple[Execute, ExecuteJob]]":
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=None)
-        yield executors(
-            config, lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total)
-        )
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.update(bar, description=stage, completed=done, total=total)
+
+        with executors(config, show) as both:
+            yield both
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -25,21 +25,33 @@ TRIES = 2
 """How often a task is begun whose process dies."""
 
 
-def run_tasks(job: Job, tasks: Sequence[Task], *, processes: int, engine: Engine) -> Iterator[tuple[str, Done]]:
-    """Do tasks in any order; yields each as it is done."""
+def run_tasks(
+    job: Job, tasks: Sequence[Task], *, processes: int, engine: Engine, crew: "Crew | None" = None
+) -> Iterator[tuple[str, Done]]:
+    """Do tasks in any order; yields each as it is done. A crew is one whose processes live on behind this job."""
     if engine == "ray":
         return _run_on_ray(job, tasks, processes)
     if engine != "local":
         raise UsageError(f"engine is {engine!r}; allowed: local, ray")
     if processes < 0:
         raise UsageError(f"processes is {processes}; allowed: 0 (work in this process) or more")
-    return _run_here(job, tasks) if processes == 0 else _run_in_processes(job, tasks, processes)
+    if processes == 0:
+        return _run_here(job, tasks)
+    return crew.run(job, tasks, processes) if crew is not None else _run_alone(job, tasks, processes)
 
 
 def _run_here(job: Job, tasks: Sequence[Task]) -> Iterator[tuple[str, Done]]:
     for task in tasks:
         with _naming(job, task):
             yield task.name, job(task)
+
+
+def _run_alone(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, Done]]:
+    crew = Crew()
+    try:
+        yield from crew.run(job, tasks, processes)
+    finally:
+        crew.close()
 
 
 @contextlib.contextmanager
@@ -53,96 +65,104 @@ def _naming(job: Job, task: Task) -> Iterator[None]:
 
 @dataclass
 class _Worker:
-    """A process and the task that it is at."""
+    """A process, the job that it knows and the task that it is at."""
 
     process: BaseProcess
     pipe: Connection
+    job: Job | None = None
     task: Task | None = None
 
 
-@dataclass
-class _Crew:
-    """Processes that are given one task after the other."""
+class Crew:
+    """Processes that are given one task after the other, of one job after the other."""
 
-    job: Job
-    waiting: deque[Task]
-    workers: list[_Worker] = field(default_factory=list)
-    tries: dict[str, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+        self._waiting: deque[Task] = deque()
+        self._tries: Counter[str] = Counter()
 
-    def hire(self) -> None:
+    def run(self, job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, Done]]:
+        """Do tasks with so many processes; yields each as it is done."""
+        self._waiting, self._tries = deque(tasks), Counter()
+        wanted = min(processes, len(tasks))
+        try:
+            while len(self._workers) < wanted:
+                self._hire()
+            for worker in self._workers[:wanted]:
+                self._hand_out(job, worker)
+            while busy := [worker for worker in self._workers if worker.task is not None]:
+                ready = wait([worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy])
+                for worker in busy:
+                    if worker.pipe in ready or worker.process.sentinel in ready:
+                        yield from self._take(job, worker)
+        finally:
+            for worker in [worker for worker in self._workers if worker.task is not None]:
+                self._dismiss(worker)
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in list(self._workers):
+            self._dismiss(worker)
+
+    def _hire(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(self.job, theirs), daemon=True, name="diptych-curate")
+        process = context.Process(target=_work, args=(theirs,), daemon=True, name="diptych-curate")
         process.start()
         theirs.close()
-        worker = _Worker(process, ours)
-        self.workers.append(worker)
-        self.hand_out(worker)
+        self._workers.append(_Worker(process, ours))
+        return self._workers[-1]
 
-    def hand_out(self, worker: _Worker) -> None:
-        worker.task = self.waiting.popleft() if self.waiting else None
-        if worker.task is not None:
-            self.tries[worker.task.name] = self.tries.get(worker.task.name, 0) + 1
-        with contextlib.suppress(BrokenPipeError):  # it died; its sentinel will say so
-            worker.pipe.send(worker.task)
-
-    def bury(self, worker: _Worker) -> None:
-        """A process has died: its task goes to the front of the queue, unless it was tried often enough."""
-        worker.process.join()
-        worker.pipe.close()
-        self.workers.remove(worker)
+    def _hand_out(self, job: Job, worker: _Worker) -> None:
+        worker.task = self._waiting.popleft() if self._waiting else None
         if worker.task is None:
             return
-        if self.tries[worker.task.name] >= TRIES:
-            raise _lost(self.job, worker.task, f"exit code {worker.process.exitcode}")
-        self.waiting.appendleft(worker.task)
+        self._tries[worker.task.name] += 1
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died; its sentinel will say so
+            worker.pipe.send((job if worker.job is not job else None, worker.task))
+        worker.job = job
 
-    def dismiss(self) -> None:
-        for worker in self.workers:
-            worker.process.kill()
-            worker.process.join()
-            worker.pipe.close()
+    def _take(self, job: Job, worker: _Worker) -> Iterator[tuple[str, Done]]:
+        """What a worker sent: the record of its task, an exception, or nothing because it died."""
+        assert worker.task is not None
+        try:
+            answer = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._bury(job, worker)
+            return
+        name, worker.task = worker.task.name, None
+        if isinstance(answer, BaseException):
+            raise answer
+        self._hand_out(job, worker)
+        yield name, answer
 
+    def _bury(self, job: Job, worker: _Worker) -> None:
+        """A process has died: another one begins its task again, unless it was tried often enough."""
+        task, worker.task = worker.task, None
+        self._dismiss(worker)
+        assert task is not None
+        if self._tries[task.name] >= TRIES:
+            raise _lost(job, task, f"exit code {worker.process.exitcode}")
+        self._waiting.appendleft(task)
+        self._hand_out(job, self._hire())
 
-def _run_in_processes(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, Done]]:
-    crew = _Crew(job, deque(tasks))
-    try:
-        for _ in range(min(processes, len(tasks))):
-            crew.hire()
-        while busy := [worker for worker in crew.workers if worker.task is not None]:
-            ready = wait([worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy])
-            for worker in busy:
-                if worker.pipe in ready:
-                    yield from _take(crew, worker)
-                elif worker.process.sentinel in ready:
-                    crew.bury(worker)
-                    crew.hire()
-    finally:
-        crew.dismiss()
-
-
-def _take(crew: _Crew, worker: _Worker) -> Iterator[tuple[str, Done]]:
-    """What a worker sent: the record of its task, an exception, or nothing because it died."""
-    try:
-        answer = worker.pipe.recv()
-    except (EOFError, ConnectionResetError):
-        crew.bury(worker)
-        crew.hire()
-        return
-    assert worker.task is not None
-    if isinstance(answer, BaseException):
-        raise answer
-    name = worker.task.name
-    crew.hand_out(worker)
-    yield name, answer
+    def _dismiss(self, worker: _Worker) -> None:
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()
+        self._workers.remove(worker)
 
 
-def _work(job: Job, pipe: Connection) -> None:
+def _work(pipe: Connection) -> None:
     """The life of a worker; it ends with its parent, also when that is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    while (task := pipe.recv()) is not None:
+    job: Job | None = None
+    while True:
+        given, task = pipe.recv()
+        job = given if given is not None else job
+        assert job is not None
         try:
             with _naming(job, task):
                 answer: object = job(task)

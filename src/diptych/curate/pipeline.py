@@ -56,6 +56,8 @@ def run(
     if until not in STAGES:
         raise unknown_name("stage", until, STAGES)
     done = STAGES[: STAGES.index(until) + 1]
+    if "match" in done:
+        match.queries_file(config.queries)  # says now if there is none
     steps = _build_steps(config, execute, execute_job, score)
     for name in done:
         steps[name]()

@@ -28,7 +28,7 @@ import pyarrow as pa
 from diptych import files
 from diptych.curate import parts
 from diptych.curate.config_curate import Engine, EngineConfig
-from diptych.curate.engines import run_tasks
+from diptych.curate.engines import Crew, run_tasks
 from diptych.curate.job import Job, StageJob, Task, task_fingerprint
 from diptych.curate.parts import MANIFEST_FILE, Done
 from diptych.curate.records import Stage
@@ -115,6 +115,7 @@ def run_stage(
     parent: str | None = None,
     redo: bool = False,
     on_task: OnTask | None = None,
+    crew: Crew | None = None,
 ) -> StageReport:
     """Do the tasks that are not done yet and write the manifest; the folder's name is the stage's.
 
@@ -135,6 +136,7 @@ def run_stage(
         parent=parent,
         redo=redo,
         on_task=on_task,
+        crew=crew,
     )
 
 
@@ -148,6 +150,7 @@ def run_job(
     parent: str | None = None,
     redo: bool = False,
     on_task: OnTask | None = None,
+    crew: Crew | None = None,
     prepare: Callable[[], object] | None = None,
 ) -> StageReport:
     """`run_stage` for a job of one's own; `config` is what the manifest says of its settings.
@@ -168,7 +171,7 @@ def run_job(
             if prepare is not None:
                 prepare()
         done = dict(found)
-        for name, one in run_tasks(job, missing, processes=processes, engine=engine):
+        for name, one in run_tasks(job, missing, processes=processes, engine=engine, crew=crew):
             done[name] = one
             if on_task is not None:
                 on_task(folder.name, len(done), len(tasks))
@@ -187,13 +190,19 @@ def run_job(
     )
 
 
-def executors(config: EngineConfig, on_task: OnTask | None = None) -> tuple[Execute, ExecuteJob]:
-    """`run_stage` and `run_job` with an engine."""
+@contextlib.contextmanager
+def executors(config: EngineConfig, on_task: OnTask | None = None) -> Iterator[tuple[Execute, ExecuteJob]]:
+    """`run_stage` and `run_job` with an engine, whose processes serve one stage after the other."""
     processes = config.processes
     if processes is None:
         processes = (os.cpu_count() or 1) if config.engine == "local" else 0
-    chosen: dict[str, Any] = {"processes": processes, "engine": config.engine, "redo": config.redo, "on_task": on_task}
-    return partial(run_stage, **chosen), partial(run_job, **chosen)
+    crew = Crew()
+    chosen: dict[str, Any] = {"processes": processes, "engine": config.engine, "redo": config.redo}
+    chosen |= {"on_task": on_task, "crew": crew}
+    try:
+        yield partial(run_stage, **chosen), partial(run_job, **chosen)
+    finally:
+        crew.close()
 
 
 def _remove_leftovers(folder: Path) -> None:
