@@ -1,4 +1,4 @@
-"""Pairs taken out of web archives: MB of WARC per second of processor time, beside warcio + BeautifulSoup or selectolax.
+"""Pairs out of web archives: MB of WARC per second of processor time, beside warcio + BeautifulSoup or selectolax.
 
     .venv/bin/python benchmarks/extract.py [WARC ...]            (make bench NAME=extract)
 
