@@ -138,3 +138,12 @@ def test_a_record_over_the_limit_is_cut_and_the_next_one_whole():
 
 def test_what_looks_like_members_everywhere_is_read_in_bounded_time():
     assert read(packed(make(6)[:2]) + b"\x1f\x8b\x08\0" * 100_000)[1] == [DAMAGED]
+
+
+def test_a_check_sum_that_comes_later_than_the_block_is_waited_for():
+    size = next(n for n in range(64_000, 65_536) if len(packed([page("http://a.example/1", bytes(n))], 0)) == 65_540)
+    damaged = bytearray(packed([page("http://a.example/1", bytes(size))], 0))
+    damaged[40_000] ^= 1
+    records, damage = read(bytes(damaged) + packed([page("http://a.example/2", b"x")]))
+    assert [one.headers["warc-target-uri"] for one in records] == ["http://a.example/2"]
+    assert damage == [DAMAGED]

@@ -208,13 +208,20 @@ class _Rows:
             reason = answer if isinstance(answer, str) else NO_PAIR
             self._append(page_url, "", None, page_url or None, [("crawl", crawl)], reason)
             return
+        keys, captions, images, addresses, pages, more, reasons = self._columns
         for image_url, caption, origin, width, height, reason in answer:
             details = [("from", origin), ("crawl", crawl)]
             if width:
                 details.append(("width", width))
             if height:
                 details.append(("height", height))
-            self._append(image_url, caption, image_url or None, page_url or None, details, reason)
+            keys.append(key_of(image_url, caption))
+            captions.append(caption)
+            addresses.append(image_url or None)
+            more.append(details)
+            reasons.append(reason)
+        images.extend([None] * len(answer))
+        pages.extend([page_url or None] * len(answer))
 
     def _append(
         self,

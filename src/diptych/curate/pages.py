@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
-
 from diptych.curate.warc import TOO_LARGE, Damage, Readable, Record, read_records
 from diptych.errors import NotFoundError, UsageError
 
@@ -58,6 +56,8 @@ class Drop:
 
 def open_input(path: str) -> Any:
     """A file at a path or fsspec URL, as a stream of its stored bytes."""
+    import fsspec  # not in the parser's process, which starts sooner without it
+
     try:
         store, place = fsspec.core.url_to_fs(path)
         return store.open(place, "rb")
