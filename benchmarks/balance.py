@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/balance.py          (make bench NAME=balance)
 
-Pairs are made up: 3.5 queries each out of 500,000, with Zipf frequencies (exponent 1.2) that leave 6 to 7 % of all
-matches to queries below the limit, as in the pool MetaCLIP describes; the limit is that pool's too, 20,000 for 1.6
-billion pairs, in proportion. Each figure is the processor time of one process that balances such a folder, input and
-output included; a line through the origin is fitted. Writes docs/balance.svg. No peer does this. With the smallest size
-`cap` is compared with filling up in order, the slow twin of which no parts can be made.
+Pairs are made up: 3.5 queries each out of 500,000, with Zipf frequencies (exponent 1.2) that leave 9 % of all
+matches to queries below the limit, near the 6 % of the pool MetaCLIP describes; the limit is that pool's, 20,000 for
+1.6 billion pairs, in proportion. Each figure is the processor time of one process that balances such a folder, input
+and output included; a line through the origin is fitted. Writes docs/balance.svg. No peer does this.
+
+    .venv/bin/python benchmarks/balance.py fill     one million pairs: `cap` beside filling up in order
 """
 
 import json
@@ -24,9 +25,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 import harness
-from diptych.curate.balance import run
+from diptych.curate.balance import run, to_matches
 from diptych.curate.config_match import BalanceConfig, Policy
 from diptych.curate.job import Task
+from diptych.curate.policies import Matches, build_plan, pair_draws
 from diptych.curate.records import MATCHED, with_reason
 from diptych.curate.tasks import part_name, run_stage
 
@@ -41,11 +43,16 @@ class Synthetic:
     """Stage: makes up the matched pairs of the parts whose numbers it is given."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        shares = np.cumsum(np.arange(1, QUERIES + 1) ** -EXPONENT)
-        shares /= shares[-1]
+        shares = zipf_shares()
         for part in (int(path) for batch in batches for path in batch.column("path").to_pylist()):
             for first in range(part * PART, (part + 1) * PART, BATCH):
                 yield with_reason(make_pairs(first, shares), [None] * BATCH)
+
+
+def zipf_shares() -> np.ndarray:
+    """Sums of the queries' shares of all matches, up to 1."""
+    shares = np.cumsum(np.arange(1, QUERIES + 1) ** -EXPONENT)
+    return shares / shares[-1]
 
 
 def make_pairs(first: int, shares: np.ndarray) -> pa.RecordBatch:
@@ -108,6 +115,38 @@ def work(folder: Path, pairs: int, policy: Policy, compare: bool) -> None:
     )
 
 
+def compare_with_filling(pairs: int = 1_000_000) -> None:
+    """Print what `cap` keeps, and what stays if pairs come in the order of their draws while all queries have room."""
+    shares = zipf_shares()
+    batches = (make_pairs(first, shares) for first in range(0, pairs, BATCH))
+    blocks = [to_matches(batch.column("key"), batch.column("queries")) for batch in batches]
+    for limit in (pairs * POOL_LIMIT // POOL, 200):
+        plan = build_plan(lambda: iter(blocks), QUERIES, policy="cap", limit=limit)
+        rare = plan.counts <= limit
+        room = [limit] * QUERIES
+        drawn = [
+            (draw, held) for block in blocks for draw, held in zip(pair_draws(0, block.keys), split(block), strict=True)
+        ]
+        filled: list[int] = []
+        for _, held in sorted(drawn):
+            if all(room[query] for query in held):
+                filled += held
+                for query in held:
+                    room[query] -= 1
+        kept = [block.queries[plan.judge(block).kept[block.pairs]] for block in blocks]
+        free = [np.array(held) for _, held in drawn if rare[held].all()]
+        for name, queries in (("cap", np.concatenate(kept)), ("filled in order", np.array(filled))):
+            share = np.count_nonzero(rare[queries]) / plan.counts[rare].sum()
+            print(f"limit {limit}, {name}: {len(queries):,} matches, {share:.1%} of those of rare queries")
+        share = len(np.concatenate(free)) / plan.counts[rare].sum()
+        print(f"limit {limit}: {share:.1%} of the matches of rare queries are in pairs without a common query")
+
+
+def split(block: Matches) -> list[list[int]]:
+    """Queries of each pair."""
+    return [part.tolist() for part in np.split(block.queries, block.offsets[1:-1])]
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Processor time against pairs."""
     import matplotlib
@@ -145,7 +184,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["work"]:
+    if sys.argv[1:] == ["fill"]:
+        compare_with_filling()
+    elif sys.argv[1:2] == ["work"]:
         work(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5] == "1")  # pyright: ignore[reportArgumentType]
     else:
         main()

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +30,8 @@ from diptych.curate.tasks import executors
 from diptych.errors import UsageError
 from diptych.model.config import get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.shards.dataset import load_dataset
+from diptych.tokenizer import train_bpe
 from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 
 SITES = {
@@ -40,6 +42,7 @@ SITES = {
     "skimage": ("python-skimage-doc", "usr/share/doc/python-skimage-doc/html"),
 }
 """Path on the server -> Debian package and the folder in it."""
+VOCAB_SIZE, CONTEXT_LENGTH = 2048, 32
 WORDNET = ("wordnet-base", "usr/share/wordnet")
 
 
@@ -55,7 +58,7 @@ class CurateDemo:
     """Pairs a query."""
     steps: int = 20
     """Of training."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def main(demo: CurateDemo) -> pipeline.PipelineReport:
@@ -129,6 +132,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -175,13 +179,19 @@ def crawl_site(work: Path, port: int) -> Path:
 
 def train(demo: CurateDemo, shards: Path) -> None:
     """A short run on the shards: what was made can be learned from."""
-    model = get_preset("ViT-Ti-16")
+    tokenizer = demo.work / "tokenizer"
+    if not tokenizer.exists():
+        train_bpe(load_dataset(shards).captions, VOCAB_SIZE, CONTEXT_LENGTH).save(tokenizer)
+    preset = get_preset("ViT-Ti-16")
+    vision = replace(preset.vision, image_size=64, layers=4)
+    text = replace(preset.text, vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH, layers=4)
     config = TrainConfig(
-        model=replace(model, vision=replace(model.vision, image_size=64)),
+        model=replace(preset, vision=vision, text=text),
         data=(SourceConfig(path=shards),),
         out=demo.work / "training",
+        tokenizer=tokenizer,
         loader=LoaderConfig(batch_size=32),
-        optim=OptimConfig(lr=5e-4, warmup=5),
+        optim=OptimConfig(lr=1e-3, warmup=5),
         run=RunConfig(steps=demo.steps, checkpoint_every=demo.steps),
     )
     print_train_report(train_with_progress(config))

@@ -1,5 +1,6 @@
 """Balancing folders: the same pairs as the policies choose in memory, whatever the parts, and an honest report."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 
 from curate.test_policies import kept, make_pairs
 from diptych.curate import balance as balance_room
+from diptych.curate import match
 from diptych.curate.balance import BalanceReport, format_report, run
-from diptych.curate.config_match import BalanceConfig
+from diptych.curate.config_match import BalanceConfig, MatchConfig
 from diptych.curate.parts import read_manifest, read_rows
-from diptych.curate.records import BALANCED, MATCHED
+from diptych.curate.records import BALANCED, CANDIDATES, MATCHED
 from diptych.curate.tasks import run_stage
 from diptych.errors import UsageError
 from diptych.pair import Pair
@@ -42,10 +44,10 @@ def kept_keys(report: BalanceReport) -> set[int]:
     return {int(key) for batch in read_rows(report.stage.folder) for key in batch.column("key").to_pylist()}
 
 
-@pytest.mark.parametrize("policy", ["cap", "metaclip", "assign"])
-def test_folders_of_any_parts_keep_what_the_policy_keeps_in_memory(policy, matches, tmp_path):
+@pytest.mark.parametrize(("policy", "cuts"), [("cap", (1, 4, 64)), ("metaclip", (1, 4)), ("assign", (1, 4))])
+def test_folders_of_any_parts_keep_what_the_policy_keeps_in_memory(policy, cuts, matches, tmp_path):
     chosen = kept(matches, policy)
-    for parts in (1, 4, 64):
+    for parts in cuts:
         folder = tmp_path / str(parts)
         folder.mkdir()
         report = balance(folder, matches, parts, policy, compare=False)
@@ -109,3 +111,15 @@ def test_sums_of_several_parts_a_task_are_the_same(matches, tmp_path, monkeypatc
     assert len(read_manifest(tmp_path / "balance" / "plan" / "counts").files) == 2 * 3
     assert kept_keys(report) == kept(matches, "assign")
     assert report.achieved["cap"].pairs == len(kept(matches, "cap"))
+
+
+def test_another_list_than_the_pairs_were_matched_with_is_refused(tmp_path):
+    for name, texts in (("a", ["dog", "cat"]), ("b", ["cat", "dog"])):
+        pq.write_table(pa.table({"id": pa.array([0, 1], pa.int32()), "text": texts}), tmp_path / f"{name}.parquet")
+    pairs = make_stage(tmp_path / "filter", [[Pair(key="1", caption="a dog")]], CANDIDATES)
+    match.run(MatchConfig(pairs=pairs, queries=tmp_path / "a.parquet", out=tmp_path / "match"), execute=run_stage)
+    config = BalanceConfig(pairs=tmp_path / "match", queries=tmp_path / "b.parquet", out=tmp_path / "balance")
+    with pytest.raises(UsageError, match="matched with another list"):
+        run(config, execute=run_stage)
+    report = run(dataclasses.replace(config, queries=tmp_path / "a.parquet"), execute=run_stage)
+    assert report.achieved["cap"].pairs == report.pairs == 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference.balance as slow
@@ -90,6 +90,7 @@ def judge(pairs: dict[int, list[int]], policy, limit: int, seed: int, parts: int
     return found
 
 
+@settings(deadline=None)
 @given(pairs=PAIRS, **SETTINGS)
 def test_any_pairs_are_judged_as_by_the_slow_twin(pairs, limit, seed):
     draws = dict(zip(pairs, pair_draws(seed, hash_keys(map(str, pairs))).tolist(), strict=True))
@@ -104,6 +105,7 @@ def test_any_pairs_are_judged_as_by_the_slow_twin(pairs, limit, seed):
     assert stay == slow.metaclip(pairs, by_match, limit)
 
 
+@settings(deadline=None)
 @given(pairs=PAIRS, parts=st.integers(1, 9), shuffled=st.randoms(use_true_random=False), **SETTINGS)
 def test_any_parts_in_any_order_are_judged_alike(pairs, parts, shuffled, limit, seed):
     names = list(pairs)
@@ -113,6 +115,7 @@ def test_any_parts_in_any_order_are_judged_alike(pairs, parts, shuffled, limit, 
         assert judge({name: pairs[name] for name in names}, policy, limit, seed, parts) == one
 
 
+@settings(deadline=None)
 @given(pairs=PAIRS, **SETTINGS)
 def test_no_query_ever_exceeds_the_limit(pairs, limit, seed):
     for policy in ("cap", "assign"):
@@ -123,6 +126,7 @@ def test_no_query_ever_exceeds_the_limit(pairs, limit, seed):
             assert sum(held) <= limit
 
 
+@settings(deadline=None)
 @given(pairs=PAIRS, more=PAIRS, **SETTINGS)
 def test_more_pairs_change_only_pairs_whose_queries_gain(pairs, more, limit, seed):
     """A pair that shares no query with the new pairs, nor (assign) with pairs that do, is judged as before."""
@@ -144,6 +148,7 @@ def test_more_pairs_change_only_pairs_whose_queries_gain(pairs, more, limit, see
             assert after[name] == before[name]
 
 
+@settings(deadline=None)
 @given(pairs=PAIRS, limit=st.integers(1, 8))
 def test_what_cap_keeps_is_kept_as_well_when_pairs_fill_up_in_order(pairs, limit):
     draws = dict(zip(pairs, pair_draws(0, hash_keys(map(str, pairs))).tolist(), strict=True))
@@ -151,6 +156,7 @@ def test_what_cap_keeps_is_kept_as_well_when_pairs_fill_up_in_order(pairs, limit
     assert stay <= slow.fill(pairs, draws, limit)
 
 
+@settings(deadline=None)
 @given(pairs=PAIRS, limit=st.integers(1, 8))
 def test_the_verdict_names_the_query_that_decided(pairs, limit):
     counts = {query: sum(query in held for held in pairs.values()) for query in range(10)}

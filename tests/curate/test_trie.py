@@ -1,7 +1,7 @@
 """The trie of words: against a search by hand, and when its hash table is crowded."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.curate.trie import UNKNOWN, Edges, WordTrie
@@ -9,6 +9,7 @@ from diptych.curate.trie import UNKNOWN, Edges, WordTrie
 WORDS = st.lists(st.sampled_from("abc"), max_size=5)
 
 
+@settings(deadline=None)
 @given(sequences=st.lists(WORDS, max_size=12), stream=st.lists(st.sampled_from("abcx|"), max_size=30))
 def test_finds_what_a_search_by_hand_finds(sequences, stream):
     trie = WordTrie(sequences)
@@ -24,6 +25,7 @@ def test_finds_what_a_search_by_hand_finds(sequences, stream):
     assert set(zip(places.tolist(), numbers.tolist(), strict=True)) == by_hand
 
 
+@settings(deadline=None)
 @given(keys=st.sets(st.integers(0, 2**62), max_size=200), absent=st.sets(st.integers(0, 2**62), max_size=200))
 def test_table_gives_every_key_its_value_and_no_other(keys, absent):
     stored = np.array(sorted(keys), dtype=np.int64)

@@ -8,8 +8,8 @@ import resource
 import zlib
 
 import pytest
-from curate.archives import page, packed, record
 
+from curate.archives import packed, page, record
 from diptych.curate.warc import DAMAGED, TOO_LARGE, TRUNCATED, Damage, Record, read_records
 
 URLS = [f"http://a.example/{i}" for i in range(40)]

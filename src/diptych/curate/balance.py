@@ -26,11 +26,11 @@ from diptych import files
 from diptych.curate.config_match import BalanceConfig, Policy
 from diptych.curate.job import Task
 from diptych.curate.match import queries_file
-from diptych.curate.parts import part_paths, read_manifest, read_rows
+from diptych.curate.parts import Manifest, part_paths, read_manifest, read_rows
 from diptych.curate.policies import BINS, Common, Matches, Plan, charge, hash_keys
 from diptych.curate.records import BALANCED, with_reason
 from diptych.curate.tasks import Execute, StageReport, part_name, tasks_of
-from diptych.errors import ShardError
+from diptych.errors import ShardError, UsageError
 
 POLICIES: tuple[Policy, ...] = ("cap", "metaclip", "assign")
 OVER_LIMIT = "over_limit"
@@ -42,6 +42,7 @@ TASKS = 256
 """Tasks of a sum, at most: each leaves up to a row per query, which one process adds up."""
 
 Measure = Callable[[Matches], NDArray[np.int64]]
+"""Places of a sum at which a block of pairs counts one each."""
 
 
 def to_matches(keys: pa.Array, queries: pa.ListArray) -> Matches:
@@ -68,7 +69,7 @@ def read_blocks(path: Path, charged_by: str | None = None) -> Iterator[Matches]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """Stage: sums a measure over the pairs of the parts it is given the paths of."""
+    """Stage: adds up a measure over the pairs of the parts it is given the paths of."""
 
     measure: Measure
     size: int
@@ -81,7 +82,7 @@ class Tally:
         total = np.zeros(self.size, dtype=np.int64)
         for path in _paths(batches):
             for block in read_blocks(path, self.charged_by):
-                total += self.measure(block)
+                np.add.at(total, self.measure(block), 1)
         places = np.flatnonzero(total)
         yield _rows(TALLY, places, total[places])
 
@@ -90,11 +91,9 @@ class Tally:
 class CountQueries:
     """Measure: pairs of each query."""
 
-    queries: int
-
     def __call__(self, block: Matches) -> NDArray[np.int64]:
         """Of one block."""
-        return np.bincount(block.queries, minlength=self.queries)
+        return block.queries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ class BinDraws:
 
     def __call__(self, block: Matches) -> NDArray[np.int64]:
         """Of one block."""
-        return self.common().histogram(block).ravel()
+        return self.common().places(block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +138,7 @@ class CountKept:
         """Of one block."""
         plan = self.plan.load()
         kept = plan.judge(block).kept
-        held = np.bincount(block.queries[kept[block.pairs]], minlength=len(plan.counts))
-        return np.append(held, np.count_nonzero(kept))
+        return np.append(block.queries[kept[block.pairs]], np.full(np.count_nonzero(kept), len(plan.counts)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +214,7 @@ def run(config: BalanceConfig, *, execute: Execute) -> BalanceReport:
     """Balance a folder of matched pairs; the others of the three policies are only counted."""
     config = replace(config, queries=queries_file(config.queries))
     parent = read_manifest(config.pairs)
+    _check_list(config, parent)
     texts = pq.read_table(config.queries, columns=["id", "text"]).sort_by("id")
     planner = _Planner(config, parent.hash, len(texts), execute)
     counts = planner.counts()
@@ -248,6 +247,16 @@ def run(config: BalanceConfig, *, execute: Execute) -> BalanceReport:
     return balanced
 
 
+def _check_list(config: BalanceConfig, parent: Manifest) -> None:
+    """The pairs name queries by number, so another list would count nonsense; raises UsageError."""
+    matched = parent.config.get("queries")
+    if isinstance(matched, dict) and matched.get("sha256") != files.sha256(config.queries):
+        raise UsageError(
+            f"the pairs in {config.pairs} were matched with another list than {config.queries}; name that list, or run "
+            "`diptych curate match` with this one"
+        )
+
+
 class _Planner:
     """Asks the engine for the sums that plans are made of; each is kept in a folder of its own."""
 
@@ -263,16 +272,16 @@ class _Planner:
 
     def counts(self) -> NDArray[np.int64]:
         """Pairs of each query."""
-        return load_array(self._tally("counts", CountQueries(queries=self._queries), self._queries))
+        return load_array(self._tally("counts", CountQueries(), self._queries))
 
     def plan(self, policy: Policy) -> PlanFiles:
         """All that a policy asks of the whole."""
-        counts = self._tally("counts", CountQueries(queries=self._queries), self._queries)
+        counts = self._tally("counts", CountQueries(), self._queries)
         cutoffs = None
         if policy == "cap":
             cutoffs = self._cutoffs(policy, counts, None)
         elif policy == "assign":
-            charged = self._tally("charged", CountQueries(queries=self._queries), self._queries, counts)
+            charged = self._tally("charged", CountQueries(), self._queries, counts)
             cutoffs = self._cutoffs(policy, charged, counts)
         limit, seed = self._config.limit, self._config.seed
         return PlanFiles(policy=policy, limit=limit, seed=seed, counts=counts, cutoffs=cutoffs)

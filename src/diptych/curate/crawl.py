@@ -104,7 +104,7 @@ def _import_extract() -> "type[Extract]":
     try:
         from diptych.curate.extract import Extract
     except ImportError as error:
-        raise UsageError(f"{error}; reading web pages needs more libraries: `pip install diptych[crawl]`") from None
+        raise UsageError(f"{error}; reading web pages needs more libraries: `pip install diptych[curate]`") from None
     return Extract
 
 

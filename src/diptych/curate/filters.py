@@ -29,7 +29,7 @@ LANGUAGE = "language"
 _ENDING = r"\.(?:jpe?g|jfif|png|gif|webp|avif|svg|bmp|tiff?|ico|heic|cr2|nef|psd|pdf|mp4|html?|php|aspx?)"
 _FILE_NAMES = re.compile(
     rf"""\S*{_ENDING}(?:\?\S*)?                            # name.jpg
-    | (?:[^\s/\\]+[/\\]){(2,)}\S*                           # a/path/of/it
+    | (?:[^\s/\\]+[/\\]){{2,}}\S*                           # a/path/of/it
     | [\w\s()&',-]{{0,120}}{_ENDING}                       # Some name (2).jpg
     | (?:https?://|www\.|data:|javascript:)\S*             # an address
     | (?:img|dsc[fn]?|pict?|p|imag|image|photo|picture|screen\s?shot|screenshot|untitled|scan|file|wp|vid|gopr|dji|mvc|
@@ -40,9 +40,10 @@ _FILE_NAMES = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _PHRASES = """
-    logo | site logo | company logo | icon | image | images | picture | photo | photos | img | thumbnail | thumb | banner
-    avatar | profile picture | profile photo | user avatar | gravatar | placeholder | placeholder image | no image
-    no photo | image not available | no image available | no photo available | default image | spacer | blank | pixel
+    logo | site logo | company logo | icon | image | images | picture | photo | photos | img | thumbnail | thumb
+    banner | avatar | profile picture | profile photo | user avatar | gravatar | placeholder | placeholder image
+    no image | no photo | image not available | no image available | no photo available | default image
+    spacer | blank | pixel
     tracking pixel | advertisement | ad | ads | sponsored | loading | loading image | please wait | click to enlarge
     click for larger image | click here | click image to enlarge | enlarge image | view larger image | zoom | read more
     more | learn more | next | previous | prev | back | forward | home | menu | close | search | share | print | email
@@ -53,8 +54,9 @@ _PHRASES = """
     powered by wordpress | creative commons license | w3c | valid html | valid css | get adobe reader
     get it on google play | download on the app store | app store | google play | your browser does not support
     image may contain | image for post | image result | post image | featured image | header image | background image
-    hero image | cover image | slide | slide 1 | gallery image | untitled | null | undefined | none | n a | alt | alt text
-    title | caption | note | tip | warning | caution | important | image loading | lazy loaded image | map | flag
+    hero image | cover image | slide | slide 1 | gallery image | untitled | null | undefined | none | n a | alt
+    alt text | title | caption | note | tip | warning | caution | important | image loading | lazy loaded image
+    map | flag
 """
 _BOILERPLATE = frozenset(normalise(phrase) for line in _PHRASES.strip().splitlines() for phrase in line.split("|"))
 _BEGINNINGS = (
@@ -102,6 +104,8 @@ class Filter:
                 return reason
             if self.file_names and _FILE_NAMES.fullmatch(text.strip()):
                 return FILE_NAME
+            if not self._has_letters(text):
+                return TEXT_LETTERS
             plain = normalise(text)
             if not self.min_words <= plain.count(" ") + 1 <= self.max_words:
                 return TEXT_WORDS
@@ -116,10 +120,11 @@ class Filter:
             return TEXT_SHORT
         if len(text) > self.max_characters:
             return TEXT_LONG
-        written = [character for character in text if not character.isspace()]
-        if sum(map(str.isalpha, written)) < self.min_letters * len(written) or not written:
-            return TEXT_LETTERS
         return None
+
+    def _has_letters(self, text: str) -> bool:
+        written = [character for character in text if not character.isspace()]
+        return bool(written) and sum(map(str.isalpha, written)) >= self.min_letters * len(written)
 
 
 def _language_test(languages: tuple[str, ...], margin: float) -> Callable[[str], bool]:

@@ -224,11 +224,11 @@ def serve(shared: mmap.mmap, source: IO[bytes], target: IO[bytes]) -> None:
 def _try(extract: Callable[[Page], list[tuple[Any, ...]] | str], page: Page) -> Any:
     try:
         found = extract(page)
+        return found if isinstance(found, str) else orjson.Fragment(orjson.dumps([tuple(row) for row in found]))
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)  # what is left of this process cannot be trusted with the next page
     except Exception:  # of any kind, from a page meant to harm: it costs this page
         return PAGE_ERROR
-    return found if isinstance(found, str) else [tuple(row) for row in found]
 
 
 def main() -> None:

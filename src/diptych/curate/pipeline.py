@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diptych.config import from_dict
-from diptych.curate import crawl, fetch, filters, near_text, write
+from diptych.curate import balance, crawl, fetch, filters, match, near_text, select, write
 from diptych.curate.config_crawl import CrawlConfig, FilterConfig, NearTextConfig
 from diptych.curate.config_curate import PipelineConfig, WriteConfig
 from diptych.curate.config_fetch import FetchConfig, PicturesConfig

@@ -129,11 +129,10 @@ class Common:
         places = np.minimum(draws / self.bound[rows] * (BINS - 1), BINS - 1).astype(np.int64)
         return rows, places, draws
 
-    def histogram(self, block: Matches) -> NDArray[np.int64]:
-        """Draws of a block by row and bin; those of several blocks add up."""
+    def places(self, block: Matches) -> NDArray[np.int64]:
+        """Where each draw of a block is counted in the histogram of all rows, laid out flat."""
         rows, places, _ = self._bins(block)
-        size = len(self.ids) * BINS
-        return np.bincount(rows * BINS + places, minlength=size).reshape(len(self.ids), BINS)
+        return rows * BINS + places
 
     def border(self, histogram: NDArray[np.int64]) -> NDArray[np.int64]:
         """Per row, the bin that holds the (limit + 1)th smallest draw."""
@@ -164,7 +163,7 @@ def find_cutoffs(blocks: Blocks, counts: NDArray[np.int64], limit: int, seed: in
     common = Common.build(counts, limit, seed)
     histogram = np.zeros((len(common.ids), BINS), dtype=np.int64)
     for block in blocks():
-        histogram += common.histogram(block)
+        np.add.at(histogram.reshape(-1), common.places(block), 1)
     border = common.border(histogram)
     parts = [common.collect(block, border) for block in blocks()]
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *(part[0] for part in parts)])

@@ -1,0 +1,237 @@
+"""Pictures and texts of pages: against the slow twin, the standard's addresses, and pages made to harm."""
+
+import random
+
+import pytest
+
+from curate.archives import wat
+from diptych.curate import extract as parts
+from diptych.curate.charset import decode
+from diptych.curate.extract import Extract, Found, largest_candidate, resolve
+from diptych.curate.pages import Page
+from reference.extract import find_pairs
+
+EXTRACT = Extract(texts=("alt", "title", "figcaption"), lazy=("data-src",), srcset=True, opt_outs=("noai",))
+
+
+def look(html: str | bytes, url: str = "http://a.example/b/c.html", charset: str = "", robots: str = ""):
+    body = html.encode() if isinstance(html, str) else html
+    return EXTRACT(Page("html", url, charset, robots, body))
+
+
+def pairs(found: list[Found] | str) -> list[tuple[str, str]]:
+    assert isinstance(found, list)
+    return [(one.image_url, one.caption) for one in found if one.reason is None]
+
+
+def write_page(draw: random.Random, depth: int = 0) -> str:
+    """Well-formed HTML with everything that matters in it."""
+
+    def word() -> str:
+        return draw.choice(["dog", "é", "🐶", "a&amp;b", "&quot;x&quot;", "  two  words ", "&#x4e00;", "1 &lt; 2"])
+
+    def name() -> str:
+        return draw.choice(["a.jpg", "/b.png", "../c/d.gif", "//x.example/e", "http://y.example/f?g=1&amp;h#i", "?q"])
+
+    made = []
+    for _ in range(draw.randint(1, 5)):
+        kind = draw.randint(0, 9) if depth < 5 else 0
+        if kind < 4:
+            attributes = [f'src="{name()}"', f"alt='{word()}'", f'title="{word()}"', f'data-src="{name()}"']
+            attributes.append(f'srcset="{name()} 300w, {name()} 900w"')
+            chosen = draw.sample(attributes, draw.randint(0, 5))
+            made.append(f"<img {' '.join(chosen)}>" if draw.random() < 0.8 else f"<IMG {' '.join(chosen)} />")
+        elif kind < 6:
+            made.append(
+                f"<figure>{write_page(draw, depth + 1)}<figcaption>{word()}<b>{word()}</b></figcaption></figure>"
+            )
+        elif kind == 6:
+            made.append("<!-- <img src=no alt=no> --><script>'<img src=no alt=no>'</script>")
+        elif kind == 7:
+            made.append(f"<template>{write_page(draw, 9)}</template>")
+        else:
+            made.append(f"<div>{word()}{write_page(draw, depth + 1)}</div>")
+    return "".join(made)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_extraction_equals_the_slow_twin(seed):
+    draw = random.Random(seed)
+    base = draw.choice(["", "", "<base href='/z/'>", "<base target=_top><base href='http://q.example/r/s'>"])
+    html = f"<html><head>{base}</head><body>{''.join(write_page(draw) for _ in range(5))}</body></html>"
+    assert pairs(look(html)) == find_pairs(html, "http://a.example/b/c.html", ["data-src"])
+
+
+# addresses of the URL standard's published tests, against the base http://example.org/foo/bar; None: no address
+STANDARD = {
+    "http://example\t.\norg": "http://example.org/",
+    "http:foo.com": "http://example.org/foo/foo.com",
+    "\t   :foo.com   \n": "http://example.org/foo/:foo.com",
+    " foo.com  ": "http://example.org/foo/foo.com",
+    "http://f:21/ b ? d # e ": "http://f:21/%20b%20?%20d%20",
+    "http://f:/c": "http://f/c",
+    "http://f:0/c": "http://f:0/c",
+    "http://f:00000000000000000000080/c": "http://f/c",
+    "http://f:b/c": None,
+    "http://f: /c": None,
+    "http://f:\n/c": "http://f/c",
+    "http://f:65536/c": None,
+    "": "http://example.org/foo/bar",
+    ":#": "http://example.org/foo/:",
+    "/": "http://example.org/",
+    "\\x": "http://example.org/x",
+    "\\\\x\\hello": "http://x/hello",
+    "::23": "http://example.org/foo/::23",
+    "http://": None,
+    "?foo": "http://example.org/foo/bar?foo",
+    "//foo/bar": "http://foo/bar",
+    "http:/example.com/": "http://example.org/example.com/",
+    "https:example.com/": "https://example.com/",
+    "http:\\\\x:b": None,
+    "http://[1::2]:3:4": None,
+    "http://2001::1": None,
+    "http://[::127.0.0.1]": "http://[::7f00:1]/",
+    "http://foo:@c:29/d": "http://foo@c:29/d",
+    "http://example.com/foo/%2e": "http://example.com/foo/",
+    "http://example.com/foo/%2e%2": "http://example.com/foo/%2e%2",
+    "http://example.com/foo/../../..bar": "http://example.com/..bar",
+    "http://example.com/foo\t%91": "http://example.com/foo%91",
+    "http://example.com//foo": "http://example.com//foo",
+    "http://www.foo。bar.com": "http://www.foo.bar.com/",
+    "http://ＧＯ.com": "http://go.com/",
+    "http://你好你好": "http://xn--6qqa088eba/",
+    "http://GOO\u200b\u2060\ufeffgoo.com": "http://googoo.com/",
+    "http://192.168.257": "http://192.168.1.1/",
+    "http://0x7f.1": "http://127.0.0.1/",
+    "http://256.256.256.256": None,
+    "http://a b": None,
+    "data:text/html,test": None,
+    "javascript:alert(1)": None,
+    "JaVa\tscript:x": None,
+    "file:///etc/passwd": None,
+    "mailto:x@y": None,
+}
+
+
+def test_addresses_follow_the_standard():
+    found = {address: resolve("http://example.org/foo/bar", address) for address in STANDARD}
+    assert {address: url or None for address, (url, _) in found.items()} == STANDARD
+    assert all((reason is None) == bool(url) for url, reason in found.values())
+    assert resolve("", "a.jpg") == ("", parts.URL_INVALID)
+    assert resolve("http://a.example/", "x" * 5000)[1] == parts.URL_TOO_LONG
+
+
+@pytest.mark.parametrize(
+    ("srcset", "address"),
+    [
+        ("a.jpg 1x, b.jpg 2x", "b.jpg"),
+        ("a,b.jpg 300w,c.jpg 200w", "a,b.jpg"),
+        ("a.jpg, b.jpg 0.5x", "a.jpg"),
+        ("  ,, a.jpg,", "a.jpg"),
+        ("a 4q, b", "b"),
+        ("a (x, y) 9w, b 2w", "a"),
+        ("data:image/png;base64,AA== 9x, b 1x", "b"),
+        (",,,", ""),
+        ("", ""),
+        ("a 100w 50h, b 50w", "a"),
+        ("a 1x 2x -3w 1e999x", "a"),
+    ],
+)
+def test_srcset_gives_its_largest_candidate(srcset, address):
+    assert largest_candidate(srcset) == address
+
+
+def test_base_counts_once_and_only_if_it_works():
+    picture = "<img src=i alt=t>"
+    for base, url in {
+        "<base href='http://x.example/z/'><base href=//q.example/>": "http://x.example/z/i",
+        "<base href='data:,x'><base href='/z/'>": "http://a.example/b/i",
+        "<base href='http://['>": "http://a.example/b/i",
+        "<base>": "http://a.example/b/i",
+    }.items():
+        assert pairs(look(base + picture)) == [(url, "t")]
+
+
+def test_what_is_not_shown_is_not_found():
+    hidden = "<template><img src=t alt=t></template><!--<img src=c alt=c>--><textarea><img src=x alt=x></textarea>"
+    hidden += "<iframe><img src=f alt=f></iframe><style><img src=s alt=s></style><im\0g src=n alt=n>"
+    assert pairs(look(f"{hidden}<noscript><img src=n alt=shown></noscript>")) == [("http://a.example/b/n", "shown")]
+
+
+def test_pictures_without_an_address_have_a_reason():
+    found = look("<img alt=a src='data:,x'><img alt=b src='javascript:x()'><img alt=c><img alt=d src='http://['>")
+    assert isinstance(found, list)
+    assert [one.reason for one in found] == ["url_scheme", "url_scheme", "url_invalid", "url_invalid"]
+    assert all(one.image_url == "" for one in found)
+
+
+def test_picture_sources_stand_in_for_a_placeholder():
+    assert pairs(look("<picture><source srcset='a 1x, b 2x'><img alt=t></picture>")) == [("http://a.example/b/b", "t")]
+
+
+@pytest.mark.parametrize(
+    ("meta", "robots", "out"),
+    [
+        ("<meta name=robots content='NoAI, follow'>", "", True),
+        ("<meta name=' ROBOTS ' content=noai>", "", True),
+        ("<meta name=diptych content=noai>", "", True),
+        ("<meta name=googlebot content=noai>", "", False),
+        ("<meta name=robots content=nofollow>", "", False),
+        ("<meta name=robots content='no ai'>", "", False),
+        ("", "noindex, noai", True),
+        ("", "otherbot: noai", False),
+        ("", "diptych: noai", True),
+        ("", "max-image-preview: large", False),
+    ],
+)
+def test_opt_outs_are_honoured(meta, robots, out):
+    assert (look(f"{meta}<img src=a alt=b>", robots=robots) == parts.OPT_OUT) is out
+
+
+@pytest.mark.parametrize(
+    ("body", "header", "text"),
+    [
+        ("é".encode(), "", "é"),
+        (b"\xe9t\xe9 \x93", "", "été “"),
+        (b"\xe9", "ISO-8859-1", "é"),
+        ("Привет".encode("cp1251"), "windows-1251", "Привет"),
+        (b"<meta charset='Shift_JIS'>" + "犬".encode("cp932"), "", "犬"),
+        (b"<meta http-equiv=content-type content='text/html; charset=koi8-r'>" + "кот".encode("koi8_r"), "", "кот"),
+        (b"<!-- <meta charset=koi8-r> --><meta charset=utf-8>" + "é".encode(), "", "é"),
+        (b"<meta charset=utf-16>" + "é".encode(), "", "é"),
+        ("\ufeffé".encode("utf-16-le"), "utf-8", "é"),
+        ("\ufeffé".encode("utf-16-be"), "", "é"),
+        ("\ufeffé".encode(), "windows-1252", "é"),
+        ("é".encode(), "rot13", "é"),
+        ("é".encode(), "unicode_escape", "é"),
+        ("犬".encode("gb18030"), "GB2312", "犬"),
+        ("é".encode()[:1] + b" x", "utf-8", "\ufffd x"),
+    ],
+)
+def test_characters_are_those_of_the_page(body, header, text):
+    decoded = decode(body, header)
+    decoded = decoded.decode("utf-8", "replace") if isinstance(decoded, bytes) else decoded
+    assert decoded.endswith(text)
+
+
+def test_entities_nuls_and_megabytes_do_no_harm():
+    assert pairs(look('<img src=a alt="&eacute;&amp;amp;&#0;\0">')) == [("http://a.example/b/a", "é&amp;\ufffd\ufffd")]
+    (found,) = look(f"<img src=a alt='{'x ' * 500_000}'>")
+    assert found.reason == parts.TEXT_TOO_LONG  # pyright: ignore
+    (found,) = look(f"<img src='data:image/png;base64,{'A' * 2_000_000}' alt=t>")
+    assert (found.image_url, found.reason) == ("", parts.URL_SCHEME)  # pyright: ignore
+    assert look("<img src=a alt=b>" * 20_000) == parts.PAGE_TOO_MANY
+    assert pairs(look("<p><img src=a alt='b' <p>'>\"<b><img src=c alt=d")) == [("http://a.example/b/a", "b")]
+
+
+def test_wat_records_give_what_their_pages_say():
+    links = [{"path": "IMG@/src", "url": "i.jpg", "alt": " two  words "}, {"path": "A@/href", "url": "x", "alt": "no"}]
+    body = wat("http://a.example/b/", links, Base="http://x.example/y/").partition(b"\r\n\r\n")[2]
+    assert pairs(EXTRACT(Page("wat", "http://a.example/b/", "", "", body))) == [
+        ("http://x.example/y/i.jpg", "two words")
+    ]
+    body = wat("http://a.example/", links, Metas=[{"name": "robots", "content": "noai"}]).partition(b"\r\n\r\n")[2]
+    assert EXTRACT(Page("wat", "http://a.example/", "", "", body)) == parts.OPT_OUT
+    assert EXTRACT(Page("wat", "", "", "", b"{")) == parts.PAGE_JSON
+    assert EXTRACT(Page("wat", "", "", "", b'{"Envelope": []}')) == parts.PAGE_JSON
+    assert EXTRACT(Page("wat", "", "", "", b'{"Envelope": {}}')) == []
