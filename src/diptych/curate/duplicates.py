@@ -21,7 +21,6 @@ LOW = 8
 BITS = 64
 BAND_LIMIT = 7
 """Distances up to this are found by bands."""
-_NOISE = 1e-6
 _PAIRS = 1 << 24
 """Pairs compared at once."""
 
@@ -41,7 +40,6 @@ def perceptual_hashes(pictures: Iterable[Image.Image]) -> Hashes:
     basis = _cosine_basis()
     low = basis @ np.stack(thumbnails) @ basis.T  # [N, LOW, LOW] of the two-dimensional cosine transform
     low = low.reshape(len(low), LOW * LOW)
-    low[np.abs(low) < _NOISE] = 0  # of a flat picture; else its bits would be those of rounding
     median = np.median(low[:, 1:], axis=1, keepdims=True)  # the first is the mean brightness
     return np.packbits(low > median, axis=1).view(">u8").astype(np.uint64).ravel()
 
