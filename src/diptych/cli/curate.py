@@ -2,8 +2,9 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from diptych.curate.config_fetch import ContaminationConfig, FetchConfig, Pictur
 from diptych.curate.config_match import BalanceConfig, MatchConfig, QueriesConfig
 
 if TYPE_CHECKING:
+    from diptych.checkpoint.loaded import Loaded
     from diptych.curate.tasks import Execute, ExecuteJob, StageReport
 
 
@@ -136,15 +138,14 @@ class Pictures:
     """Pairs with pictures -> those whose picture is no copy, was not tested on, and fits its text."""
 
     pictures: PicturesConfig
-    model: str | None = None
-    """A run, checkpoint or model by name that rates how well picture and text fit; needed for --min-score."""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
         from diptych.curate import select
 
         with _executing(self.engine) as (execute, _):
-            report = select.run(self.pictures, execute=execute)
+            score = None if self.pictures.model is None else ClipScore(self.pictures.model)
+            report = select.run(self.pictures, execute=execute, score=score)
         return _print_stage(report)
 
 
@@ -175,7 +176,12 @@ class Contamination:
 
         with _executing(self.engine) as (execute, _):
             report = contamination.run(self.contamination, execute=execute)
-        print(report)
+        print(
+            f"{report.overlapping:,} of {report.against:,} pictures ({report.share:.2%}) have a copy among "
+            f"{report.pictures:,}; hashes that differ in up to {report.max_distance} bits count as copies, which finds "
+            f"{report.recall:.1%} of copies made for the purpose{_counts(report.unreadable)}"
+        )
+        print(f"folder: {self.contamination.out}")
         return 0
 
 
@@ -223,7 +229,7 @@ class Run:
         from diptych.curate import pipeline
 
         with _executing(self.engine) as (execute, execute_job):
-            report = pipeline.run(self.pipeline, execute=execute, execute_job=execute_job)
+            report = pipeline.run(self.pipeline, execute=execute, execute_job=execute_job, scorer=ClipScore)
         print(report.funnel)
         print(f"report: {report.html}")
         print(f"shards: {report.folder}  (manifest {report.hash})")
@@ -270,6 +276,26 @@ class Curate:
 
     def __call__(self) -> int:
         return self.stage()
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    """Cosines of pictures and their texts, by a model that each process opens once."""
+
+    model: str
+
+    def __call__(self, images: Sequence[bytes], texts: Sequence[str]) -> list[float]:
+        from diptych.embed import embed_images, embed_texts
+
+        loaded = _load_model(self.model)
+        return (embed_images(loaded, images) * embed_texts(loaded, texts)).sum(dim=-1).tolist()
+
+
+@lru_cache(maxsize=1)
+def _load_model(name: str) -> "Loaded":
+    from diptych.checkpoint.layouts import load
+
+    return load(name)
 
 
 @contextlib.contextmanager

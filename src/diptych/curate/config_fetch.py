@@ -129,7 +129,9 @@ class PicturesConfig:
     known_distance: int = 4
     """Bits by which a picture's perceptual hash may differ from a listed one."""
     min_score: float | None = None
-    """Pairs with a lower score are dropped, if a scoring function is given; a cosine for CLIP."""
+    """Pairs whose picture and text fit less well are dropped: a cosine, as `model` sees it."""
+    model: str | None = None
+    """What rates them: a run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name."""
 
     def __post_init__(self) -> None:
         if self.per_picture < 1:

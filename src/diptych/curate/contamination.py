@@ -31,7 +31,7 @@ from diptych.curate.pictures import decode_small, on_white
 from diptych.curate.records import with_reason
 from diptych.curate.tasks import Execute, StageReport, part_name
 from diptych.errors import NotFoundError, PictureError, UsageError
-from diptych.shards.dataset import load_dataset
+from diptych.shards.dataset import DATASET_FILE, load_dataset
 
 HASHES = pa.schema([pa.field("key", pa.string()), pa.field("views", pa.list_(pa.uint64(), VIEWS))])
 OVERLAP = pa.schema(
@@ -140,7 +140,7 @@ def iter_pictures(path: Path) -> Iterator[tuple[str, bytes | None]]:
 
 def picture_files(folder: Path) -> tuple[list[Path], str | None]:
     """The files that hold a set's pictures, and the hash of the stage that wrote them, if one did."""
-    if (folder / MANIFEST_FILE).exists():
+    if (folder / MANIFEST_FILE).exists() and not (folder / DATASET_FILE).exists():
         return part_paths(folder), read_manifest(folder).hash
     if not folder.exists():
         raise NotFoundError(f"no such set of pictures: {folder}; name a folder of shards, a tar, or a stage's folder")

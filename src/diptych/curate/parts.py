@@ -88,7 +88,7 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa
 
 def part_paths(folder: Path) -> list[Path]:
     """The parts of a finished stage, in order."""
-    return [folder / name for name in read_manifest(folder).files if "/" not in name]
+    return [folder / name for name in read_manifest(folder).files if "/" not in name and name.endswith(".parquet")]
 
 
 class PartWriter:

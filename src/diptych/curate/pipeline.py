@@ -49,16 +49,16 @@ def run(
     *,
     execute: Execute,
     execute_job: ExecuteJob,
-    score: Score | None = None,
+    scorer: Callable[[str], Score] | None = None,
     until: str = STAGES[-1],
 ) -> PipelineReport:
-    """Run what is not finished yet, up to and with the stage `until`; `score` rates (picture, text)."""
+    """Run what is not finished yet, up to and with the stage `until`; `scorer` opens a model that rates pairs."""
     if until not in STAGES:
         raise unknown_name("stage", until, STAGES)
     done = STAGES[: STAGES.index(until) + 1]
     if "match" in done:
         match.queries_file(config.queries)  # says now if there is none
-    steps = _build_steps(config, execute, execute_job, score)
+    steps = _build_steps(config, execute, execute_job, scorer)
     for name in done:
         steps[name]()
     funnel = read_funnel([config.work / name for name in done])
@@ -67,7 +67,7 @@ def run(
 
 
 def _build_steps(
-    config: PipelineConfig, execute: Execute, execute_job: ExecuteJob, score: Score | None
+    config: PipelineConfig, execute: Execute, execute_job: ExecuteJob, scorer: Callable[[str], Score] | None
 ) -> dict[str, Callable[[], object]]:
     """Each stage with its settings; all are read before any is run."""
     made = _Settings(config.settings)
@@ -96,6 +96,7 @@ def _build_steps(
         allow_host=list(config.allow_host),
     )
     choosing = made.build(PicturesConfig, "pictures", folder=folder["fetch"], out=folder["pictures"])
+    score = scorer(choosing.model) if scorer is not None and choosing.model is not None else None
     writing = made.build(
         WriteConfig, "write", folder=folder["pictures"], out=folder["shards"], queries=listed, seed=config.seed
     )

@@ -56,7 +56,7 @@ def run(config: PicturesConfig, *, execute: Execute, score: Score | None = None)
     """Decide and write; `score` is needed for `min_score`."""
     if (score is None) != (config.min_score is None):
         raise UsageError(
-            f"min_score {config.min_score} and a scoring function belong together; give both (a model to score with) "
+            f"min_score {config.min_score} and a scoring function belong together; give both --min-score and --model, "
             "or neither"
         )
     tasks, parent = tasks_of(config.folder), read_manifest(config.folder).hash
@@ -67,7 +67,7 @@ def run(config: PicturesConfig, *, execute: Execute, score: Score | None = None)
         Facts(known=known, score=score),
         tasks,
         facts,
-        settings | {"scored": score is not None},
+        settings | {"scored": score is not None, "model": config.model},
         schema=FACTS,
         parent=parent,
     )
