@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -64,7 +65,7 @@ def test_pages_become_shards_and_every_row_has_a_reason(straight):
     assert list(steps) == list(pipeline.STAGES)
     for step in report.funnel.stages:
         assert step.rows == step.kept + sum(step.dropped.values())
-    for before, after in zip(report.funnel.stages, report.funnel.stages[1:], strict=False):
+    for before, after in itertools.pairwise(report.funnel.stages):
         assert after.rows == before.kept
     assert set(steps["filter"].dropped) == {"boilerplate", "language"}
     assert steps["distinct"].dropped["duplicate"] > 0
@@ -82,6 +83,13 @@ def test_a_sample_can_be_traced_to_its_page_and_its_draw(straight):
         assert {colour, shape, "white background"} <= set(json.loads(pair.details["queries"]))
         assert 0 <= float(pair.details["draw"]) < 1
         assert len(pair.details["sha256"]) == 64
+
+
+def test_the_order_of_the_shards_has_nothing_to_do_with_the_draws(straight):
+    work, _ = straight
+    draws = [float(pair.details["draw"]) for pair in load_dataset(work / "shards").pairs]
+    rising = sum(a < b for a, b in itertools.pairwise(draws))
+    assert 0.2 < rising / (len(draws) - 1) < 0.8
 
 
 def test_the_report_names_every_stage_and_reason(straight):
@@ -215,7 +223,8 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_hash(site, straight, 
         process.wait()
         kills += 1
     assert kills >= 2
-    assert parts.read_manifest(tmp_path / "work/shards").hash == report.hash
+    after = {name: parts.read_manifest(tmp_path / "work" / name).hash for name in pipeline.STAGES}
+    assert after == {step.name: step.hash for step in report.funnel.stages}
     assert shards_of(tmp_path / "work") == shards_of(work)
 
 

@@ -109,9 +109,9 @@ def _report(out: Path, manifest: Manifest) -> StageReport:
 
 
 def places(keys: Sequence[str], seed: int) -> NDArray[np.uint64]:
-    """Where pairs stand in the order."""
+    """Where pairs stand in the order; drawn apart from what balancing draws of the same keys."""
     hashes = np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], dtype=np.uint64)
-    return hash_positions(seed, hashes.view(np.int64))
+    return hash_positions(seed, hashes.view(np.int64), stream=2)
 
 
 def _cut(config: WriteConfig) -> NDArray[np.uint64]:
