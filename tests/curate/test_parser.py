@@ -14,7 +14,7 @@ from diptych.curate.parser import PAGE_CRASH, PAGE_ERROR, PAGE_MEMORY, PAGE_TIME
 
 EXTRACT = Extract(texts=("alt",), lazy=(), srcset=True, opt_outs=())
 GOOD = b"<img src=a alt=b>"
-WANTED = [["http://a.example/a", "b", "alt", "", "", None]]
+WANTED = [["http://a.example/a"], ["b"], ["alt"], [None], [None], [None]]
 
 
 def page(body: bytes, url: str = "http://a.example/") -> Page:

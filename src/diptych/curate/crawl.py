@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 
 from diptych.curate.config_crawl import CrawlConfig
@@ -30,6 +31,8 @@ NO_PAIR = "page_no_pair"
 
 LISTS = (".paths", ".paths.gz")
 _SCHEMA = outcome(CANDIDATES)
+_COLUMNS = ("key", "caption", "image_url", "page_url", "reason")
+_DETAILS = ("from", "crawl", "width", "height", "offset")
 _BATCH_PAGES, _BATCH_BYTES = 128, 2 << 20
 _BATCH_ROWS = 4096
 
@@ -184,7 +187,7 @@ class _Rows:
     """Columns of rows to come."""
 
     def __init__(self) -> None:
-        self._columns: list[list[Any]] = [[] for _ in _SCHEMA]
+        self._columns: list[list[Any]] = [[] for _ in (*_COLUMNS, *_DETAILS)]
 
     def __len__(self) -> int:
         return len(self._columns[0])
@@ -197,47 +200,46 @@ class _Rows:
         place, drop = next(left)
         for number in range(len(pages) + 1):
             while drop is not None and place == number:
-                details = [("crawl", crawl), ("offset", str(drop.offset))]
-                self._append(f"{crawl}@{drop.offset}", "", None, drop.url or None, details, drop.reason)
+                self._append(f"{crawl}@{drop.offset}", drop.url, drop.reason, crawl, str(drop.offset))
                 place, drop = next(left)
             if number < len(pages):
                 self._add_page(crawl, pages[number].url, answers[number])
 
     def _add_page(self, crawl: str, page_url: str, answer: Answer) -> None:
-        if isinstance(answer, str) or not answer:
-            reason = answer if isinstance(answer, str) else NO_PAIR
-            self._append(page_url, "", None, page_url or None, [("crawl", crawl)], reason)
+        if isinstance(answer, str) or not answer or not answer[0]:
+            self._append(page_url, page_url, answer if isinstance(answer, str) else NO_PAIR, crawl, None)
             return
-        keys, captions, images, addresses, pages, more, reasons = self._columns
-        for image_url, caption, origin, width, height, reason in answer:
-            details = [("from", origin), ("crawl", crawl)]
-            if width:
-                details.append(("width", width))
-            if height:
-                details.append(("height", height))
-            keys.append(key_of(image_url, caption))
-            captions.append(caption)
-            addresses.append(image_url or None)
-            more.append(details)
-            reasons.append(reason)
-        images.extend([None] * len(answer))
-        pages.extend([page_url or None] * len(answer))
+        addresses, captions, origins, widths, heights, reasons = answer
+        same = [page_url or None], [crawl], [None]
+        pages, crawls, offsets = (one * len(captions) for one in same)
+        keys = list(map(key_of, addresses, captions))
+        given = [address or None for address in addresses]
+        added = keys, captions, given, pages, reasons, origins, crawls, widths, heights, offsets
+        for column, values in zip(self._columns, added, strict=True):
+            column += values
 
-    def _append(
-        self,
-        identity: str,
-        caption: str,
-        image_url: str | None,
-        page_url: str | None,
-        details: list[tuple[str, str]],
-        reason: str | None,
-    ) -> None:
-        row = (key_of(identity, caption), caption, None, image_url, page_url, details, reason)
+    def _append(self, identity: str, page_url: str, reason: str, crawl: str, offset: str | None) -> None:
+        row = (key_of(identity, ""), "", None, page_url or None, reason, None, crawl, None, None, offset)
         for column, value in zip(self._columns, row, strict=True):
             column.append(value)
 
     def take(self) -> pa.RecordBatch:
         """All rows so far."""
-        arrays = [pa.array(values, field.type) for values, field in zip(self._columns, _SCHEMA, strict=True)]
-        self._columns = [[] for _ in _SCHEMA]
-        return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+        count = len(self)
+        columns = [pa.array(values, pa.string()) for values in self._columns]
+        named: dict[str, pa.Array] = dict(zip(_COLUMNS, columns, strict=False))
+        named["image"] = pa.nulls(count, pa.binary())
+        named["details"] = _details_of(columns[len(_COLUMNS) :])
+        self._columns = [[] for _ in self._columns]
+        return pa.RecordBatch.from_arrays([named[name] for name in _SCHEMA.names], schema=_SCHEMA)
+
+
+def _details_of(columns: Sequence[pa.StringArray]) -> pa.MapArray:
+    """A map for each row, of the columns that have a value there."""
+    present = np.stack([column.is_valid().to_numpy(zero_copy_only=False) for column in columns], axis=1)
+    rows, which = np.nonzero(present)
+    values = pa.concat_arrays(columns).take(pa.array(which * len(present) + rows))
+    names = pa.array(_DETAILS).take(pa.array(which))
+    ends = np.cumsum(present.sum(axis=1))
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    return pa.MapArray.from_arrays(offsets, names, values)

@@ -5,48 +5,57 @@ and the `figcaption` of its `figure`. Addresses are resolved as browsers do, aga
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import ada_url
 import orjson
 from resiliparse.parse.encoding import detect_encoding
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from diptych.curate.charset import decode
+from diptych.curate.links import URL_INVALID, Base, largest_candidate, resolve
 from diptych.curate.pages import Page
 
 OPT_OUT = "opt_out"
 PAGE_JSON = "page_json"
 PAGE_TOO_MANY = "page_too_many"
-URL_SCHEME = "url_scheme"
-URL_INVALID = "url_invalid"
-URL_TOO_LONG = "url_too_long"
 TEXT_TOO_LONG = "text_too_long"
 
 _MOST_PICTURES = 10_000
-_MOST_URL = 4096
 _MOST_TEXT = 8192
 _NAMES = ("robots", "diptych")
 _SPACE = " \t\n\f\r"
-_DESCRIPTOR = re.compile(r"(\d+(?:\.\d+)?)([wx])")
 _ROBOTS_WORDS = re.compile(r"[a-z]+")
 _SIZE = re.compile(r"\s*(\d{1,5})")
 
 
 class Found(NamedTuple):
-    """A picture with one text."""
+    """What was found on a page, in columns: what stands at one place of each is one picture with one text."""
 
-    image_url: str
-    """Empty if there is none that could be fetched; see `reason`."""
-    caption: str
-    origin: str
+    image_urls: list[str]
+    """Empty where there is none that could be fetched; see `reasons`."""
+    captions: list[str]
+    origins: list[str]
     """Where the text stood: alt, title, figcaption, ..."""
-    width: str
-    height: str
-    """As the page says, digits or empty."""
-    reason: str | None
+    widths: list[str | None]
+    """As the page says, in digits."""
+    heights: list[str | None]
+    reasons: list[str | None]
+
+    def add(self, base: Base, address: str, texts: Mapping[str, str], attributes: Mapping[str, str | None]) -> None:
+        """A picture with its texts, each with where it stood."""
+        url, reason = base.resolve(address) if address else ("", URL_INVALID)
+        width, height = attributes.get("width"), attributes.get("height")
+        width, height = width and _size(width), height and _size(height)
+        for text, origin in texts.items():
+            long = len(text) > _MOST_TEXT
+            self.image_urls.append(url)
+            self.captions.append(text[:_MOST_TEXT] if long else text)
+            self.origins.append(origin)
+            self.widths.append(width)
+            self.heights.append(height)
+            self.reasons.append(reason or (TEXT_TOO_LONG if long else None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +67,12 @@ class Extract:
     srcset: bool
     opt_outs: tuple[str, ...]
 
-    def __call__(self, page: Page) -> list[Found] | str:
+    def __call__(self, page: Page) -> Found | str:
         if self._opts_out(page.robots, header=True):
             return OPT_OUT
         return self._read_wat(page) if page.kind == "wat" else self._read_html(page)
 
-    def _read_html(self, page: Page) -> list[Found] | str:
+    def _read_html(self, page: Page) -> Found | str:
         tree = LexborHTMLParser(decode(page.body, page.charset, detect_encoding))
         pictures: list[LexborNode] = []
         bases, captions = [], []
@@ -81,23 +90,23 @@ class Extract:
             return PAGE_TOO_MANY
         figures = _captions_by_picture(captions) if "figcaption" in self.texts else {}
         base = _base_of(page.url, bases)
-        found: list[Found] = []
+        found = Found([], [], [], [], [], [])
         for node in pictures:
             attributes = node.attributes
             texts = self._texts_of(attributes, figures.get(node.mem_id, "") if figures else "")
             if texts:
                 address = self._address_of(attributes) or (_picture_source(node) if self.srcset else "")
-                found.extend(_pair(base, address, texts, attributes))
+                found.add(base, address, texts, attributes)
         return found
 
-    def _read_wat(self, page: Page) -> list[Found] | str:
+    def _read_wat(self, page: Page) -> Found | str:
         try:
             html = orjson.loads(page.body)["Envelope"]["Payload-Metadata"]["HTTP-Response-Metadata"]["HTML-Metadata"]
             head, links = html.get("Head") or {}, html.get("Links") or []
             metas, base = head.get("Metas") or [], head.get("Base")
             pictures = [link for link in links if str(link.get("path", "")).startswith("IMG@/")]
         except KeyError:
-            return []  # a record about something that is no page
+            return Found([], [], [], [], [], [])  # a record about something that is no page
         except (ValueError, TypeError, AttributeError):
             return PAGE_JSON
         if any(self._is_opt_out(meta) for meta in metas if isinstance(meta, dict)):
@@ -106,13 +115,13 @@ class Extract:
             return PAGE_TOO_MANY
         base = _base_of(page.url, [base])
         wanted = {"src", *self.lazy}
-        found: list[Found] = []
+        found = Found([], [], [], [], [], [])
         for link in pictures:
             if link["path"].removeprefix("IMG@/") not in wanted:
                 continue
             attributes = {name: value for name, value in link.items() if isinstance(value, str)}
             texts = self._texts_of(attributes, "")
-            found.extend(_pair(base, attributes.get("url", "").strip(_SPACE), texts, attributes))
+            found.add(base, attributes.get("url", "").strip(_SPACE), texts, attributes)
         return found
 
     def _texts_of(self, attributes: Mapping[str, str | None], figcaption: str) -> dict[str, str]:
@@ -134,8 +143,8 @@ class Extract:
                 if value and (best := largest_candidate(value)):
                     return best
         for name in self.lazy:
-            value = (attributes.get(name) or "").strip(_SPACE)
-            if value and not value.startswith(("{", "[")):  # some pages keep JSON there
+            value = attributes.get(name)
+            if value and (value := value.strip(_SPACE)) and value[0] not in "{[":  # some pages keep JSON there
                 return value
         return (attributes.get("src") or "").strip(_SPACE)
 
@@ -163,85 +172,18 @@ class Extract:
         return False
 
 
-def largest_candidate(srcset: str) -> str:
-    """The address with the largest width or density in a `srcset`; empty if it holds none.
-
-    >>> largest_candidate("a.jpg 1x, b,c.jpg 2x, d.jpg")
-    'b,c.jpg'
-    """
-    best, best_size = "", -1.0
-    for address, descriptors in split_srcset(srcset):
-        size = 1.0
-        if descriptors:
-            match = next((m for m in map(_DESCRIPTOR.fullmatch, descriptors) if m), None)
-            if match is None:
-                continue
-            size = float(match[1])
-        if size > best_size and not address.startswith("data:"):
-            best, best_size = address, size
-    return best
-
-
-def split_srcset(srcset: str) -> Iterator[tuple[str, list[str]]]:
-    """Addresses and descriptors of a `srcset`, as the HTML standard cuts it: addresses may hold commas, not end so."""
-    place, end = 0, len(srcset)
-    while True:
-        while place < end and srcset[place] in _SPACE + ",":
-            place += 1
-        if place >= end:
-            return
-        start = place
-        while place < end and srcset[place] not in _SPACE:
-            place += 1
-        address = srcset[start:place]
-        if address.endswith(","):
-            yield address.rstrip(","), []
-            continue
-        start, depth = place, 0
-        while place < end and (depth or srcset[place] != ","):
-            depth += {"(": 1, ")": -1 if depth else 0}.get(srcset[place], 0)
-            place += 1
-        yield address, srcset[start:place].split()
-
-
-def resolve(base: str, address: str) -> tuple[str, str | None]:
-    """An address on a page -> one that can be fetched, without fragment, and the reason if there is none."""
-    if len(address) > _MOST_URL:
-        return "", URL_SCHEME if address[:5].lower() == "data:" else URL_TOO_LONG
-    try:
-        url = ada_url.join_url(base, address) if base else ada_url.normalize_url(address)
-    except ValueError:
-        return "", URL_INVALID
-    if not url.startswith(("http://", "https://")):
-        return "", URL_SCHEME
-    return url.partition("#")[0], None
-
-
-def _base_of(page_url: str, hrefs: list[Any]) -> str:
+def _base_of(page_url: str, hrefs: list[Any]) -> Base:
     """The base address of a page: the first `base` with an address counts, if that address can be used."""
     for href in hrefs:
         if isinstance(href, str):
             base, reason = resolve(page_url, href.strip(_SPACE))
-            return base if reason is None else page_url
-    return page_url
+            return Base(base if reason is None else page_url)
+    return Base(page_url)
 
 
-def _pair(base: str, address: str, texts: dict[str, str], attributes: Mapping[str, str | None]) -> Iterator[Found]:
-    if not address:
-        url, reason = "", URL_INVALID
-    else:
-        url, reason = resolve(base, address)
-    width, height = (_size(attributes.get(name)) for name in ("width", "height"))
-    for text, origin in texts.items():
-        if len(text) > _MOST_TEXT:
-            yield Found(url, text[:_MOST_TEXT], origin, width, height, reason or TEXT_TOO_LONG)
-        else:
-            yield Found(url, text, origin, width, height, reason)
-
-
-def _size(value: str | None) -> str:
-    match = _SIZE.match(value) if value else None
-    return match[1] if match else ""
+def _size(value: str) -> str | None:
+    match = _SIZE.match(value)
+    return match[1] if match else None
 
 
 def _captions_by_picture(captions: list[LexborNode]) -> dict[int, str]:

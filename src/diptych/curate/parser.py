@@ -38,7 +38,7 @@ _OUT_OF_MEMORY = 77  # exit code
 _STILL_SECONDS = 60.0
 
 Answer = list[list[Any]] | str
-"""What was found on a page, or the reason that nothing was."""
+"""What was found on a page, in columns, or the reason that nothing was."""
 
 
 class ParserStartError(DiptychError):
@@ -203,7 +203,7 @@ def _receive(pipe: IO[bytes]) -> Any:
 
 def serve(shared: mmap.mmap, source: IO[bytes], target: IO[bytes]) -> None:
     """The process: batches in, answers out, until nobody asks any more."""
-    extract: Callable[[Page], list[tuple[Any, ...]] | str]
+    extract: Callable[[Page], Sequence[Sequence[Any]] | str]
     extract, page_seconds, memory = _receive(source)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -221,10 +221,10 @@ def serve(shared: mmap.mmap, source: IO[bytes], target: IO[bytes]) -> None:
         _write(target, orjson.dumps(answers))
 
 
-def _try(extract: Callable[[Page], list[tuple[Any, ...]] | str], page: Page) -> Any:
+def _try(extract: Callable[[Page], Sequence[Sequence[Any]] | str], page: Page) -> Any:
     try:
         found = extract(page)
-        return found if isinstance(found, str) else orjson.Fragment(orjson.dumps([tuple(row) for row in found]))
+        return found if isinstance(found, str) else orjson.Fragment(orjson.dumps(list(found)))
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)  # what is left of this process cannot be trusted with the next page
     except Exception:  # of any kind, from a page meant to harm: it costs this page
