@@ -1,6 +1,7 @@
 """Copies of pairs: the same whatever the order and the files, and as the slow twin sees them."""
 
 import random
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -98,6 +99,35 @@ def test_scope_says_which_texts_may_be_copies(tmp_path):
     counts = {scope: len(kept(tmp_path, scope, rows, 2, scope=scope)[0]) for scope in ("image", "site", "all")}
     assert counts == {"image": 3, "site": 2, "all": 1}
     assert kept(tmp_path, "exact", rows, 1, near=False)[1] == {DUPLICATE: 1}
+
+
+def test_verdicts_are_made_once_for_the_same_signatures(tmp_path):
+    write(tmp_path / "in", make_rows(4), 3)
+    config = NearTextConfig(folder=tmp_path / "in", out=tmp_path / "out")
+    record = tmp_path / "out_verdicts" / "verdicts.json"
+    verdicts = tmp_path / "out_verdicts" / "part-00001.npy"
+    first = run(config, execute=run_stage)
+    assert first.dropped.keys() == {"duplicate", "near_duplicate"}
+    whole = verdicts.read_bytes()
+
+    def made_anew(config: NearTextConfig = config, **more) -> bool:
+        before = record.stat().st_ino, record.stat().st_mtime_ns
+        report = run(config, execute=lambda *a, **k: run_stage(*a, **k, **more))
+        assert (report.dropped == first.dropped) is config.near
+        assert (verdicts.read_bytes() == whole) is config.near
+        return before != (record.stat().st_ino, record.stat().st_mtime_ns)
+
+    assert not made_anew()
+    assert not made_anew(replace(config, buckets=3))
+    verdicts.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert made_anew()
+    verdicts.unlink()
+    assert made_anew()
+    record.write_text("{")
+    run(config, execute=run_stage)
+    assert not made_anew()
+    assert made_anew(replace(config, near=False), redo=True)
+    assert made_anew(config, redo=True)
 
 
 def test_signatures_estimate_the_similarity_of_the_slow_twin():

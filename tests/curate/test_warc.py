@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import zlib
+from itertools import accumulate
 
 import pytest
 
@@ -86,6 +87,8 @@ def test_damage_costs_what_is_damaged(seed, most):
     assert whole.items() <= found.items()
     assert all(wanted[URLS.index(url)] == body for url, body in found.items()), "a damaged record was given out"
     assert len(damage) <= len(hit)
+    starts = dict(zip(URLS, list(accumulate(map(len, members), initial=0))[1::2], strict=False))
+    assert all(one.offset == starts[one.headers["warc-target-uri"]] for one in records)
 
 
 def test_damage_in_a_plain_file_costs_what_is_damaged():
@@ -117,6 +120,49 @@ def test_a_record_with_a_false_length_does_not_take_the_next_one_along():
     assert damage == [TRUNCATED]
 
 
+@pytest.mark.parametrize("claims", [b"1", b"9", b"9999", b"999999999"])
+def test_a_false_length_in_a_plain_file_does_not_take_the_next_ones_along(claims):
+    made = make(4)
+    for number in (5, 20, 21, 78):  # 20 is a request, which nobody wants
+        made[number] = made[number].replace(b"Content-Length: ", b"Content-Length: " + claims)
+    records, damage = read(b"".join(made))
+    assert [one.headers["warc-target-uri"] for one in records] == [URLS[i] for i in range(40) if i not in (2, 10)]
+    assert [one.body for one in records] == [block for i, block in enumerate(blocks(made)) if i not in (2, 10)]
+    assert damage == [TRUNCATED] * 4
+
+
+@pytest.mark.parametrize("inside", range(-20, 21))
+def test_a_false_length_is_found_wherever_the_pieces_of_the_file_end(inside):
+    first = page("http://a.example/1", b"x" * 70_000).replace(b"Content-Length: ", b"Content-Length: 1")
+    made = [page("http://a.example/0", bytes(2 * 65_536 - len(first) - 178 + inside)), first]
+    records, damage = read(b"".join([*made, page("http://a.example/2", b"y")]))
+    assert [one.headers["warc-target-uri"][-1] for one in records] == ["0", "2"]
+    assert damage == [TRUNCATED]
+
+
+def test_records_inside_of_a_record_of_a_plain_file_are_its_own():
+    inner = b"".join(make(7)[:6]) + b"\r\n" * 700
+    made = [page("http://a.example/0", inner), page("http://a.example/1", inner * 30), page("http://a.example/2", b"x")]
+    for ends in (b"", b"\r\n" * 3):
+        records, damage = read(b"".join(made) + ends)
+        assert [one.body for one in records] == blocks(made)
+        assert damage == []
+
+
+def test_a_file_that_cannot_seek_gives_what_comes_after_the_false_length():
+    class Pipe:
+        def __init__(self, data: bytes) -> None:
+            self.read = io.BytesIO(data).read
+
+    made = make(4)
+    made[5] = made[5].replace(b"Content-Length: ", b"Content-Length: 1")
+    found = list(read_records(Pipe(b"".join(made)), {"response"}, 1 << 20))
+    urls = [one.headers["warc-target-uri"] for one in found if isinstance(one, Record)]
+    assert urls[:2] == URLS[:2]
+    assert set(urls[3:]) < set(URLS[3:])
+    assert URLS[-1] in urls
+
+
 def test_a_bomb_takes_no_memory_and_costs_one_record():
     zeros = bytes(1 << 20)
     head = record("response", "http://b.example/", b"").replace(b"Content-Length: 0", b"Content-Length: %d" % (1 << 30))
@@ -141,9 +187,14 @@ def test_what_looks_like_members_everywhere_is_read_in_bounded_time():
 
 
 def test_a_check_sum_that_comes_later_than_the_block_is_waited_for():
-    size = next(n for n in range(64_000, 65_536) if len(packed([page("http://a.example/1", bytes(n))], 0)) == 65_540)
-    damaged = bytearray(packed([page("http://a.example/1", bytes(size))], 0))
-    damaged[40_000] ^= 1
-    records, damage = read(bytes(damaged) + packed([page("http://a.example/2", b"x")]))
-    assert [one.headers["warc-target-uri"] for one in records] == ["http://a.example/2"]
-    assert damage == [DAMAGED]
+    piece, lengths = 1 << 16, set()  # of the file, read at a time
+    for size in range(65_310, 65_350):
+        member = packed([page("http://a.example/1", bytes(size))], 0)
+        lengths.add(len(member))
+        for place in (40_000, len(member) - 6):
+            damaged = bytearray(member)
+            damaged[place] ^= 1
+            records, damage = read(bytes(damaged) + packed([page("http://a.example/2", b"x")]))
+            assert [one.headers["warc-target-uri"] for one in records] == ["http://a.example/2"]
+            assert damage == [DAMAGED]
+    assert {piece + 4, piece + 8, piece + 12} <= lengths  # the first piece holds all but some of the last 8 bytes

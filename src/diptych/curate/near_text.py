@@ -9,6 +9,7 @@ The bands are compared in `buckets`, one after the other, so that memory is boun
 of it some 40 bytes a row are held.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ SIGNED = pa.schema(
 """`key`: hash of a row's key; `rank`: the smallest of several copies stays; `signature`: a byte per hash."""
 
 U64 = NDArray[np.uint64]
+_RECORD = "verdicts.json"
+"""Written last: what the verdicts beside it were made of, and their check sums."""
 _TEXTS = 256  # signed at a time
 _REASONS = np.array([None, DUPLICATE, NEAR_DUPLICATE], dtype=object)
 
@@ -160,12 +163,7 @@ def run(config: NearTextConfig, *, execute: Execute, parent: str | None = None) 
     signed, verdicts = (config.out.with_name(f"{config.out.name}_{part}") for part in ("signed", "verdicts"))
     stage = Sign(scope=config.scope, similarity=config.similarity, hashes=config.hashes, seed=config.seed)
     report = execute(stage, tasks, signed, stage, schema=SIGNED, parent=parent)
-    paths = part_paths(signed)
-    found = judge(paths, near=config.near, similarity=config.similarity, buckets=config.buckets)
-    verdicts.mkdir(parents=True, exist_ok=True)
-    for task, verdict in zip(tasks, found, strict=True):
-        with files.atomic_file(verdicts / f"{Path(task.inputs[0]).stem}.npy") as path, open(path, "wb") as handle:
-            np.save(handle, verdict)
+    _write_verdicts(config, signed, report.hash, verdicts, [f"{Path(task.inputs[0]).stem}.npy" for task in tasks])
     strikes = [Task(part_name(i), task.inputs, rows=False) for i, task in enumerate(tasks)]
     decides: dict[str, Any] = {
         "near": config.near,
@@ -176,6 +174,33 @@ def run(config: NearTextConfig, *, execute: Execute, parent: str | None = None) 
         "signed": report.hash,
     }
     return execute(Strike(verdicts=str(verdicts)), strikes, config.out, decides, schema=CANDIDATES, parent=parent)
+
+
+def _write_verdicts(config: NearTextConfig, signed: Path, signed_hash: str, folder: Path, names: list[str]) -> None:
+    """Compare, unless an earlier run did so with the same signatures and its verdicts are still whole."""
+    inputs = {"signed": signed_hash, "near": config.near, "similarity": config.similarity}
+    if _read_record(folder) == {**inputs, "verdicts": _sums(folder, names)}:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(folder)
+    (folder / _RECORD).unlink(missing_ok=True)
+    found = judge(part_paths(signed), near=config.near, similarity=config.similarity, buckets=config.buckets)
+    for name, verdict in zip(names, found, strict=True):
+        with files.atomic_file(folder / name) as path, open(path, "wb") as handle:
+            np.save(handle, verdict)
+    files.write_json(folder / _RECORD, {**inputs, "verdicts": _sums(folder, names)})
+
+
+def _read_record(folder: Path) -> Any:
+    """What the verdicts there were made of; None if they were not finished."""
+    try:
+        return json.loads((folder / _RECORD).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _sums(folder: Path, names: list[str]) -> dict[str, str | None]:
+    return {name: files.sha256(folder / name) if (folder / name).exists() else None for name in names}
 
 
 def judge(paths: list[Path], *, near: bool, similarity: float, buckets: int) -> list[NDArray[np.uint8]]:

@@ -1,10 +1,14 @@
 """Records of a WARC or WAT file, streamed: gzip members are unpacked piece by piece, damage costs what is damaged.
 
 `read_records` yields a `Record` for each record of a wanted type and a `Damage` for each stretch that cannot be read;
-after one it goes on at the next gzip member, or at the next line that begins a record. A record is only yielded when
-the check sum of all its bytes was right. Memory is bounded by the limit on a record, whatever a header or a
-compressed stream claims: a longer record is unpacked and thrown away, and given up for the next gzip member if it
-goes on for more than 256 MiB.
+after one it goes on at the next gzip member, or at the next line that begins a record. A record with a gzip
+member to itself, as is usual, is only yielded when the check sum of all its bytes was right. Memory is bounded by the
+limit on a record, whatever a header or a compressed stream claims: a longer record is unpacked and thrown away, and
+given up for the next gzip member if it goes on for more than 256 MiB.
+
+A header that claims too long a block costs its own record: the next gzip member begins another. In a file that is not
+gzip, the block is followed by line ends and another record, or its length is not believed and reading goes back to the
+first line in it that begins a record. That needs a file that can seek, and is done for 4 GiB a file at most.
 """
 
 import re
@@ -18,8 +22,10 @@ _CHUNK = 1 << 16
 _MOST_OUT = 1 << 20
 _MOST_HEADER = 1 << 16
 _MOST_SKIPPED = 256 << 20
+_MOST_AGAIN = 4 << 30
 _PROBE = 1024
 _MAGIC = b"\x1f\x8b\x08"
+_LINE = b"\nWARC/1."
 _BEGIN = re.compile(rb"WARC/\d\.\d\r?\n")
 _NO_LINE_END = re.compile(rb"[^\r\n]")
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
@@ -35,6 +41,15 @@ class Readable(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """At most so many; none at the end."""
+        ...
+
+
+@runtime_checkable
+class Seekable(Readable, Protocol):
+    """Where one can go back to what was read."""
+
+    def seek(self, place: int, /) -> int:
+        """To a place from the beginning."""
         ...
 
 
@@ -140,6 +155,17 @@ class _Unpacked:
         self._taken += len(self._input) - len(rest)
         self._input = rest or self._raw.read(_CHUNK)
 
+    def go_back(self, place: int) -> bool:
+        """To a place in a plain file; False if that is not possible."""
+        if not isinstance(self._raw, Seekable):
+            return False
+        try:
+            self._raw.seek(place)
+        except (OSError, ValueError):  # a pipe, or a server that gives no ranges
+            return False
+        self._taken, self._input = place, self._raw.read(_CHUNK)
+        return True
+
     def resynchronise(self) -> None:
         """Give this member up and find the beginning of the next one."""
         if self._member is None:
@@ -149,21 +175,21 @@ class _Unpacked:
         self._taken += len(self._input) - len(window)
         place = 1
         while True:
-            if len(window) - place < _PROBE:
-                more = self._raw.read(_CHUNK)
-                self._taken += min(place, len(window))
-                window, place = window[place:] + more, 0
             found = window.find(_MAGIC, place)
+            place = found if found >= 0 else max(place, len(window) - len(_MAGIC) + 1)
+            if found < 0 or len(window) - found < _PROBE:  # too little to tell
+                more = self._raw.read(_CHUNK)
+                if more:
+                    self._taken += min(place, len(window))
+                    window, place = window[place:] + more, 0
+                    continue
             if found < 0:
-                if len(window) < _PROBE:
-                    self._taken, self._input = self._taken + len(window), b""
-                    return
-                place = max(place, len(window) - len(_MAGIC) + 1)
-            elif _begins_member(window[found : found + _PROBE]):
+                self._taken, self._input = self._taken + len(window), b""
+                return
+            if _begins_member(window[found : found + _PROBE]):
                 self._taken, self._input = self._taken + found, window[found:]
                 return
-            else:
-                place = found + 1
+            place = found + 1
 
 
 def _begins_member(data: bytes) -> bool:
@@ -183,6 +209,8 @@ class _Reader:
         self._buffer, self._place = b"", 0
         self._base = 0  # offset of the buffer in a plain file, of its member in a gzip file
         self.offset = 0
+        self._inner, self._tail = -1, b""  # see `_look`
+        self._again = 0  # bytes of a plain file that were read a second time
 
     def read(self) -> Record | None:
         """The next wanted record; None at the end of the file."""
@@ -271,19 +299,18 @@ class _Reader:
 
     def _take(self, length: int, keep: int) -> bytes:
         """The first `keep` of `length` bytes; the others are thrown away."""
-        have = len(self._buffer) - self._place
-        if length <= have:
-            body = self._buffer[self._place : self._place + keep]
-            self._place += length
-            return body
-        parts = [self._buffer[self._place : self._place + keep]]
-        kept, left = len(parts[0]), length - have
+        self._inner, self._tail = -1, b"\n"
+        used = min(length, len(self._buffer) - self._place)
+        parts = [self._buffer[self._place : self._place + min(used, keep)]]
+        self._look(self._buffer[self._place : self._place + used], self._base + self._place)
+        self._place += used
+        kept, left = len(parts[0]), length - used
         while left:
-            if length - left > max(_MOST_SKIPPED, self._limit) and self._source.gzip:
-                self._source.resynchronise()
-                raise _DamagedError(TOO_LARGE, lost=True)
+            if length - left > max(_MOST_SKIPPED, self._limit):
+                self._give_up()
             piece, first = self._source.next_piece()
             if not piece:
+                self._disbelieve()
                 raise _DamagedError(TRUNCATED, lost=True)
             if first and _BEGIN.match(piece):  # the length was a lie: this is the next record
                 self._buffer, self._place, self._base = piece, 0, self._source.offset
@@ -292,10 +319,46 @@ class _Reader:
             if kept < keep:
                 parts.append(piece[: min(used, keep - kept)])
                 kept += len(parts[-1])
+            self._look(piece[:used], self._source.offset)
             left -= used
             if not left:
                 self._buffer, self._place, self._base = piece, used, self._source.offset
+        if self._inner >= 0 and not self._ends_here():
+            self._disbelieve()
         return b"".join(parts)
+
+    def _look(self, data: bytes, offset: int) -> None:
+        """Remember where the first line in a block of a plain file is that looks like the beginning of a record."""
+        if self._inner >= 0 or self._source.gzip:
+            return
+        data = self._tail + data
+        found = data.find(_LINE)
+        if found >= 0:
+            self._inner = offset - len(self._tail) + found + 1
+        self._tail = data[1 - len(_LINE) :]
+
+    def _ends_here(self) -> bool:
+        """Whether line ends and another record follow, or the end of the file."""
+        while len(self._buffer) - self._place < _PROBE and self._fill(self._buffer[self._place :]):
+            pass
+        match = _NO_LINE_END.search(self._buffer, self._place)
+        return match is None or _BEGIN.match(self._buffer, match.start()) is not None
+
+    def _give_up(self) -> None:
+        """A block goes on and on: leave it for the next member or what looks like a record in it, if there is one."""
+        if self._source.gzip:
+            self._source.resynchronise()
+            raise _DamagedError(TOO_LARGE, lost=True)
+        self._disbelieve()
+
+    def _disbelieve(self) -> None:
+        """Go back to what looks like a record in a block whose length is wrong."""
+        if self._inner < 0:
+            return
+        again = self._source.offset - self._inner
+        if self._again + again <= _MOST_AGAIN and self._source.go_back(self._inner):
+            self._again += again
+            raise _DamagedError(TRUNCATED, lost=True)
 
 
 def read_records(raw: Readable, wanted: Collection[str], limit: int) -> Iterator[Record | Damage]:
