@@ -66,7 +66,12 @@ class Paint:
         for batch in batches:
             rows = batch.to_pylist()
             for i, row in enumerate(rows):
-                row |= {"image": self.picture + row["caption"].encode() + b".", "queries": [0, 1], "query": 1, "draw": i / 64}
+                row |= {
+                    "image": self.picture + row["caption"].encode() + b".",
+                    "queries": [0, 1],
+                    "query": 1,
+                    "draw": i / 64,
+                }
                 row["details"] = list(row["details"])
             yield with_reason(pa.RecordBatch.from_pylist(rows, schema=BALANCED), [None] * len(rows))
 

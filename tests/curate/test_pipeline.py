@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import website
 
-from diptych.curate import parts, pipeline
-from diptych.curate.config_curate import EngineConfig, PipelineConfig
+from diptych.curate import delete, parts, pipeline
+from diptych.curate.config_curate import DeleteConfig, EngineConfig, PipelineConfig
 from diptych.curate.records import draw
 from diptych.curate.report import read_funnel
 from diptych.curate.tasks import executors
@@ -165,6 +166,20 @@ def test_a_stage_that_was_made_of_something_else_is_not_reported_as_one_funnel(s
     run(configure(site, tmp_path, settings=settings), redo=True, until="filter")
     with pytest.raises(ShardError, match="distinct was not made of what filter holds now"):
         read_funnel([tmp_path / name for name in ("crawl", "filter", "distinct")])
+
+
+def test_what_was_deleted_stays_deleted_when_the_run_goes_on(site, straight, tmp_path):
+    work, report = straight
+    shutil.copytree(work, tmp_path / "work")
+    gone = next(iter(load_dataset(work / "shards").pairs)).key
+    delete.run(DeleteConfig(shards=tmp_path / "work/shards", key=(gone,)))
+    assert run(configure(site, tmp_path / "work")).hash == report.hash
+    assert gone not in {pair.key for pair in load_dataset(tmp_path / "work/shards").pairs}
+    delete.run(DeleteConfig(shards=tmp_path / "work/shards", compact=True))
+    after = run(configure(site, tmp_path / "work"))
+    assert after.funnel.stages[-1].dropped == {"deleted": 1}
+    assert after.hash != report.hash
+    assert gone not in {pair.key for pair in load_dataset(tmp_path / "work/shards").pairs}
 
 
 @pytest.mark.parametrize(
