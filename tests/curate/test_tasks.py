@@ -181,6 +181,22 @@ def test_a_faulty_stage_is_told_with_the_task(tmp_path, processes, how, kind, me
     assert not (tmp_path / "half/manifest.json").exists()
 
 
+def test_processes_end_with_a_run_that_is_killed_in_the_middle_of_a_task(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), seconds=60))
+    (tmp_path / "work").mkdir()
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "work")], start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "work").glob("half/.part-*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while _members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _members(process.pid)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -190,13 +206,13 @@ from test_tasks import half
 if __name__ == "__main__":
     work = Path(sys.argv[1])
     stages.crawl(work)
-    half(work, stages.Half(seconds=0.3), processes=2)
+    half(work, stages.Half(seconds={seconds}), processes=2)
 """
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, straight):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), seconds=0.3))
     work = tmp_path / "work"
     work.mkdir()
     kills = 0
