@@ -17,6 +17,8 @@ class Misbehave:
                 pass
         if page.body == b"kill":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if page.body == b"stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if page.body == b"eat":
             return [(str(len(bytes(8 << 30))),)]
         if page.body == b"eat slowly":

@@ -1,7 +1,9 @@
 """Files of pages to rows of candidates."""
 
 import gzip
+import io
 import pickle
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from curate.archives import http, packed, page, record, wat
 from diptych.curate.config_crawl import CrawlConfig
 from diptych.curate.crawl import Crawl, find_inputs, run
+from diptych.curate.pages import Drop, read_pages
 from diptych.curate.parts import read_rows
 from diptych.curate.records import CANDIDATES, key_of, outcome
 from diptych.curate.tasks import run_stage
@@ -96,6 +99,42 @@ def test_what_gives_nothing_has_a_reason(tmp_path):
     assert summary(crawl(write(tmp_path / "b.warc.gz", whole)))[-1] == (
         "http://a.example/8", "http://a.example/i.jpg", None,
     )  # fmt: skip
+
+
+def test_what_servers_and_archives_get_wrong_is_read(tmp_path):
+    chunks = b"%x\n%s\n" % (9, PICTURE[:9]) + b"%x\n%s\n0\n\n" % (len(PICTURE) - 9, PICTURE[9:])
+    records = [
+        page("http://a.example/0", chunks, "Transfer-Encoding: chunked"),
+        page("<http://a.example/1>", PICTURE),
+        page("http://a.example/2", "\ufeff<img src=i.jpg alt=cat>".encode("utf-16-be")),
+        page("http://a.example/3", PICTURE, "X-Robots-Tag: noai", "X-Robots-Tag: max-snippet: 3"),
+        record("metadata", "http://a.example/4", b"software: x", "application/warc-fields"),
+        record("resource", "urn:x", PICTURE, "text/html"),
+        page("dns:a.example", PICTURE),
+        record("metadata", "http://a.example/5", b"[" * 200_000, "application/json"),
+    ]
+    (tmp_path / "folder.warc").mkdir()
+    rows = crawl(write(tmp_path / "a.warc.gz", packed(records)), tmp_path / "folder.warc")
+    assert [((row["page_url"] or "")[-1:], row["reason"]) for row in rows] == [
+        ("0", None), ("1", None), ("2", None), ("3", "opt_out"), ("5", "record_too_large"), ("", "file_unreadable"),
+    ]  # fmt: skip
+    assert [row["image_url"] for row in rows[:3]] == ["http://a.example/i.jpg"] * 3
+
+
+def test_a_page_is_not_unpacked_beyond_the_limit():
+    record = page("http://a.example/", gzip.compress(bytes(200 << 20)), "Content-Encoding: gzip")
+    tracemalloc.start()
+    found = list(read_pages(io.BytesIO(packed([record])), "a.warc.gz", "", 1 << 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [one.reason for one in found if isinstance(one, Drop)] == ["page_too_large"]
+    assert peak < 20 << 20
+
+
+def test_the_closest_folder_places_a_plain_file(tmp_path):
+    path = write(tmp_path / "site/deep/a.html", PICTURE)
+    for roots in ((f"{tmp_path}/site", f"{tmp_path}/site/deep"), (f"{tmp_path}/site/deep", f"{tmp_path}/site")):
+        assert crawl(path, roots=roots, pages_at="http://a.example/")[0]["page_url"] == "http://a.example/a.html"
 
 
 def test_plain_files_are_found_at_the_url_they_came_from(tmp_path):

@@ -12,7 +12,7 @@ from diptych.curate.links import URL_SCHEME
 from diptych.curate.pages import Page
 from reference.extract import find_pairs
 
-EXTRACT = Extract(texts=("alt", "title", "figcaption"), lazy=("data-src",), srcset=True, opt_outs=("noai",))
+EXTRACT = Extract(texts=("alt", "title", "figcaption"), lazy=("data-src",), srcset=True, opt_outs=("noai", "noindex"))
 
 
 def look(html: str | bytes, url: str = "http://a.example/b/c.html", charset: str = "", robots: str = ""):
@@ -91,12 +91,37 @@ def test_picture_sources_stand_in_for_a_placeholder():
     assert pairs(look("<picture><source srcset='a 1x, b 2x'><img alt=t></picture>")) == [("http://a.example/b/b", "t")]
 
 
+def test_each_text_says_where_it_stood_and_how_large_the_picture_is():
+    found = look(
+        "<figure><img src=a alt='x  y' title='x y' width=' 300px' height=12345><figcaption>z</figcaption>"
+        "<figcaption>no</figcaption></figure><img src=b alt=t width=auto>"
+    )
+    assert isinstance(found, Found)
+    assert (found.captions, found.origins) == (["x y", "z", "t"], ["alt", "figcaption", "alt"])
+    assert (found.widths, found.heights) == (["300", "300", None], ["12345", "12345", None])
+
+
+def test_the_address_is_the_one_that_is_shown_in_the_end():
+    for attributes, name in {
+        "src=a data-src=b": "b",
+        "src=a data-src=b srcset='c 1x, d 2x'": "d",
+        "src=a data-src=b srcset='c 2x' data-srcset=e": "e",
+        "src=a data-src='{\"x\": 1}'": "a",
+        "src=a data-src='[1]'": "a",
+        "src=a data-src=' '": "a",
+        "src=' a\n'": "a",
+    }.items():
+        assert pairs(look(f"<img {attributes} alt=t>")) == [(f"http://a.example/b/{name}", "t")], attributes
+
+
 @pytest.mark.parametrize(
     ("meta", "robots", "out"),
     [
         ("<meta name=robots content='NoAI, follow'>", "", True),
         ("<meta name=' ROBOTS ' content=noai>", "", True),
         ("<meta name=diptych content=noai>", "", True),
+        ("<meta name=robots content=none>", "", True),
+        ("<meta name=robots content=noindex>", "", True),
         ("<meta name=googlebot content=noai>", "", False),
         ("<meta name=robots content=nofollow>", "", False),
         ("<meta name=robots content='no ai'>", "", False),
@@ -128,12 +153,22 @@ def test_opt_outs_are_honoured(meta, robots, out):
         ("é".encode(), "unicode_escape", "é"),
         ("犬".encode("gb18030"), "GB2312", "犬"),
         ("é".encode()[:1] + b" x", "utf-8", "\ufffd x"),
+        (b"<meta charset=koi8-r>" + "é".encode(), "utf-8", "é"),
+        ("犬".encode() + b"\xe7", "", "犬\ufffd"),
+        (b" " * 1024 + b"<meta charset=koi8-r>" + "é".encode(), "", "é"),
     ],
 )
 def test_characters_are_those_of_the_page(body, header, text):
     decoded = decode(body, header)
     decoded = decoded.decode("utf-8", "replace") if isinstance(decoded, bytes) else decoded
     assert decoded.endswith(text)
+
+
+def test_a_guess_counts_when_nothing_else_says():
+    assert decode("Привет".encode("cp1251"), "", lambda _: "windows-1251") == "Привет"
+    assert decode("é".encode(), "", lambda _: "windows-1251") == "é".encode()
+    assert decode(b"\xe9!", "", lambda _: "utf-8") == "é!"  # it is not
+    assert decode(b"\xe9!", "", lambda _: None) == "é!"
 
 
 def test_entities_nuls_and_megabytes_do_no_harm():
@@ -150,9 +185,11 @@ def test_entities_nuls_and_megabytes_do_no_harm():
 
 def test_wat_records_give_what_their_pages_say():
     links = [{"path": "IMG@/src", "url": "i.jpg", "alt": " two  words "}, {"path": "A@/href", "url": "x", "alt": "no"}]
+    links += [{"path": "IMG@/data-src", "url": "/j.jpg", "alt": "t"}, {"path": "IMG@/usemap", "url": "x", "alt": "no"}]
     body = wat("http://a.example/b/", links, Base="http://x.example/y/").partition(b"\r\n\r\n")[2]
     assert pairs(EXTRACT(Page("wat", "http://a.example/b/", "", "", body))) == [
-        ("http://x.example/y/i.jpg", "two words")
+        ("http://x.example/y/i.jpg", "two words"),
+        ("http://x.example/j.jpg", "t"),
     ]
     body = wat("http://a.example/", links, Metas=[{"name": "robots", "content": "noai"}]).partition(b"\r\n\r\n")[2]
     assert EXTRACT(Page("wat", "http://a.example/", "", "", body)) == parts.OPT_OUT

@@ -59,6 +59,9 @@ def test_rules_can_be_turned_off_and_added_to():
     assert Filter(languages=()).judge()("Ein rotes Auto steht vor einem alten Haus") is None
     assert Filter(languages=("de", "fr")).judge()("Ein rotes Auto steht vor einem alten Haus") is None
     assert Filter(min_words=3).judge()("two words") == "text_words"
+    assert Filter(min_words=2, max_words=2).judge()("two words") is None
+    assert Filter(languages=("fr", "de")).judge()("Ein rotes Auto steht vor einem alten Haus") is None
+    assert Filter(languages=()).judge()("black/white") is None
     assert Filter(min_words=3).judge()("红色的汽车") == "language"
 
 

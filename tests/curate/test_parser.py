@@ -46,6 +46,13 @@ def test_a_page_that_hangs_the_real_parser_is_ended_in_time():
     assert time.monotonic() - began < 15
 
 
+def test_a_page_that_stops_the_clock_is_ended_too(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    with parser(Misbehave()) as parse:
+        parse._still = 1.5
+        assert parse([page(b"1"), page(b"stop"), page(b"2")]) == [[["1"]], PAGE_TIME, [["2"]]]
+
+
 def test_a_parser_killed_between_batches_is_replaced():
     with parser(EXTRACT) as parse:
         assert parse([page(GOOD)]) == [WANTED]

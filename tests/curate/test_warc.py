@@ -11,6 +11,7 @@ from itertools import accumulate
 import pytest
 
 from curate.archives import packed, page, record
+from diptych.curate import warc
 from diptych.curate.warc import DAMAGED, TOO_LARGE, TRUNCATED, Damage, Record, read_records
 
 URLS = [f"http://a.example/{i}" for i in range(40)]
@@ -102,6 +103,17 @@ def test_damage_in_a_plain_file_costs_what_is_damaged():
     assert damage == [DAMAGED] * 3
 
 
+def test_padding_and_headers_that_make_no_sense_cost_themselves_only():
+    made = make(8)
+    padded = b"".join(packed([one]) + bytes(i * 1000) for i, one in enumerate(made))
+    assert [one.body for one in read(padded)[0]] == blocks(made)
+    made[9] = re.sub(rb"Content-Length: ", b"Content-Length: -", made[9])
+    made[20] = b"WARC/1.0\r\n" + b"x: y\r\n" * 50_000
+    records, damage = read(b"".join(made))
+    assert [one.headers["warc-target-uri"] for one in records] == [url for i, url in enumerate(URLS) if i != 4]
+    assert damage == [DAMAGED] * 2
+
+
 def test_a_file_cut_short_gives_what_came_before():
     data = packed(make(3))
     records, damage = read(data[:-50])
@@ -131,6 +143,31 @@ def test_a_false_length_in_a_plain_file_does_not_take_the_next_ones_along(claims
     assert damage == [TRUNCATED] * 4
 
 
+def test_a_false_length_is_found_when_the_next_record_follows_at_once():
+    made = make(4)
+    made[5] = made[5].partition(b"\r\n\r\n")[0].replace(b"Content-Length: ", b"Content-Length: 1") + b"\r\n\r\n"
+    records, damage = read(b"".join(made))
+    assert [one.headers["warc-target-uri"] for one in records] == URLS[:2] + URLS[3:]
+    assert damage == [TRUNCATED]
+
+
+def test_going_back_for_false_lengths_ends_somewhere(monkeypatch):
+    made = [one.replace(b"Content-Length: ", b"Content-Length: 99999") for one in make(4)]
+    assert read(b"".join(made)) == ([], [TRUNCATED] * len(made))
+    monkeypatch.setattr(warc, "_MOST_AGAIN", 300_000)
+    assert 1 < len(read(b"".join(made))[1]) < 9  # the last of these takes all that is left along
+
+
+def test_a_false_length_is_not_followed_to_the_end_of_the_file(monkeypatch):
+    monkeypatch.setattr(warc, "_MOST_SKIPPED", 1000)
+    made = make(4)
+    made[5] = made[5].replace(b"Content-Length: ", b"Content-Length: 99999")
+    data = io.BytesIO(b"".join(made) + bytes(10 << 20))
+    reader = read_records(data, {"response"}, 1 << 16)
+    next(record for record in reader if isinstance(record, Damage))
+    assert data.tell() < 1 << 20
+
+
 @pytest.mark.parametrize("inside", range(-20, 21))
 def test_a_false_length_is_found_wherever_the_pieces_of_the_file_end(inside):
     first = page("http://a.example/1", b"x" * 70_000).replace(b"Content-Length: ", b"Content-Length: 1")
@@ -149,14 +186,21 @@ def test_records_inside_of_a_record_of_a_plain_file_are_its_own():
         assert damage == []
 
 
-def test_a_file_that_cannot_seek_gives_what_comes_after_the_false_length():
-    class Pipe:
-        def __init__(self, data: bytes) -> None:
-            self.read = io.BytesIO(data).read
+class Pipe:
+    def __init__(self, data: bytes) -> None:
+        self.read = io.BytesIO(data).read
 
+
+class Streaming(Pipe):
+    def seek(self, place: int, /) -> int:
+        raise ValueError(f"no seeking to {place} in a stream")
+
+
+@pytest.mark.parametrize("kind", [Pipe, Streaming])
+def test_a_file_that_cannot_seek_gives_what_comes_after_the_false_length(kind):
     made = make(4)
     made[5] = made[5].replace(b"Content-Length: ", b"Content-Length: 1")
-    found = list(read_records(Pipe(b"".join(made)), {"response"}, 1 << 20))
+    found = list(read_records(kind(b"".join(made)), {"response"}, 1 << 20))
     urls = [one.headers["warc-target-uri"] for one in found if isinstance(one, Record)]
     assert urls[:2] == URLS[:2]
     assert set(urls[3:]) < set(URLS[3:])
@@ -173,6 +217,7 @@ def test_a_bomb_takes_no_memory_and_costs_one_record():
     records, damage = read(packed(made[:10]) + bomb + packed(made[10:]), limit=1 << 16)
     assert [one.body for one in records] == blocks(made)
     assert damage == [TOO_LARGE]
+    assert records[5].offset == len(packed(made[:11])) + len(bomb)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
 
 
