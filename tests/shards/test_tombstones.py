@@ -60,6 +60,14 @@ def test_tombstones_beside_shards_elsewhere_are_asked_for_at_every_start(data, t
             assert (gone, "deleted") in take(source, 1, cache=cache)[0].skipped
 
 
+def test_a_store_that_forbids_what_is_not_there_has_no_tombstones(data, tmp_path, caplog):
+    write_tombstones(data, [])
+    with server.serve(data) as http:
+        http.fault = lambda name, nth, body: (403, body, 0.0) if name == TOMBSTONES_FILE else None
+        assert take(SourceConfig(url=http.url), 1, cache=tmp_path / "cache")[0].skipped == ()
+    assert "tombstones.json is forbidden" in caplog.text
+
+
 def test_tombstones_beside_foreign_shards_and_for_evaluation_sets_count(data):
     (data / "dataset.json").unlink()
     gone = next(iter(load_dataset(data).pairs))

@@ -10,6 +10,7 @@ Indexes are kept here for good. A tar without one is fetched and indexed when it
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from diptych.shards.dataset import DATASET_FILE, DATASET_VERSION, Dataset
 from diptych.shards.index import ShardIndex, build_index, read_index, write_index
 from diptych.shards.order import BLOCK_SHARDS
 from diptych.shards.tombstones import TOMBSTONES_FILE, parse_tombstones
+
+LOG = logging.getLogger(__name__)
 
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -171,8 +174,19 @@ def _make_index(shard: RemoteShard, here: Path, cache: ShardCache) -> None:
 
 def _deleted(store: Any, root: str, url: str) -> frozenset[str]:
     """What was deleted from a folder; asked for at every start, never cached."""
-    text = with_retries(f"{url}/{TOMBSTONES_FILE}", lambda: _read_optional(store, f"{root}/{TOMBSTONES_FILE}"))
-    return frozenset() if text is None else parse_tombstones(text, f"{url}/{TOMBSTONES_FILE}")
+    name = f"{url}/{TOMBSTONES_FILE}"
+
+    def read() -> bytes | None:
+        try:
+            return _read_optional(store, f"{root}/{TOMBSTONES_FILE}")
+        except Exception as error:  # every file system raises its own
+            if not isinstance(error, PermissionError) and not str(error).startswith("403"):
+                raise
+            LOG.warning("%s is forbidden (%s): taken as if there were none, as some stores say so then", name, error)
+            return None
+
+    text = with_retries(name, read)
+    return frozenset() if text is None else parse_tombstones(text, name)
 
 
 def _read_optional(store: Any, place: str) -> bytes | None:
