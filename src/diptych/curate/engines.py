@@ -197,7 +197,7 @@ def _run_on_ray(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tup
         while waiting or running:
             while waiting and len(running) < width:
                 task = waiting.popleft()
-                running[work.remote(shared, task)] = task
+                running[work.remote(shared, task, os.getcwd())] = task
             ready, _ = ray.wait(list(running), num_returns=1)
             task = running.pop(ready[0])
             try:
@@ -211,6 +211,8 @@ def _run_on_ray(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tup
             ray.cancel(reference, force=True)
 
 
-def _do(job: Job, task: Task) -> Done:
+def _do(job: Job, task: Task, folder: str) -> Done:
+    with contextlib.suppress(FileNotFoundError):  # relative paths mean the same as where the run was started
+        os.chdir(folder)
     with _naming(job, task):
         return job(task)
