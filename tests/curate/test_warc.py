@@ -106,7 +106,9 @@ def test_damage_in_a_plain_file_costs_what_is_damaged():
 def test_padding_and_headers_that_make_no_sense_cost_themselves_only():
     made = make(8)
     padded = b"".join(packed([one]) + bytes(i * 1000) for i, one in enumerate(made))
-    assert [one.body for one in read(padded)[0]] == blocks(made)
+    records, damage = read(padded)
+    assert ([one.body for one in records], damage) == (blocks(made), [])
+    assert all(padded[one.offset :].startswith(b"\x1f\x8b") for one in records)
     made[9] = re.sub(rb"Content-Length: ", b"Content-Length: -", made[9])
     made[20] = b"WARC/1.0\r\n" + b"x: y\r\n" * 50_000
     records, damage = read(b"".join(made))
@@ -145,9 +147,9 @@ def test_a_false_length_in_a_plain_file_does_not_take_the_next_ones_along(claims
 
 def test_a_false_length_is_found_when_the_next_record_follows_at_once():
     made = make(4)
-    made[5] = made[5].partition(b"\r\n\r\n")[0].replace(b"Content-Length: ", b"Content-Length: 1") + b"\r\n\r\n"
+    made[4] = made[4].partition(b"\r\n\r\n")[0].replace(b"Content-Length: ", b"Content-Length: 1") + b"\r\n\r\n"
     records, damage = read(b"".join(made))
-    assert [one.headers["warc-target-uri"] for one in records] == URLS[:2] + URLS[3:]
+    assert [one.headers["warc-target-uri"] for one in records] == URLS
     assert damage == [TRUNCATED]
 
 
@@ -158,14 +160,23 @@ def test_going_back_for_false_lengths_ends_somewhere(monkeypatch):
     assert 1 < len(read(b"".join(made))[1]) < 9  # the last of these takes all that is left along
 
 
+class Counting(io.BytesIO):
+    taken = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.taken += len(data)
+        return data
+
+
 def test_a_false_length_is_not_followed_to_the_end_of_the_file(monkeypatch):
     monkeypatch.setattr(warc, "_MOST_SKIPPED", 1000)
     made = make(4)
     made[5] = made[5].replace(b"Content-Length: ", b"Content-Length: 99999")
-    data = io.BytesIO(b"".join(made) + bytes(10 << 20))
+    data = Counting(b"".join(made) + bytes(10 << 20))
     reader = read_records(data, {"response"}, 1 << 16)
     next(record for record in reader if isinstance(record, Damage))
-    assert data.tell() < 1 << 20
+    assert data.taken < 1 << 20
 
 
 @pytest.mark.parametrize("inside", range(-20, 21))

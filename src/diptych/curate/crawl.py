@@ -113,8 +113,9 @@ def _import_extract() -> "type[Extract]":
 
 def _parse(pages: Sequence[Page], parser: Parser) -> list[Answer]:
     """What the pages hold; those without any picture are not sent over."""
-    answers = iter(parser([page for page in pages if may_hold_pictures(page)]))
-    return [next(answers) if may_hold_pictures(page) else [] for page in pages]
+    sent = [may_hold_pictures(page) for page in pages]
+    answers = iter(parser([page for page, one in zip(pages, sent, strict=True) if one]))
+    return [next(answers) if one else [] for one in sent]
 
 
 def find_inputs(inputs: Sequence[str], prefix: str = "") -> tuple[list[str], list[str], tuple[str, ...]]:

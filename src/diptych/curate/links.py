@@ -26,7 +26,7 @@ _LETTERS = r"A-Za-z0-9_~!$&()*+,;=@'-"
 _STEP = rf"(?:[{_LETTERS}]|%(?!2[Ee]))(?:[{_LETTERS}.]++|%(?!2[Ee]))*+"  # not empty, no dot at its beginning
 _PLAIN = re.compile(
     rf"""(https?://[a-z0-9-]+(?:\.[a-z0-9-]+)*+/|/|(?:\.\./)*+)       # a host, its root, or folders to go up
-    ((?:{_STEP}/)*+(?:{_STEP})?+(?:\?[A-Za-z0-9_.~!$&()*+,;=:@/?%-]*+)?+)""",
+    ((?:{_STEP}/++)*+(?:{_STEP})?+(?:\?[A-Za-z0-9_.~!$&()*+,;=:@/?%-]*+)?+)""",
     re.VERBOSE,
 )
 

@@ -120,10 +120,11 @@ class _Unpacked:
         return b""
 
     def _start_member(self) -> bool:
-        while not self._input.strip(b"\0"):  # some writers pad
+        while not (rest := self._input.lstrip(b"\0")):  # some writers pad
             if not self._input:
                 return False
             self._advance(b"")
+        self._advance(rest)
         self.offset = self._taken
         self._member, self._first = zlib.decompressobj(31), True
         self._seen.clear()
