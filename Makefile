@@ -3,13 +3,16 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test check fix bench parity hostile kill-test peers docs golden clean help
+.PHONY: demo curate-demo test check fix bench parity hostile kill-test peers docs golden clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 demo: .venv/demo ## build real pairs, train a small CLIP on them, ask it what it never saw (under 5 minutes on 2 cores)
 	$(VENV)/python -m recipes.demo $(ARGS)
+
+curate-demo: .venv/demo .venv/curate ## crawl real pages from a server of one's own, through every stage into shards and a training run
+	$(VENV)/python -m recipes.curate_demo $(ARGS)
 
 test: .venv/demo .venv/dev ## run the tests
 	$(VENV)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
@@ -58,6 +61,11 @@ clean:           ## delete environments and runs
 .venv/demo: .venv/bin/python pyproject.toml constraints.txt
 	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+.venv/curate: .venv/bin/python pyproject.toml constraints.txt
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[curate]'
 	@touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt

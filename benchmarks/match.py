@@ -21,7 +21,8 @@ import harness
 
 QUERIES, TEXTS, LOOP_TEXTS = 500_000, 200_000, 5
 NAMES = {"ours": TEXTS, "pyahocorasick": TEXTS, "loop": LOOP_TEXTS}
-Find = Callable[[str], int]
+Count = Callable[[list[str]], int]
+"""Matches in all of some texts."""
 
 
 def build_inputs(seed: int = 0) -> tuple[list[str], list[str]]:
@@ -38,31 +39,30 @@ def build_inputs(seed: int = 0) -> tuple[list[str], list[str]]:
     return queries, [" ".join(next(stream) for _ in range(12)) for _ in range(TEXTS)]
 
 
-def build_ours(queries: list[str]) -> Find:
+def build_ours(queries: list[str]) -> Count:
     from diptych.curate.match import Matcher
 
     matcher = Matcher(queries)
-    return lambda text: len(matcher(text))
+    return lambda texts: len(matcher.find(texts)[1])
 
 
-def build_pyahocorasick(queries: list[str]) -> Find:
+def build_pyahocorasick(queries: list[str]) -> Count:
     import ahocorasick
 
     automaton = ahocorasick.Automaton()
     for number, query in enumerate(queries):
         automaton.add_word(f" {query} ", number)
     automaton.make_automaton()
-    return lambda text: len({number for _, number in automaton.iter(f" {text} ")})
+    return lambda texts: sum(len({number for _, number in automaton.iter(f" {text} ")}) for text in texts)
 
 
-def build_loop(queries: list[str]) -> Find:
+def build_loop(queries: list[str]) -> Count:
     entries = [f" {query} " for query in queries]
 
-    def find(text: str) -> int:
-        spaced = f" {text} "
-        return sum(entry in spaced for entry in entries)
+    def count(texts: list[str]) -> int:
+        return sum(entry in f" {text} " for text in texts for entry in entries)
 
-    return find
+    return count
 
 
 BUILDERS = {"ours": build_ours, "pyahocorasick": build_pyahocorasick, "loop": build_loop}
@@ -71,15 +71,15 @@ BUILDERS = {"ours": build_ours, "pyahocorasick": build_pyahocorasick, "loop": bu
 def work(name: str, inputs: Path) -> None:
     """One contestant in a process of its own."""
     queries, texts = json.loads(inputs.read_text())
-    find = BUILDERS[name](queries)
+    count = BUILDERS[name](queries)
     del queries
-    check = sum(map(find, texts[:LOOP_TEXTS]))
+    check = count(texts[:LOOP_TEXTS])
 
     def measure() -> float:
+        chosen = texts[: NAMES[name]]
         started = time.perf_counter()
-        for text in texts[: NAMES[name]]:
-            find(text)
-        return NAMES[name] / (time.perf_counter() - started)
+        count(chosen)
+        return len(chosen) / (time.perf_counter() - started)
 
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     harness.answer(measure, check=check, peak_mib=int(peak.split()[1]) // 1024)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diptych.cli import COMMANDS
+from diptych.cli import COMMANDS, curate
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
@@ -13,7 +13,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 def render() -> str:
     """The page: the table of commands, then each command's help."""
     sections = ["# The command line", "", "Written by `make docs` from `--help`; do not edit."]
-    for arguments in ([], *([name] for name in COMMANDS)):
+    stages = [["curate", name] for name in curate.COMMANDS]
+    for arguments in ([], *([name] for name in COMMANDS), *stages):
         title = " ".join(["diptych", *arguments])
         sections += ["", f"## `{title}`", "", "```", read_help(arguments), "```"]
     return "\n".join(sections) + "\n"

@@ -30,6 +30,7 @@ from diptych.ranks import Ranks
 from diptych.shards.dataset import load_dataset
 from diptych.shards.index import IMAGE_SUFFIXES
 from diptych.shards.members import Member, iter_members
+from diptych.shards.tombstones import DELETED
 from diptych.tokenizer import Tokenizer
 from diptych.zeroshot import fill_template
 
@@ -120,6 +121,9 @@ def _open_shards(path: Path, skipped: Counter[str]) -> list[Question]:
     questions = []
     for shard in dataset.shards:
         for row in shard.table.to_pylist():
+            if row["key"] in dataset.deleted:
+                skipped[DELETED] += 1
+                continue
             details = json.loads(row["details"])
             label, several = details.get("label"), details.get("captions")
             if isinstance(label, int):

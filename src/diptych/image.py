@@ -24,9 +24,9 @@ from torch import Tensor
 
 from diptych.errors import NotFoundError, PictureError, UsageError, unknown_name
 
-REASONS = ("empty", "not_a_picture", "truncated", "too_large", "too_small", "changed")
+REASONS = ("empty", "not_a_picture", "truncated", "too_large", "too_small", "changed", "deleted")
 """Why a picture is not used: no bytes, no known format, breaks off or is damaged inside, more than MAX_PIXELS, a side
-of zero after resizing, not the bytes that the shard's index was made of."""
+of zero after resizing, not the bytes that the shard's index was made of, deleted from its dataset."""
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused from their header alone (decompression bombs)."""

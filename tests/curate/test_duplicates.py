@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.curate.duplicates import near_duplicates, perceptual_hashes
+from diptych.curate.duplicates import find_near, first_alike, near_duplicates, perceptual_hashes
 from diptych.errors import UsageError
 from samples import COLOURS, SHAPES, draw, encode, noise
 
@@ -26,7 +26,7 @@ def test_different_pictures_have_different_hashes():
     assert min(distances) > 10
 
 
-@pytest.mark.parametrize("max_distance", [0, 3, 7])
+@pytest.mark.parametrize("max_distance", [0, 1, 3, 7, 8, 12])
 def test_bands_find_exactly_what_comparing_all_finds(max_distance):
     rng = np.random.default_rng(0)
     against = rng.integers(0, 2**64, 200, dtype=np.uint64)
@@ -41,9 +41,24 @@ def test_bands_find_exactly_what_comparing_all_finds(max_distance):
     assert brute
 
 
-def test_a_distance_the_bands_cannot_promise_is_refused():
-    with pytest.raises(UsageError, match="max_distance 8"):
-        near_duplicates(np.zeros(1, np.uint64), np.zeros(1, np.uint64), 8)
+def test_a_distance_that_no_two_hashes_have_is_refused():
+    with pytest.raises(UsageError, match="max_distance 64"):
+        near_duplicates(np.zeros(1, np.uint64), np.zeros(1, np.uint64), 64)
+
+
+def test_distances_come_with_the_pairs():
+    hashes = np.array([0b0, 0b111], np.uint64)
+    i, j, distance = find_near(hashes, np.array([0b1, 1 << 63], np.uint64), 2)
+    assert list(zip(i.tolist(), j.tolist(), distance.tolist(), strict=True)) == [(0, 0, 1), (0, 1, 1), (1, 0, 2)]
+
+
+def test_a_copy_is_taken_for_the_first_of_its_kind_and_chains_do_not_join():
+    first, second, third = 0, 0b111, 0b111111  # 3 bits apart each; the ends 6
+    assert first_alike(np.array([0x5555 << 40, first, second, third, first], np.uint64), 3).tolist() == [0, 1, 1, 3, 1]
+
+
+def test_many_equal_hashes_cost_no_pairs():
+    assert first_alike(np.zeros(300_000, np.uint64), 3).max() == 0
 
 
 def test_shapes_of_another_colour_are_told_apart_from_other_shapes():

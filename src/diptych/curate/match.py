@@ -8,30 +8,34 @@ is found anywhere in a text. Entries of which nothing is left match nothing.
 `strict_metaclip` follows MetaCLIP to the letter: only the text is spaced, only at , . ; : ? ! and the backtick, case
 counts and runs of spaces stay. Entries that hold such a mark can therefore never match.
 
-Both rules end in one search: " entry " inside " text ", all overlaps, each query once.
+Both rules end in one search: the entry's words as a run of the text's words, all overlaps, each query once.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Literal
 
-import ahocorasick_rs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from diptych.errors import UsageError
-
-Rule = Literal["includes", "strict_metaclip"]
+from diptych.curate.config_match import MatchConfig, Rule
+from diptych.curate.parts import read_manifest
+from diptych.curate.records import MATCHED, with_reason
+from diptych.curate.tasks import Execute, StageReport, tasks_of
+from diptych.curate.trie import UNKNOWN, WordTrie
+from diptych.errors import NotFoundError, UsageError
 
 NO_QUERY = "no_query"
 """The reason of a text that contains none of the queries."""
 
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "MYANMAR", "KHMER")  # first word of a character's name
+_TEXTS_AT_ONCE = 2048  # their words fit a cache
+_END = " "  # stands behind each text's words; no word holds a space
 _METACLIP = str.maketrans({**{mark: f" {mark} " for mark in ",.;:?!`"}, **dict.fromkeys("\t\n\r", " ")})
 
 
@@ -56,51 +60,76 @@ class _Spacing(dict[int, str]):
 _SPACING = _Spacing()
 
 
-def normalise(text: str) -> str:
-    """Words of a text under `includes`, joined by single spaces."""
+def split_words(text: str) -> list[str]:
+    """Words of a text under `includes`."""
     if text.isascii():
         folded = text.lower()
     else:  # Unicode's compatibility caseless match: folding may denormalise, normalising may unfold
         folded = unicodedata.normalize("NFD", text).casefold()
         folded = unicodedata.normalize("NFKC", folded).casefold()
         folded = unicodedata.normalize("NFKC", folded)
-    return " ".join(folded.translate(_SPACING).split())
+    return folded.translate(_SPACING).split()
 
 
-def space_metaclip(text: str) -> str:
-    """A text as MetaCLIP searches it, with a space on each side."""
-    return f" {text} ".translate(_METACLIP)
+def normalise(text: str) -> str:
+    """Words of a text under `includes`, joined by single spaces."""
+    return " ".join(split_words(text))
+
+
+def split_metaclip(text: str) -> list[str]:
+    """Words of a text as MetaCLIP spaces it; two spaces hold an empty word."""
+    return text.translate(_METACLIP).split(" ")
 
 
 class Matcher:
-    """Finds the queries of one list in texts; the list is held once, as an automaton."""
+    """Finds the queries of one list in texts; the list is held once, as a trie of words."""
 
     def __init__(self, queries: Sequence[str], rule: Rule = "includes") -> None:
-        if rule not in ("includes", "strict_metaclip"):
-            raise UsageError(f"rule is {rule!r}; allowed: includes, strict_metaclip; choose one of them")
-        self._space: Callable[[str], str] = space_metaclip
         if rule == "includes":
-            self._space = lambda text: f" {normalise(text)} "
-            spaced = [f" {normalise(query)} " for query in queries]
+            self._split = split_words
+            self._trie = WordTrie(map(split_words, queries))
+        elif rule == "strict_metaclip":  # the text is spaced, its entries are not
+            self._split = split_metaclip
+            self._trie = WordTrie(query.split(" ") for query in queries)
         else:
-            spaced = [f" {query} " for query in queries]
-        ids: dict[str, list[int]] = {}
-        for number, pattern in enumerate(spaced):
-            if rule == "strict_metaclip" or pattern != "  ":
-                ids.setdefault(pattern, []).append(number)
-        self._ids = list(ids.values())
-        self._automaton = ahocorasick_rs.AhoCorasick(
-            list(ids), implementation=ahocorasick_rs.Implementation.ContiguousNFA, store_patterns=False
-        )
+            raise UsageError(f"rule is {rule!r}; allowed: includes, strict_metaclip; choose one of them")
 
     def __call__(self, text: str) -> list[int]:
         """Sorted numbers of the queries that the text contains."""
-        hits = self._automaton.find_matches_as_indexes(self._space(text), overlapping=True)
-        return sorted({number for hit in hits for number in self._ids[hit[0]]})
+        return self.find([text])[1].tolist()
+
+    def find(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Sorted numbers of the queries of text i: `numbers[offsets[i]:offsets[i + 1]]`; returns (offsets, numbers)."""
+        offsets, numbers = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            sizes, found = self._find_some(texts[start : start + _TEXTS_AT_ONCE])
+            offsets.append(offsets[-1][-1] + np.cumsum(sizes))
+            numbers.append(found)
+        return np.concatenate(offsets).astype(np.int32), np.concatenate(numbers).astype(np.int32)
+
+    def _find_some(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        words = list(map(self._split, texts))
+        for text in words:
+            text.append(_END)
+        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        stream = map(self._trie.words.get, chain.from_iterable(words), repeat(UNKNOWN))
+        places, numbers = self._trie.find(np.fromiter(stream, np.int64, int(lengths.sum())))
+        text = np.repeat(np.arange(len(words)), lengths)[places]
+        found = np.unique(text * self._trie.sequences + numbers)
+        sizes = np.bincount(found // max(1, self._trie.sequences), minlength=len(words))
+        return sizes, found % max(1, self._trie.sequences)
+
+
+def queries_file(path: Path) -> Path:
+    """The list of queries that a user means by a file or by the folder that `diptych curate queries` wrote."""
+    file = path / "queries.parquet" if path.is_dir() else path
+    if not file.is_file():
+        raise NotFoundError(f"no list of queries at {file}; `diptych curate queries` writes one")
+    return file
 
 
 @lru_cache(maxsize=2)
-def _load_matcher(path: str, rule: Rule) -> Matcher:
+def _load_matcher(path: str, changed: int, rule: Rule) -> Matcher:  # noqa: ARG001 (a new file is a new matcher)
     table = pq.read_table(path, columns=["id", "text"]).sort_by("id")
     if table["id"].to_pylist() != list(range(len(table))):
         raise UsageError(f"ids in {path} are not 0, 1, 2, ...; a query list numbers its rows so; write the list again")
@@ -117,21 +146,18 @@ class Match:
     """How texts are compared."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Match batch by batch; the automaton is built once per process, at the first batch."""
+        """Match batch by batch; the list is read once per process, at the first batch."""
         for batch in batches:
-            matcher = _load_matcher(str(Path(self.queries)), self.rule)
-            found = [matcher(caption) for caption in batch.column("caption").to_pylist()]
-            reasons = [None if ids else NO_QUERY for ids in found]
-            batch = batch.append_column(
-                pa.field("queries", pa.list_(pa.int32())), pa.array(found, pa.list_(pa.int32()))
-            )
-            yield batch.append_column(pa.field("reason", pa.string()), pa.array(reasons, pa.string()))
+            matcher = _load_matcher(self.queries, Path(self.queries).stat().st_mtime_ns, self.rule)
+            offsets, numbers = matcher.find(batch.column("caption").to_pylist())
+            queries = pa.ListArray.from_arrays(pa.array(offsets), pa.array(numbers))
+            batch = batch.append_column(MATCHED.field("queries"), queries)
+            yield with_reason(batch, [None if size else NO_QUERY for size in np.diff(offsets).tolist()])
 
 
-def count_matches(batches: Iterable[pa.RecordBatch], queries: int) -> NDArray[np.uint64]:
-    """Count the pairs of each query; the counts of several tasks add up."""
-    counts = np.zeros(queries, dtype=np.uint64)
-    for batch in batches:
-        ids = batch.column("queries").flatten().to_numpy(zero_copy_only=False)
-        counts += np.bincount(ids, minlength=queries).astype(np.uint64)
-    return counts
+def run(config: MatchConfig, *, execute: Execute) -> StageReport:
+    """Match a folder of candidates."""
+    config = replace(config, queries=queries_file(config.queries))
+    stage = Match(queries=str(config.queries), rule=config.rule)
+    parent = read_manifest(config.pairs).hash
+    return execute(stage, tasks_of(config.pairs), config.out, config, schema=MATCHED, parent=parent)

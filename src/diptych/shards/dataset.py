@@ -14,6 +14,7 @@ import xxhash
 from diptych.errors import NotFoundError, ShardError
 from diptych.pair import Pair
 from diptych.shards.index import ShardIndex, load_index
+from diptych.shards.tombstones import read_tombstones
 
 DATASET_FILE = "dataset.json"
 DATASET_VERSION = 1
@@ -26,14 +27,20 @@ class Dataset:
     path: Path | str
     """Where it lies; a URL if it lies elsewhere."""
     shards: tuple[ShardIndex, ...]
+    deleted: frozenset[str] = frozenset()
+    """Keys of samples that are left out when the dataset is read; they keep their place in the order."""
 
     @classmethod
-    def from_indexes(cls, path: Path | str, indexes: list[ShardIndex]) -> "Dataset":
+    def from_indexes(
+        cls, path: Path | str, indexes: list[ShardIndex], deleted: frozenset[str] = frozenset()
+    ) -> "Dataset":
         """Put indexes together; raises ShardError if no sample is left."""
         if not sum(len(index) for index in indexes):
             reasons = Counter(reason for index in indexes for _, reason in index.skipped)
             raise ShardError(f"{path} holds no usable sample; skipped: {dict(reasons) or 'nothing found'}")
-        return cls(path, tuple(indexes))
+        if deleted and all(key.as_py() in deleted for index in indexes for key in index.table.column("key")):
+            raise ShardError(f"every sample of {path} was deleted")
+        return cls(path, tuple(indexes), deleted)
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
@@ -57,16 +64,20 @@ class Dataset:
 
     @property
     def captions(self) -> Iterator[str]:
-        """All captions, in order."""
+        """All captions but those of deleted samples, in order."""
         for shard in self.shards:
-            yield from shard.table.column("caption").to_pylist()
+            for key, caption in zip(shard.table["key"].to_pylist(), shard.table["caption"].to_pylist(), strict=True):
+                if key not in self.deleted:
+                    yield caption
 
     @property
     def pairs(self) -> Iterator[Pair]:
-        """All pairs with their pictures, in order, one shard open at a time."""
+        """All pairs with their pictures but the deleted ones, in order, one shard open at a time."""
         for shard in self.shards:
             with open(shard.path, "rb") as tar:
                 for row in shard.table.to_pylist():
+                    if row["key"] in self.deleted:
+                        continue
                     tar.seek(row["offset"])
                     details = {key: str(value) for key, value in json.loads(row["details"]).items()}
                     image = tar.read(row["size"])
@@ -81,7 +92,7 @@ def load_dataset(path: Path | str) -> Dataset:
     """
     path = Path(path)
     if path.is_file():
-        return Dataset.from_indexes(path, [load_index(path)])
+        return Dataset.from_indexes(path, [load_index(path)], read_tombstones(path.parent))
     if not path.is_dir():
         raise NotFoundError(f"no such dataset: {path} (a folder of .tar shards, or one .tar)")
     if (path / DATASET_FILE).exists():
@@ -89,7 +100,7 @@ def load_dataset(path: Path | str) -> Dataset:
     shards = sorted(path.glob("*.tar"))
     if not shards:
         raise NotFoundError(f"no .tar shards in {path}")
-    return Dataset.from_indexes(path, [load_index(shard) for shard in shards])
+    return Dataset.from_indexes(path, [load_index(shard) for shard in shards], read_tombstones(path))
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -121,7 +132,7 @@ def _load_described(path: Path) -> Dataset:
             raise ShardError(f"shard {name} is missing from {path}; {DATASET_FILE} lists it")
         if shard.stat().st_size != size:
             raise ShardError(f"shard {shard} has {shard.stat().st_size} bytes, not {size}; copy it again")
-    dataset = Dataset.from_indexes(path, [load_index(path / name) for name in names])
+    dataset = Dataset.from_indexes(path, [load_index(path / name) for name in names], read_tombstones(path))
     if dataset.content_hash != expected_hash:
         raise ShardError(f"the samples in {path} are not those that {DATASET_FILE} describes; copy the folder again")
     return dataset

@@ -130,12 +130,12 @@ def build_index(shard: Path) -> ShardIndex:
         key, members = "", dict[str, Member]()
         for item in iter_members(shard):
             if isinstance(item, Damage):
-                stem, _ = _split(item.name)
+                stem, _ = split_name(item.name)
                 skipped.append((stem or f"@{item.offset}", item.reason))
                 if item.name and stem == key:
                     members = {}  # a sample that lost a part is not used
                 continue
-            stem, suffix = _split(item.name)
+            stem, suffix = split_name(item.name)
             if stem != key or suffix in members:
                 finish(key, members)
                 key, members = stem, {}
@@ -179,7 +179,7 @@ def _read(tar: Any, member: Member | None) -> bytes | None:
     return None if member is None else os.pread(tar.fileno(), member.size, member.offset)
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """`folder/cat.0.jpg` -> (`folder/cat`, `0.jpg`): the key ends at the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")

@@ -5,7 +5,8 @@ drawn from a hash of (seed, epoch, position). So a batch is a pure function of i
 computes it, and resuming is an addition. What is left at the end of an epoch, less than a batch, is not used.
 
 A picture that does not decode, or is not the bytes that were indexed, gives its place to the next row of the same
-source and is named in `Batch.skipped`; with `strict` it ends the run.
+source and is named in `Batch.skipped`; with `strict` it ends the run. A sample that was deleted gives its place up in
+the same way, `strict` or not.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from diptych.shards.dataset import Dataset, load_dataset
 from diptych.shards.index import cache_folder
 from diptych.shards.order import EpochOrder, Place, SourceOrder, derive_seed, uniforms
 from diptych.shards.remote import RemoteDataset, open_remote, require_room
+from diptych.shards.tombstones import DELETED, TOMBSTONES_FILE
 
 PREFETCH_BYTES = 2 << 30
 """Batches that are kept ready take no more than this, unless one alone does."""
@@ -222,14 +224,17 @@ class Loader:
 
     def _read_sample(self, chosen: Place, crop: Crop, skipped: list[tuple[str, str]]) -> "_Sample":
         source = self.sources[chosen.source]
-        for row in range(chosen.row, chosen.row + MAX_STAND_INS):
+        row, broken = chosen.row, 0
+        while broken < MAX_STAND_INS:
             try:
-                return self._read_row(chosen.source, row % source.order.samples, crop)
+                return self._read_row(chosen.source, row, crop)
             except PictureError as error:
-                key = source.key(row % source.order.samples)
-                if self.config.strict:
-                    raise ShardError(f"sample {key} in {source.dataset.path}: {error}") from None
-                skipped.append((key, error.reason))
+                skipped.append((source.key(row), error.reason))
+                if error.reason != DELETED:  # that is no defect, and may be true of a whole shard
+                    broken += 1
+                    if self.config.strict:
+                        raise ShardError(f"sample {source.key(row)} in {source.dataset.path}: {error}") from None
+            row = (row + 1) % source.order.samples
         raise ShardError(f"{MAX_STAND_INS} broken pictures in a row in {source.dataset.path}; the last: {skipped[-1]}")
 
     def _read_row(self, number: int, row: int, crop: Crop) -> "_Sample":
@@ -278,19 +283,25 @@ class _Source:
     def read(self, row: int, prepare: Callable[[bytes], UInt8[np.ndarray, "3 H W"]]) -> _Sample:
         shard, local = self.order.locate(row)
         columns = self._columns[shard]
+        key = columns["key"][local].as_py()
+        self._refuse_deleted(key)
         data = os.pread(self._open(shard), columns["size"][local].as_py(), columns["offset"][local].as_py())
         xxh3 = xxhash.xxh3_64_intdigest(data)
         if xxh3 != columns["xxh3"][local].as_py():
             raise PictureError("changed", f"not the bytes that {self.dataset.shards[shard].path.name} was indexed with")
-        image = prepare(data)
-        return _Sample(columns["key"][local].as_py(), columns["caption"][local].as_py(), xxh3, image)
+        return _Sample(key, columns["caption"][local].as_py(), xxh3, prepare(data))
 
     def describe(self, row: int, feature: Float[np.ndarray, " E"]) -> _Sample:
         """What the index knows of a sample whose picture is not needed."""
         shard, local = self.order.locate(row)
         columns = self._columns[shard]
         key, caption, xxh3 = (columns[name][local].as_py() for name in ("key", "caption", "xxh3"))
+        self._refuse_deleted(key)
         return _Sample(key, caption, xxh3, None, feature)
+
+    def _refuse_deleted(self, key: str) -> None:
+        if key in self.dataset.deleted:
+            raise PictureError(DELETED, f"named by {TOMBSTONES_FILE}")
 
     def key(self, row: int) -> str:
         shard, local = self.order.locate(row)

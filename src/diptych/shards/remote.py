@@ -10,6 +10,7 @@ Indexes are kept here for good. A tar without one is fetched and indexed when it
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,9 @@ from diptych.shards.cache import RemoteShard, ShardCache, with_retries
 from diptych.shards.dataset import DATASET_FILE, DATASET_VERSION, Dataset
 from diptych.shards.index import ShardIndex, build_index, read_index, write_index
 from diptych.shards.order import BLOCK_SHARDS
+from diptych.shards.tombstones import TOMBSTONES_FILE, parse_tombstones
+
+LOG = logging.getLogger(__name__)
 
 _THREADS = 8
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -110,7 +114,7 @@ def _open_described(store: Any, root: str, url: str, text: bytes, cache: ShardCa
         raise ShardError(f"{url}/{DATASET_FILE} names a shard outside its folder")
     folder = _folder(cache, url, expected)
     shards = tuple(RemoteShard(store, f"{root}/{name}", f"{url}/{name}", size, folder / name) for name, size in entries)
-    dataset = Dataset.from_indexes(url, _indexes(shards, cache))
+    dataset = Dataset.from_indexes(url, _indexes(shards, cache), _deleted(store, root, url))
     if dataset.content_hash != expected:
         for shard in shards:
             shard.local.with_suffix(".arrow").unlink(missing_ok=True)
@@ -131,7 +135,9 @@ def _open_foreign(store: Any, url: str, urls: list[str], cache: ShardCache) -> R
 
     with ThreadPoolExecutor(_THREADS) as pool:
         shards = tuple(pool.map(look, urls))
-    return RemoteDataset(Dataset.from_indexes(url, _indexes(shards, cache)), shards)
+    folders = {(shard.place.rpartition("/")[0], shard.url.rpartition("/")[0]) for shard in shards}
+    deleted = frozenset[str]().union(*(_deleted(store, place, folder) for place, folder in sorted(folders)))
+    return RemoteDataset(Dataset.from_indexes(url, _indexes(shards, cache), deleted), shards)
 
 
 def _indexes(shards: tuple[RemoteShard, ...], cache: ShardCache) -> list[ShardIndex]:
@@ -164,6 +170,23 @@ def _make_index(shard: RemoteShard, here: Path, cache: ShardCache) -> None:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _deleted(store: Any, root: str, url: str) -> frozenset[str]:
+    """What was deleted from a folder; asked for at every start, never cached."""
+    name = f"{url}/{TOMBSTONES_FILE}"
+
+    def read() -> bytes | None:
+        try:
+            return _read_optional(store, f"{root}/{TOMBSTONES_FILE}")
+        except Exception as error:  # every file system raises its own
+            if not isinstance(error, PermissionError) and not str(error).startswith("403"):
+                raise
+            LOG.warning("%s is forbidden (%s): taken as if there were none, as some stores say so then", name, error)
+            return None
+
+    text = with_retries(name, read)
+    return frozenset() if text is None else parse_tombstones(text, name)
 
 
 def _read_optional(store: Any, place: str) -> bytes | None:

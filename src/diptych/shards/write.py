@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,21 +39,20 @@ def write_shards(pairs: Iterable[Pair], folder: Path, *, samples_per_shard: int 
     dropped: dict[str, int] = {}
     keys: set[str] = set()
     indexes: list[ShardIndex] = []
-    waiting: list[tuple[Pair, str]] = []
+    waiting: list[Pair] = []
 
     def flush() -> None:
         if waiting:
-            indexes.append(_write_shard(waiting, folder / f"{len(indexes):05d}.tar"))
+            indexes.append(write_shard(waiting, folder / shard_name(len(indexes))))
             waiting.clear()
 
     for pair in pairs:
-        suffix = _suffix(pair.image or b"")
-        reason = _why_not(pair, suffix, keys)
+        reason = why_not(pair, keys)
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
             continue
         keys.add(pair.key)
-        waiting.append((pair, suffix))
+        waiting.append(pair)
         if len(waiting) == samples_per_shard:
             flush()
     flush()
@@ -64,26 +63,32 @@ def write_shards(pairs: Iterable[Pair], folder: Path, *, samples_per_shard: int 
     return WriteReport(samples=len(dataset), shards=len(indexes), dropped=dropped, dataset_hash=dataset.content_hash)
 
 
-def _why_not(pair: Pair, suffix: str, keys: set[str]) -> str:
-    """The reason to drop a pair, or nothing."""
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"{number:05d}.tar"
+
+
+def why_not(pair: Pair, keys: Container[str]) -> str:
+    """The reason not to write a pair, or nothing; `keys` are those that are taken."""
     if not pair.key or any(character in pair.key for character in "./\\\0"):
         return "bad_key"
     if pair.key in keys:
         return "duplicate_key"
     if not pair.image:
         return "empty_image"
-    if not suffix:
+    if not _suffix(pair.image):
         return "not_a_picture"
     return "" if pair.caption.strip() else "empty_caption"
 
 
-def _write_shard(pairs: list[tuple[Pair, str]], path: Path) -> ShardIndex:
+def write_shard(pairs: Sequence[Pair], path: Path) -> ShardIndex:
+    """Write one tar and the index beside it; the pairs are such that `why_not` has nothing against."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for pair, suffix in pairs:
+        for pair in pairs:
             details = json.dumps({"caption": pair.caption, **pair.details}, ensure_ascii=False)
             for ending, content in (
-                (suffix, pair.image or b""),
+                (_suffix(pair.image or b""), pair.image or b""),
                 ("txt", pair.caption.encode()),
                 ("json", details.encode()),
             ):

@@ -1,0 +1,334 @@
+"""`diptych curate`: from web pages to shards, a stage at a time or all in one."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from diptych.curate.config_crawl import CrawlConfig, FilterConfig, NearTextConfig
+from diptych.curate.config_curate import DeleteConfig, EngineConfig, PipelineConfig, WriteConfig
+from diptych.curate.config_fetch import ContaminationConfig, FetchConfig, PicturesConfig
+from diptych.curate.config_match import BalanceConfig, MatchConfig, QueriesConfig
+
+if TYPE_CHECKING:
+    from diptych.checkpoint.loaded import Loaded
+    from diptych.curate.tasks import Execute, ExecuteJob, StageReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Build the list of queries from texts, page views, WordNet and lists of one's own."""
+
+    queries: QueriesConfig
+
+    def __call__(self) -> int:
+        from diptych.curate import queries
+
+        report = queries.run(self.queries)
+        for name, source in report.sources.items():
+            left_out = _counts({"empty": source.empty, "too long": source.long})
+            print(f"{name}: {source.found:,} found, {source.new:,} of them new{left_out}")
+        print(f"{report.queries:,} queries: {self.queries.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crawl:
+    """Web pages (WARC, WAT, HTML) -> candidates: every picture with a text about it."""
+
+    crawl: CrawlConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import crawl
+
+        with _executing(self.engine) as (execute, _):
+            report = crawl.run(self.crawl, execute=execute)
+        return _print_stage(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Candidates -> those whose text may be worth learning from."""
+
+    filter: FilterConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import filters
+        from diptych.curate.parts import read_manifest
+
+        with _executing(self.engine) as (execute, _):
+            report = filters.run(self.filter, execute=execute, parent=read_manifest(self.filter.folder).hash)
+        return _print_stage(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distinct:
+    """Candidates -> those that are no copy, or near copy, of another."""
+
+    distinct: NearTextConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import near_text
+        from diptych.curate.parts import read_manifest
+
+        with _executing(self.engine) as (execute, _):
+            report = near_text.run(self.distinct, execute=execute, parent=read_manifest(self.distinct.folder).hash)
+        return _print_stage(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Candidates -> those whose text contains a query, with the queries."""
+
+    match: MatchConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import match
+
+        with _executing(self.engine) as (execute, _):
+            report = match.run(self.match, execute=execute)
+        return _print_stage(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """Matched pairs -> a share of them, so that common queries do not drown the rare ones."""
+
+    balance: BalanceConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import balance
+
+        with _executing(self.engine) as (execute, _):
+            report = balance.run(self.balance, execute=execute)
+        print(balance.format_report(report))
+        return _print_stage(report.stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Pairs with the addresses of pictures -> pairs with pictures; run it again to try again what failed."""
+
+    fetch: FetchConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import fetch
+
+        with _executing(self.engine) as (execute, _), _counting("fetching") as show:
+            report = fetch.run(self.fetch, execute=execute, on_progress=show)
+        print(f"addresses: {', '.join(f'{name} {count:,}' for name, count in report.outcomes.items())}")
+        return _print_stage(report.stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Pairs with pictures -> those whose picture is no copy, was not tested on, and fits its text."""
+
+    pictures: PicturesConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import select
+
+        with _executing(self.engine) as (execute, _):
+            score = None if self.pictures.model is None else ClipScore(self.pictures.model)
+            report = select.run(self.pictures, execute=execute, score=score)
+        return _print_stage(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """Pairs with pictures -> shards, in an order that does not depend on where a pair was found."""
+
+    write: WriteConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import write
+
+        with _executing(self.engine) as (_, execute_job):
+            report = write.run(self.write, execute=execute_job)
+        return _print_stage(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contamination:
+    """Which pictures of an evaluation set are, or look like, pictures of a training set."""
+
+    contamination: ContaminationConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import contamination
+
+        with _executing(self.engine) as (execute, _):
+            report = contamination.run(self.contamination, execute=execute)
+        print(
+            f"{report.overlapping:,} of {report.against:,} pictures ({report.share:.2%}) have a copy among "
+            f"{report.pictures:,}; hashes that differ in up to {report.max_distance} bits count as copies, which finds "
+            f"{report.recall:.1%} of copies made for the purpose{_counts(report.unreadable)}"
+        )
+        print(f"folder: {self.contamination.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delete:
+    """Delete samples from shards: who reads them leaves these out; --compact takes out their bytes."""
+
+    shards: Annotated[Path, tyro.conf.Positional]
+    """Folder of shards."""
+    key: tuple[str, ...] = ()
+    """Keys of samples."""
+    url: tuple[str, ...] = ()
+    """Addresses of pictures or of pages; a page takes all pictures found on it along."""
+    file: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """A file with a key or an address on each line."""
+    compact: bool = False
+    """Write the shards that are concerned anew, without the bytes of what was deleted, now or before. This makes it
+    another dataset: a training run that is under way cannot go on with it."""
+
+    def __call__(self) -> int:
+        from diptych.curate import delete
+
+        config = DeleteConfig(shards=self.shards, key=self.key, url=self.url, file=self.file, compact=self.compact)
+        report = delete.run(config)
+        print(f"deleted: {report.deleted:,} samples; {report.before:,} had been deleted before")
+        for name in report.not_found:
+            print(f"  not found: {name}")
+        if report.compacted is not None:
+            one = report.compacted
+            print(f"compacted: {one.samples:,} samples out of {one.shards:,} shards, {one.freed:,} bytes freed")
+        return 1 if report.not_found else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All stages in one work folder: crawl, filter, distinct, match, balance, fetch, pictures, shards; then the funnel.
+
+    Stop it whenever you like; the same command goes on.
+    """
+
+    pipeline: PipelineConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import pipeline
+
+        with _executing(self.engine) as (execute, execute_job):
+            report = pipeline.run(self.pipeline, execute=execute, execute_job=execute_job, scorer=ClipScore)
+        print(report.funnel)
+        print(f"report: {report.html}")
+        print(f"shards: {report.folder}  (manifest {report.hash})")
+        return 0
+
+
+COMMANDS: dict[str, type] = {
+    "queries": Queries,
+    "crawl": Crawl,
+    "filter": Filter,
+    "distinct": Distinct,
+    "match": Match,
+    "balance": Balance,
+    "fetch": Fetch,
+    "pictures": Pictures,
+    "write": Write,
+    "contamination": Contamination,
+    "delete": Delete,
+    "run": Run,
+}
+"""By name; `cli/__init__.py` hangs them below `diptych curate`."""
+
+Stage = (
+    Annotated[Queries, tyro.conf.subcommand("queries")]
+    | Annotated[Crawl, tyro.conf.subcommand("crawl")]
+    | Annotated[Filter, tyro.conf.subcommand("filter")]
+    | Annotated[Distinct, tyro.conf.subcommand("distinct")]
+    | Annotated[Match, tyro.conf.subcommand("match")]
+    | Annotated[Balance, tyro.conf.subcommand("balance")]
+    | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+    | Annotated[Pictures, tyro.conf.subcommand("pictures")]
+    | Annotated[Write, tyro.conf.subcommand("write")]
+    | Annotated[Contamination, tyro.conf.subcommand("contamination")]
+    | Annotated[Delete, tyro.conf.subcommand("delete")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curate:
+    """Make a dataset of web pages: a stage at a time, each from a folder into a folder, or `run` for all."""
+
+    stage: Stage
+
+    def __call__(self) -> int:
+        return self.stage()
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    """Cosines of pictures and their texts, by a model that each process opens once."""
+
+    model: str
+
+    def __call__(self, images: Sequence[bytes], texts: Sequence[str]) -> list[float]:
+        from diptych.embed import embed_images, embed_texts
+
+        loaded = _load_model(self.model)
+        return (embed_images(loaded, images) * embed_texts(loaded, texts)).sum(dim=-1).tolist()
+
+
+@lru_cache(maxsize=1)
+def _load_model(name: str) -> "Loaded":
+    from diptych.checkpoint.layouts import load
+
+    return load(name)
+
+
+@contextlib.contextmanager
+def _executing(config: EngineConfig) -> "Iterator[tuple[Execute, ExecuteJob]]":
+    """The engine, with a progress bar of the tasks of whatever stage is run."""
+    from diptych.curate.tasks import executors
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.update(bar, description=stage, completed=done, total=total)
+
+        with executors(config, show) as both:
+            yield both
+
+
+@contextlib.contextmanager
+def _counting(what: str) -> Iterator[Callable[[Counter[str]], None]]:
+    """Say now and then how many of what there are."""
+    console = Console(stderr=True)
+    yield lambda counts: console.print(f"{what}: {', '.join(f'{k} {v:,}' for k, v in counts.most_common(5))}")
+
+
+def _print_stage(report: "StageReport") -> int:
+    """Say what a stage did."""
+    print(f"{report.stage}: {report.rows:,} rows, {report.kept:,} kept{_counts(report.dropped)}")
+    print(f"tasks: {report.done:,} done, {report.found:,} had been done before; {report.seconds:.1f} s")
+    print(f"folder: {report.folder}  (manifest {report.hash})")
+    return 0
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    ranked = sorted(((count, reason) for reason, count in reasons.items() if count), reverse=True)
+    return f"; dropped: {', '.join(f'{reason} {count:,}' for count, reason in ranked)}" if ranked else ""

@@ -1,0 +1,102 @@
+"""Deleting samples from a dataset: by key, by the address of the picture or of the page it was found on."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diptych import files
+from diptych.curate import parts
+from diptych.curate.config_curate import DeleteConfig
+from diptych.curate.parts import MANIFEST_FILE
+from diptych.curate.tasks import locked
+from diptych.curate.write import COMPACTED
+from diptych.errors import NotFoundError
+from diptych.shards.compact import CompactReport, compact
+from diptych.shards.dataset import load_dataset
+from diptych.shards.tombstones import DELETED, read_tombstones, write_tombstones
+
+URLS = ("image_url", "page_url", "final_url", "url")
+"""Where a sample's JSON holds addresses; `url` is img2dataset's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteReport:
+    """What was deleted."""
+
+    deleted: int
+    """Samples that are left out from now on and were not before."""
+    before: int
+    """Samples that were left out already."""
+    not_found: tuple[str, ...]
+    """Keys and addresses that no sample has."""
+    compacted: CompactReport | None
+    """What was taken out for good."""
+
+
+def run(config: DeleteConfig) -> DeleteReport:
+    """Add to the folder's tombstones; with `compact` take out what they name."""
+    wanted = set(config.key) | set(config.url)
+    if config.file is not None:
+        wanted |= set(_read_list(config.file))
+    dataset = load_dataset(config.shards)
+    with locked(config.shards):
+        before = read_tombstones(config.shards)
+        found: set[str] = set()
+        keys: set[str] = set()
+        if wanted:
+            for shard in dataset.shards:
+                table = shard.table
+                for key, details in zip(table["key"].to_pylist(), table["details"].to_pylist(), strict=True):
+                    named = wanted.intersection((key, *_addresses(details)))
+                    found |= named
+                    if named:
+                        keys.add(key)
+        if not keys <= before:
+            write_tombstones(config.shards, before | keys)
+        compacted = _compact(config.shards) if config.compact else None
+    return DeleteReport(
+        deleted=len(keys - before),
+        before=len(before),
+        not_found=tuple(sorted(wanted - found)),
+        compacted=compacted,
+    )
+
+
+def _read_list(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise NotFoundError(f"no such file: {path} (a key or an address on each line)")
+    for line in path.read_text("utf-8").splitlines():
+        if line.strip():
+            yield line.strip()
+
+
+def _addresses(details: str) -> list[str]:
+    values = json.loads(details)
+    return [value for name in URLS if isinstance(value := values.get(name), str)]
+
+
+def _compact(folder: Path) -> CompactReport:
+    """Compact the shards and say so in the manifest, if a stage wrote them."""
+    report = compact(folder)
+    if not (folder / MANIFEST_FILE).exists() or not report.shards:
+        return report
+    manifest = parts.read_manifest(folder)
+    for record in (folder / "done").glob("*.json"):
+        record.unlink()  # what they vouch for is gone
+    taken = int(manifest.config.get(COMPACTED, 0)) + report.samples
+    listed = {name: digest for name, digest in manifest.files.items() if (folder / name).exists()}
+    for shard in load_dataset(folder).shards:
+        for path in (shard.path, shard.path.with_suffix(".arrow")):
+            listed.setdefault(path.name, files.sha256(path))
+    config = {**manifest.config, COMPACTED: taken}
+    dropped = {**manifest.dropped, DELETED: manifest.dropped.get(DELETED, 0) + report.samples}
+    changed = replace(
+        manifest,
+        config=config,
+        kept=manifest.kept - report.samples,
+        dropped=dict(sorted(dropped.items())),
+        files=dict(sorted(listed.items())),
+    )
+    parts.save_manifest(folder, changed)
+    return report

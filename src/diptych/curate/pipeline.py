@@ -1,0 +1,142 @@
+"""From web pages to shards in one work folder: every stage in turn, each resumable and auditable alone.
+
+    crawl -> filter -> distinct -> match -> balance -> fetch -> pictures -> shards
+
+Stages that are finished cost a look at their files. A stage whose settings or inputs changed is refused, or with `redo`
+made anew, and all behind it.
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diptych.config import from_dict
+from diptych.curate import balance, crawl, fetch, filters, match, near_text, select, write
+from diptych.curate.config_crawl import CrawlConfig, FilterConfig, NearTextConfig
+from diptych.curate.config_curate import PipelineConfig, WriteConfig
+from diptych.curate.config_fetch import FetchConfig, PicturesConfig
+from diptych.curate.config_match import BalanceConfig, MatchConfig
+from diptych.curate.parts import read_manifest
+from diptych.curate.report import Funnel, read_funnel, write_report
+from diptych.curate.select import Score
+from diptych.curate.tasks import Execute, ExecuteJob
+from diptych.errors import NotFoundError, UsageError, unknown_name
+
+STAGES = ("crawl", "filter", "distinct", "match", "balance", "fetch", "pictures", "shards")
+"""Folders of the stages, in order."""
+_TABLES = (*STAGES[:-1], "write")
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineReport:
+    """What came of all stages."""
+
+    folder: Path
+    """Of the last stage: the shards, unless the run was to end before."""
+    funnel: Funnel
+    html: Path
+    """The funnel for people."""
+    hash: str
+    """Of the last stage's manifest, and so of everything before it."""
+
+
+def run(
+    config: PipelineConfig,
+    *,
+    execute: Execute,
+    execute_job: ExecuteJob,
+    scorer: Callable[[str], Score] | None = None,
+    until: str = STAGES[-1],
+) -> PipelineReport:
+    """Run what is not finished yet, up to and with the stage `until`; `scorer` opens a model that rates pairs."""
+    if until not in STAGES:
+        raise unknown_name("stage", until, STAGES)
+    done = STAGES[: STAGES.index(until) + 1]
+    if "match" in done:
+        match.queries_file(config.queries)  # says now if there is none
+    steps = _build_steps(config, execute, execute_job, scorer)
+    for name in done:
+        steps[name]()
+    funnel = read_funnel([config.work / name for name in done])
+    html = write_report(config.work, funnel)
+    return PipelineReport(folder=config.work / until, funnel=funnel, html=html, hash=funnel.stages[-1].hash)
+
+
+def _build_steps(
+    config: PipelineConfig, execute: Execute, execute_job: ExecuteJob, scorer: Callable[[str], Score] | None
+) -> dict[str, Callable[[], object]]:
+    """Each stage with its settings; all are read before any is run."""
+    made = _Settings(config.settings)
+    folder = {name: config.work / name for name in STAGES}
+    listed = config.queries / "queries.parquet" if config.queries.suffix != ".parquet" else config.queries
+    crawling = made.build(CrawlConfig, "crawl", inputs=list(config.inputs), out=folder["crawl"])
+    filtering = made.build(FilterConfig, "filter", folder=folder["crawl"], out=folder["filter"])
+    comparing = made.build(NearTextConfig, "distinct", folder=folder["filter"], out=folder["distinct"])
+    matching = made.build(MatchConfig, "match", pairs=folder["distinct"], queries=listed, out=folder["match"])
+    balancing = made.build(
+        BalanceConfig,
+        "balance",
+        pairs=folder["match"],
+        queries=listed,
+        out=folder["balance"],
+        policy=config.policy,
+        limit=config.limit,
+        seed=config.seed,
+    )
+    fetching = made.build(
+        FetchConfig,
+        "fetch",
+        folder=folder["balance"],
+        out=folder["fetch"],
+        contact=config.contact,
+        allow_host=list(config.allow_host),
+    )
+    choosing = made.build(PicturesConfig, "pictures", folder=folder["fetch"], out=folder["pictures"])
+    score = scorer(choosing.model) if scorer is not None and choosing.model is not None else None
+    writing = made.build(
+        WriteConfig, "write", folder=folder["pictures"], out=folder["shards"], queries=listed, seed=config.seed
+    )
+    return {
+        "crawl": lambda: crawl.run(crawling, execute=execute),
+        "filter": lambda: filters.run(filtering, execute=execute, parent=read_manifest(folder["crawl"]).hash),
+        "distinct": lambda: near_text.run(comparing, execute=execute, parent=read_manifest(folder["filter"]).hash),
+        "match": lambda: match.run(matching, execute=execute),
+        "balance": lambda: balance.run(balancing, execute=execute),
+        "fetch": lambda: fetch.run(fetching, execute=execute),
+        "pictures": lambda: select.run(choosing, execute=execute, score=score),
+        "shards": lambda: write.run(writing, execute=execute_job),
+    }
+
+
+class _Settings:
+    """The tables of a TOML file, for the options that have no flag of their own."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._tables: dict[str, Any] = {}
+        if path is None:
+            return
+        try:
+            self._tables = tomllib.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise NotFoundError(f"no such file: {path} (a TOML file with a table for each stage)") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not TOML: {error}") from None
+        for name in self._tables:
+            if name not in _TABLES:
+                raise unknown_name(f"stage in {path}", name, _TABLES)
+
+    def build(self, cls: type[Config], name: str, **given: Any) -> Config:
+        """The settings of a stage: those of the file, and those that the pipeline gives."""
+        table = self._tables.get(name, {})
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{name} in {self._path} is not a table; write [{name}] and its options below")
+        for key in table:
+            if key in given:
+                raise UsageError(f"{key} of {name} in {self._path} is given on the command line; leave it out there")
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+        return from_dict(cls, {**table, **values})
