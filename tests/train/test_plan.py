@@ -153,6 +153,8 @@ engine = parallel.wrap(model, ranks, {sharding!r})
 batch = types.SimpleNamespace(
     image=torch.zeros({pairs}, 3, 32, 32, dtype=torch.uint8),
     text=torch.full(({pairs}, 16), config.text.vocab_size - 1),
+    image_features=None,
+    text_features=None,
 )
 step = Step(model=engine, plain=model, criterion=lambda output, _: loss.clip_loss(*output, ranks=ranks), seed=0,
             preprocess=Preprocess(image_size=32), device=torch.device("cpu"), precision=contextlib.nullcontext)
