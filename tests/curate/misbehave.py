@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from diptych.curate.pages import Page
 
+KEPT: list[bytearray] = []
+
 
 @dataclass(frozen=True)
 class Misbehave:
@@ -19,6 +21,8 @@ class Misbehave:
             os.kill(os.getpid(), signal.SIGSEGV)
         if page.body == b"stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if page.body == b"keep":
+            KEPT.append(bytearray(150 << 20))
         if page.body == b"eat":
             return [(str(len(bytes(8 << 30))),)]
         if page.body == b"eat slowly":

@@ -12,8 +12,8 @@ import pytest
 
 from curate.archives import http, packed, page, record, wat
 from diptych.curate.config_crawl import CrawlConfig
-from diptych.curate.crawl import Crawl, find_inputs, run
-from diptych.curate.pages import Drop, read_pages
+from diptych.curate.crawl import Crawl, _in_batches, find_inputs, run
+from diptych.curate.pages import Drop, Page, read_pages
 from diptych.curate.parts import read_rows
 from diptych.curate.records import CANDIDATES, key_of, outcome
 from diptych.curate.tasks import run_stage
@@ -119,6 +119,12 @@ def test_what_servers_and_archives_get_wrong_is_read(tmp_path):
         ("0", None), ("1", None), ("2", None), ("3", "opt_out"), ("5", "record_too_large"), ("", "file_unreadable"),
     ]  # fmt: skip
     assert [row["image_url"] for row in rows[:3]] == ["http://a.example/i.jpg"] * 3
+
+
+def test_pages_go_to_the_parser_in_batches_of_bounded_size():
+    pages = [Page("html", "http://a.example/", "", "", bytes(1 << 20))] * 7 + [Page("html", "", "", "", b"")] * 200
+    sizes = [(len(batch), len(drops)) for batch, drops in _in_batches(iter([*pages, Drop("", "x", 0)]))]
+    assert sizes == [(2, 0), (2, 0), (2, 0), (128, 0), (73, 1)]
 
 
 def test_a_page_is_not_unpacked_beyond_the_limit():

@@ -2,18 +2,21 @@
 
 import random
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from diptych.curate.config_crawl import NearTextConfig
-from diptych.curate.near_text import DUPLICATE, MinHash, band_rows, run
-from diptych.curate.parts import read_rows
+from diptych.curate.near_text import DUPLICATE, SIGNED, MinHash, Strike, band_rows, judge, run
+from diptych.curate.parts import part_paths, read_part, read_rows
 from diptych.curate.records import CANDIDATES, key_of, with_reason
 from diptych.curate.tasks import Task, part_name, run_stage
-from diptych.errors import UsageError
+from diptych.errors import ShardError, UsageError
+from reference.near_text import judge as judge_slowly
 from reference.near_text import similarity
 
 WORDS = ["red", "green", "old", "small", "house", "car", "dog", "tree", "on", "under", "near", "the", "a", "big"]
@@ -99,6 +102,41 @@ def test_scope_says_which_texts_may_be_copies(tmp_path):
     counts = {scope: len(kept(tmp_path, scope, rows, 2, scope=scope)[0]) for scope in ("image", "site", "all")}
     assert counts == {"image": 3, "site": 2, "all": 1}
     assert kept(tmp_path, "exact", rows, 1, near=False)[1] == {DUPLICATE: 1}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_verdicts_equal_those_of_the_slow_twin(seed, tmp_path):
+    draw = random.Random(seed)
+    count = 150
+    ranks = draw.sample(range(1 << 30), count)
+    rows = [
+        {
+            "key": draw.randrange(120),
+            "rank": rank,
+            "bands": [band << 20 | draw.randrange(60) for band in range(4)],
+            "signature": bytes(draw.choices(range(2), [3, 1], k=16)),
+        }
+        for rank in ranks
+    ]
+    paths = []
+    for part, (start, end) in enumerate(pairwise([0, 10, 10, 90, count])):
+        paths.append(tmp_path / f"{part}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows[start:end], schema=SIGNED), paths[-1], row_group_size=30)
+    found = judge(paths, near=True, similarity=0.75, buckets=draw.randint(1, 5))
+    assert [len(part) for part in found] == [10, 0, 80, 60]
+    wanted = judge_slowly(rows, 0.75)
+    assert set(wanted) == {0, 1, 2}
+    assert np.concatenate(found).tolist() == wanted
+
+
+def test_verdicts_of_other_rows_are_refused(tmp_path):
+    write(tmp_path / "in", make_rows(5), 1)
+    (path,) = part_paths(tmp_path / "in")
+    rows = sum(map(len, read_part(path)))
+    for judged in (3, rows - 1, rows + 1):
+        np.save(tmp_path / "part-00000.npy", np.zeros(judged, np.uint8))
+        with pytest.raises(ShardError, match=f"has not the {judged} rows that were judged; run the stage anew"):
+            list(Strike(verdicts=str(tmp_path))(iter([pa.record_batch({"path": [str(path)]})])))
 
 
 def test_verdicts_are_made_once_for_the_same_signatures(tmp_path):

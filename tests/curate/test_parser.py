@@ -53,6 +53,23 @@ def test_a_page_that_stops_the_clock_is_ended_too(monkeypatch):
         assert parse([page(b"1"), page(b"stop"), page(b"2")]) == [[["1"]], PAGE_TIME, [["2"]]]
 
 
+def test_what_earlier_batches_left_behind_costs_no_page(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    with parser(Misbehave()) as parse:
+        assert [parse([page(b"keep")]) for _ in range(6)] == [[[["keep"]]]] * 6
+        assert parse.replaced == 0
+
+
+def test_the_time_of_a_page_is_not_spent_on_talking(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    with parser(Misbehave(), 0.02) as parse:
+        parse([page(b"1")])
+        assert parse._process is not None
+        number = parse._process.pid
+        assert parse([page(b"2", "x" * (100 << 20))]) == [[["2"]]]
+        assert parse._process.pid == number
+
+
 def test_a_parser_killed_between_batches_is_replaced():
     with parser(EXTRACT) as parse:
         assert parse([page(GOOD)]) == [WANTED]

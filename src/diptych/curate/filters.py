@@ -134,7 +134,7 @@ def _language_test(languages: tuple[str, ...], margin: float) -> Callable[[str],
         raise UsageError(f"languages {', '.join(unknown)} are not among those told apart: {', '.join(sorted(known))}")
 
     def speaks(text: str) -> bool:
-        scores: list[tuple[str, float]] = rank(text.lower() if text.isupper() else text)
+        scores: list[tuple[str, float]] = rank(text)
         wanted = next(score for language, score in scores if language in languages)
         return scores[0][1] - wanted <= margin
 

@@ -18,7 +18,7 @@ _WEB = ("http://", "https://")
 _CANDIDATE = re.compile(
     r"""[ \t\n\f\r,]*+                             # between two candidates
     ([^ \t\n\f\r]*[^ \t\n\f\r,])                   # the address: holds commas, does not end with one
-    (?:,++ | ((?:[^,(]++|\([^)]*+\)?+)*+))         # a comma ends it at once, or it has descriptors""",
+    ((?:[^,(]++|\([^)]*+\)?+)*+)                   # its descriptors; none if a comma ends it at once""",
     re.VERBOSE,
 )
 _DESCRIPTOR = re.compile(r"(\d+(?:\.\d+)?)([wx])")
@@ -116,4 +116,4 @@ def split_srcset(srcset: str) -> Iterator[tuple[str, list[str]]]:
     place = 0
     while match := _CANDIDATE.match(srcset, place):
         place = match.end()
-        yield match[1], (match[2] or "").split()
+        yield match[1], match[2].split()

@@ -104,9 +104,11 @@ class Strike:
                 for batch in read_part(Path(path)):
                     chosen = verdicts[start : start + len(batch)]
                     start += len(batch)
+                    if start > len(verdicts):
+                        break
                     yield with_reason(batch, _REASONS[chosen].tolist())
                 if start != len(verdicts):
-                    raise ShardError(f"{path} has {start} rows and {len(verdicts)} verdicts; run the stage anew")
+                    raise ShardError(f"{path} has not the {len(verdicts)} rows that were judged; run the stage anew")
 
 
 class MinHash:
