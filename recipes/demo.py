@@ -29,7 +29,8 @@ from diptych.pair import Pair
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
 from diptych.tokenizer import train_bpe
-from diptych.train.config import OptimConfig, RunConfig, TrainConfig
+from diptych.train.config import RunConfig, TrainConfig
+from diptych.train.recipe import SMALL_DATA
 from diptych.zeroshot import Classnames, build_classifier
 from recipes.icons import build_icon_shards, class_names, load_digits
 from recipes.report import Example, write_report
@@ -50,9 +51,9 @@ class Demo:
     """Folder of the rendered pairs; they are built when they are missing."""
     steps: int = 500
     """Optimizer steps."""
-    batch_size: int = 256
+    batch_size: int = SMALL_DATA.loader.batch_size
     """Pairs a step."""
-    lr: float = 2e-3
+    lr: float = SMALL_DATA.optim.lr
     """Peak learning rate."""
     seed: int = 0
     """Of weights, order and crops."""
@@ -112,7 +113,7 @@ def train_config(demo: Demo) -> TrainConfig:
         out=demo.out,
         tokenizer=tokenizer,
         loader=LoaderConfig(batch_size=demo.batch_size, seed=demo.seed),
-        optim=OptimConfig(lr=demo.lr, warmup=50, beta2=0.98, eps=1e-6),
+        optim=dataclasses.replace(SMALL_DATA.optim, lr=demo.lr),
         run=RunConfig(steps=demo.steps, checkpoint_every=100),
     )
 

@@ -52,7 +52,7 @@ def test_a_recipe_is_the_default_and_each_of_its_values_can_be_changed():
     command = parse("RN50x16", "--recipe", "paper", "--data", "shards", "--out", "run", "--batch-size", "64")
     assert (command.optim.lr, command.loader.batch_size, command.optim.warmup) == (4e-4, 64, 2000)
     command = parse("--recipe=small-data", "--data", "shards", "--out", "run", "--lr", "3e-4", "RN-Ti")
-    assert (command.optim.lr, command.loss.positives) == (3e-4, get_recipe("small-data", "RN-Ti").loss.positives)
+    assert (command.optim.lr, command.optim.warmup) == (3e-4, get_recipe("small-data", "RN-Ti").optim.warmup)
 
 
 def test_without_a_recipe_the_defaults_are_the_fields_own():
