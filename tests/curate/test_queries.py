@@ -7,7 +7,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from curate.test_sources import make_wordnet
+from curate.test_query_sources import make_wordnet
 from diptych.curate.config_match import QueriesConfig
 from diptych.curate.match import Matcher
 from diptych.curate.queries import format_report, run
