@@ -1,6 +1,7 @@
 """Rules about a text, by example."""
 
 import pickle
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -40,8 +41,12 @@ EXAMPLES = {
 }
 
 
+def stage_of(**rules) -> Filter:
+    return Filter(FilterConfig(folder=Path("in"), out=Path("out"), **rules))
+
+
 def test_each_text_gets_the_reason_of_the_first_rule_it_breaks():
-    stage = pickle.loads(pickle.dumps(Filter(max_words=300)))
+    stage = pickle.loads(pickle.dumps(stage_of(max_words=300)))
     texts = list(EXAMPLES)
     rows = [{"key": key_of("u", text), "caption": text, "details": []} for text in texts]
     batch = pa.RecordBatch.from_pylist(rows, schema=CANDIDATES)
@@ -53,20 +58,20 @@ def test_each_text_gets_the_reason_of_the_first_rule_it_breaks():
 
 
 def test_rules_can_be_turned_off_and_added_to():
-    assert Filter(file_names=False).judge()("DSC_0042 garden") is None
-    assert Filter(boilerplate=False).judge()("Click to enlarge") is None
-    assert Filter(phrases=("Our Shop!",)).judge()("our shop") == "boilerplate"
-    assert Filter(languages=()).judge()("Ein rotes Auto steht vor einem alten Haus") is None
-    assert Filter(languages=("de", "fr")).judge()("Ein rotes Auto steht vor einem alten Haus") is None
-    assert Filter(min_words=3).judge()("two words") == "text_words"
-    assert Filter(min_words=2, max_words=2).judge()("two words") is None
-    assert Filter(languages=("fr", "de")).judge()("Ein rotes Auto steht vor einem alten Haus") is None
-    assert Filter(languages=()).judge()("black/white") is None
-    assert Filter(min_words=3).judge()("红色的汽车") == "language"
+    assert stage_of(file_names=False).judge()("DSC_0042 garden") is None
+    assert stage_of(boilerplate=False).judge()("Click to enlarge") is None
+    assert stage_of(phrases=("Our Shop!",)).judge()("our shop") == "boilerplate"
+    assert stage_of(languages=()).judge()("Ein rotes Auto steht vor einem alten Haus") is None
+    assert stage_of(languages=("de", "fr")).judge()("Ein rotes Auto steht vor einem alten Haus") is None
+    assert stage_of(min_words=3).judge()("two words") == "text_words"
+    assert stage_of(min_words=2, max_words=2).judge()("two words") is None
+    assert stage_of(languages=("fr", "de")).judge()("Ein rotes Auto steht vor einem alten Haus") is None
+    assert stage_of(languages=()).judge()("black/white") is None
+    assert stage_of(min_words=3).judge()("红色的汽车") == "language"
 
 
 def test_long_texts_made_to_stall_a_pattern_do_not():
-    judge = Filter(languages=()).judge()
+    judge = stage_of(languages=()).judge()
     for text in ("a/" * 499 + " b", "a_" * 490 + "! x", "img " + "1 " * 490 + "z", "(a " * 330, "ab " * 333 + ".jp"):
         judge(text)
 

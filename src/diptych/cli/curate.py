@@ -63,10 +63,9 @@ class Filter:
 
     def __call__(self) -> int:
         from diptych.curate import filters
-        from diptych.curate.parts import read_manifest
 
         with _executing(self.engine) as (execute, _):
-            report = filters.run(self.filter, execute=execute, parent=read_manifest(self.filter.folder).hash)
+            report = filters.run(self.filter, execute=execute)
         return _print_stage(report)
 
 
@@ -79,10 +78,9 @@ class Distinct:
 
     def __call__(self) -> int:
         from diptych.curate import near_text
-        from diptych.curate.parts import read_manifest
 
         with _executing(self.engine) as (execute, _):
-            report = near_text.run(self.distinct, execute=execute, parent=read_manifest(self.distinct.folder).hash)
+            report = near_text.run(self.distinct, execute=execute)
         return _print_stage(report)
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from diptych.curate.config_crawl import FilterConfig
 from diptych.curate.match import normalise
+from diptych.curate.parts import read_manifest
 from diptych.curate.records import CANDIDATES, with_reason
 from diptych.curate.tasks import Execute, StageReport, tasks_of
 from diptych.errors import UsageError
@@ -71,20 +72,11 @@ _BEGINNINGS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Filter:
     """Stage: gives each candidate the reason of the first rule that its text breaks."""
 
-    languages: tuple[str, ...] = ("en",)
-    language_margin: float = 6.0
-    min_characters: int = 5
-    max_characters: int = 1000
-    min_words: int = 1
-    max_words: int = 256
-    min_letters: float = 0.4
-    file_names: bool = True
-    boilerplate: bool = True
-    phrases: tuple[str, ...] = ()
+    rules: FilterConfig
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Judge each text on its own."""
@@ -94,37 +86,37 @@ class Filter:
 
     def judge(self) -> Callable[[str], str | None]:
         """What gives a text its reason, or None; a text that was judged lately is not judged again."""
-        furniture = _BOILERPLATE | {normalise(phrase) for phrase in self.phrases}
-        speaks = _language_test(self.languages, self.language_margin) if self.languages else None
+        furniture = _BOILERPLATE | {normalise(phrase) for phrase in self.rules.phrases}
+        speaks = _language_test(self.rules.languages, self.rules.language_margin) if self.rules.languages else None
 
         @lru_cache(maxsize=1 << 16)
         def judge(text: str) -> str | None:
             reason = self._judge_length(text)
             if reason is not None:
                 return reason
-            if self.file_names and _FILE_NAMES.fullmatch(text.strip()):
+            if self.rules.file_names and _FILE_NAMES.fullmatch(text.strip()):
                 return FILE_NAME
             if not self._has_letters(text):
                 return TEXT_LETTERS
             plain = normalise(text)
-            if not self.min_words <= plain.count(" ") + 1 <= self.max_words:
+            if not self.rules.min_words <= plain.count(" ") + 1 <= self.rules.max_words:
                 return TEXT_WORDS
-            if self.boilerplate and (plain in furniture or plain.startswith(_BEGINNINGS)):
+            if self.rules.boilerplate and (plain in furniture or plain.startswith(_BEGINNINGS)):
                 return BOILERPLATE
             return LANGUAGE if speaks is not None and not speaks(text) else None
 
         return judge
 
     def _judge_length(self, text: str) -> str | None:
-        if len(text) < self.min_characters:
+        if len(text) < self.rules.min_characters:
             return TEXT_SHORT
-        if len(text) > self.max_characters:
+        if len(text) > self.rules.max_characters:
             return TEXT_LONG
         return None
 
     def _has_letters(self, text: str) -> bool:
         written = [character for character in text if not character.isspace()]
-        return bool(written) and sum(map(str.isalpha, written)) >= self.min_letters * len(written)
+        return bool(written) and sum(map(str.isalpha, written)) >= self.rules.min_letters * len(written)
 
 
 def _language_test(languages: tuple[str, ...], margin: float) -> Callable[[str], bool]:
@@ -147,24 +139,14 @@ def _load_languages() -> tuple[Callable[[str], Any], frozenset[str]]:
         import py3langid
     except ImportError:
         raise UsageError(
-            "languages cannot be told apart without py3langid; `pip install diptych[crawl]`, or give no languages"
+            "languages cannot be told apart without py3langid; `pip install diptych[curate]`, or give no languages"
         ) from None
     return py3langid.rank, frozenset(language for language, _ in py3langid.rank("a"))
 
 
-def run(config: FilterConfig, *, execute: Execute, parent: str | None = None) -> StageReport:
-    """Filter a folder of candidates; `parent` is the hash of its manifest."""
-    stage = Filter(
-        languages=config.languages,
-        language_margin=config.language_margin,
-        min_characters=config.min_characters,
-        max_characters=config.max_characters,
-        min_words=config.min_words,
-        max_words=config.max_words,
-        min_letters=config.min_letters,
-        file_names=config.file_names,
-        boilerplate=config.boilerplate,
-        phrases=config.phrases,
-    )
+def run(config: FilterConfig, *, execute: Execute) -> StageReport:
+    """Filter a folder of candidates."""
+    stage = Filter(config)
     stage.judge()  # says at once if a language is unknown
-    return execute(stage, tasks_of(config.folder), config.out, stage, schema=CANDIDATES, parent=parent)
+    parent = read_manifest(config.folder).hash
+    return execute(stage, tasks_of(config.folder), config.out, config, schema=CANDIDATES, parent=parent)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from diptych import files
 from diptych.curate.config_crawl import NearTextConfig, Scope
 from diptych.curate.match import normalise
-from diptych.curate.parts import part_paths, read_part
+from diptych.curate.parts import part_paths, read_manifest, read_part
 from diptych.curate.records import CANDIDATES, with_reason
 from diptych.curate.tasks import Execute, StageReport, Task, part_name, tasks_of
 from diptych.errors import ShardError
@@ -159,9 +159,9 @@ def band_rows(hashes: int, similarity: float) -> int:
     return max(fitting)
 
 
-def run(config: NearTextConfig, *, execute: Execute, parent: str | None = None) -> StageReport:
+def run(config: NearTextConfig, *, execute: Execute) -> StageReport:
     """Sign, compare, strike; signatures and verdicts lie in folders beside the output's."""
-    tasks = tasks_of(config.folder)
+    tasks, parent = tasks_of(config.folder), read_manifest(config.folder).hash
     signed, verdicts = (config.out.with_name(f"{config.out.name}_{part}") for part in ("signed", "verdicts"))
     stage = Sign(scope=config.scope, similarity=config.similarity, hashes=config.hashes, seed=config.seed)
     report = execute(stage, tasks, signed, stage, schema=SIGNED, parent=parent)

@@ -18,7 +18,6 @@ from diptych.curate.config_crawl import CrawlConfig, FilterConfig, NearTextConfi
 from diptych.curate.config_curate import PipelineConfig, WriteConfig
 from diptych.curate.config_fetch import FetchConfig, PicturesConfig
 from diptych.curate.config_match import BalanceConfig, MatchConfig
-from diptych.curate.parts import read_manifest
 from diptych.curate.report import Funnel, read_funnel, write_report
 from diptych.curate.select import Score
 from diptych.curate.tasks import Execute, ExecuteJob
@@ -102,8 +101,8 @@ def _build_steps(
     )
     return {
         "crawl": lambda: crawl.run(crawling, execute=execute),
-        "filter": lambda: filters.run(filtering, execute=execute, parent=read_manifest(folder["crawl"]).hash),
-        "distinct": lambda: near_text.run(comparing, execute=execute, parent=read_manifest(folder["filter"]).hash),
+        "filter": lambda: filters.run(filtering, execute=execute),
+        "distinct": lambda: near_text.run(comparing, execute=execute),
         "match": lambda: match.run(matching, execute=execute),
         "balance": lambda: balance.run(balancing, execute=execute),
         "fetch": lambda: fetch.run(fetching, execute=execute),
