@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.model.transformer import MAX_KEPT_LENGTH, attend
+from diptych.model.transformer import attend
 
 
 def attention_in_float64(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -32,7 +32,7 @@ def errors(attention, inputs: list[Tensor], weight: Tensor, is_causal: bool) -> 
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("length", [2, 18, 50, MAX_KEPT_LENGTH, MAX_KEPT_LENGTH + 1])
+@pytest.mark.parametrize("length", [2, 18, 50, 257])
 def test_bfloat16_attention_is_no_less_exact_than_the_flash_kernel(length: int, is_causal: bool) -> None:
     torch.manual_seed(0)
     *inputs, weight = [torch.randn(2, 4, length, 64).mul(2).bfloat16() for _ in range(4)]
@@ -44,14 +44,14 @@ def test_bfloat16_attention_is_no_less_exact_than_the_flash_kernel(length: int, 
     assert all(a <= 1.5 * b + 1e-3 and a < 0.01 for a, b in zip(mine, theirs, strict=True)), (mine, theirs)
 
 
-def test_probabilities_are_kept_for_short_sequences_in_16_bits_only() -> None:
-    def maker(dtype: torch.dtype, length: int) -> str:
-        q = torch.randn(1, 1, length, 8, dtype=dtype).requires_grad_()
+def test_probabilities_are_kept_in_16_bits_only() -> None:
+    def maker(dtype: torch.dtype) -> str:
+        q = torch.randn(1, 1, 50, 8, dtype=dtype).requires_grad_()
         return type(attend(q, q, q, False).grad_fn).__name__
 
-    assert maker(torch.bfloat16, MAX_KEPT_LENGTH) == "_KeptAttentionBackward"
-    assert maker(torch.bfloat16, MAX_KEPT_LENGTH + 1) != "_KeptAttentionBackward"
-    assert maker(torch.float32, 50) != "_KeptAttentionBackward"
+    assert maker(torch.bfloat16) == "_KeptAttentionBackward"
+    assert maker(torch.float32) != "_KeptAttentionBackward"
+    assert maker(torch.float64) != "_KeptAttentionBackward"
 
 
 COMPILED = """

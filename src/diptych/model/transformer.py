@@ -13,9 +13,6 @@ from torch.nn import functional as F
 
 from diptych.model.config import Activation, TextConfig, ViTConfig
 
-MAX_KEPT_LENGTH = 272
-"""Up to how many tokens the probabilities of attention are kept; ViT-L-14 has 257."""
-
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with.
@@ -87,8 +84,8 @@ Heads = Float[Tensor, "N A L D2"]
 
 def attend(q: Heads, k: Heads, v: Heads, is_causal: bool) -> Heads:
     """softmax(q k^T / sqrt(D2)) v."""
-    is_small = q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[2] <= MAX_KEPT_LENGTH
-    if is_small and q.requires_grad and not torch.compiler.is_exporting():
+    is_half_on_cpu = q.device.type == "cpu" and q.dtype.itemsize == 2
+    if is_half_on_cpu and q.requires_grad and not torch.compiler.is_exporting():
         return _KeptAttention.apply(q, k, v, is_causal)  # pyright: ignore[reportReturnType]
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diptych import files
 from diptych.checkpoint import native
@@ -281,13 +280,7 @@ class Trainer:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Matrix products in the run's type."""
-        if self.dtype is torch.float32:
-            yield
-            return
-        with ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, self.dtype))
-            if self.device.type == "cpu":  # the fused kernel's bfloat16 derivative is six times slower (LOG.md)
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             yield
 
     def is_due(self, every: int | None) -> bool:
