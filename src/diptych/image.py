@@ -1,8 +1,9 @@
 """From bytes to pixels: decode, resize, crop, normalise.
 
 Two paths, one meaning. `Preprocess` is what a model sees when it is used: exactly OpenAI's (Pillow bicubic, centre
-crop). `read_crop` is what it sees while it is trained: a random square crop of the resized picture (paper section
-2.3), read from a JPEG that is decoded at a reduced scale where that loses next to nothing.
+crop), or for many pictures nearly that, in a third of the time (`quick_pixels`). `read_crop` is what it sees while it
+is trained: a random square crop of the resized picture (paper section 2.3), read from a JPEG that is decoded at a
+reduced scale where that loses next to nothing.
 
 Every picture is bounded before it is decoded; what cannot be used raises PictureError with a counted reason.
 """
@@ -21,6 +22,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from diptych.errors import NotFoundError, PictureError, UsageError, unknown_name
 
@@ -35,7 +37,10 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 SCALED_DECODE_MARGIN = 1.75
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 only if what comes out is still this many times larger than what is needed."""
+"""A JPEG is decoded at a reduced scale (7/8 to 1/8) only if what comes out is still this many times larger than what
+is needed."""
+
+_JPEG = b"\xff\xd8\xff"
 
 Picture = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """What a user may hand over: a path, encoded bytes, a Pillow picture, an array [H, W, 3]."""
@@ -86,6 +91,22 @@ class Preprocess:
             left, top = round((image.width - size) / 2), round((image.height - size) / 2)
             image = image.crop((left, top, left + size, top + size))
         return np.ascontiguousarray(np.asarray(to_rgb(image)).transpose(2, 0, 1))
+
+    def quick_pixels(self, picture: Picture) -> UInt8[np.ndarray, "3 H W"]:
+        """`pixels` of a picture, nearly: a third of the time for a photo of 500 px, less for larger ones.
+
+        Resized by PyTorch's kernel for bytes, which differs from Pillow's by one level of 255 in a few values of a
+        thousand; a JPEG is decoded at a reduced scale where SCALED_DECODE_MARGIN allows it. What is no plain RGB
+        (palettes, transparency, CMYK) is left to `pixels`.
+        """
+        data = Path(picture).read_bytes() if isinstance(picture, str | Path) and Path(picture).is_file() else picture
+        if isinstance(data, bytes) and data.startswith(_JPEG):
+            image = decode_for(data, self.image_size)
+        else:
+            image = open_picture(data)
+        if image.mode != "RGB" or min(image.size) < 1:
+            return self.pixels(image)
+        return _resize_bytes(np.asarray(image), self)
 
     def normalize(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         """Bytes 0..255 -> normalised float32, on the device where the bytes are."""
@@ -152,14 +173,29 @@ def resize_shorter_side(
     image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
     """Resize so that the shorter side is `size`; the longer side is truncated as torchvision does."""
-    width, height = image.size
-    if min(width, height) == size:
-        return image
+    new = _shorter_side(*image.size, size)
+    return image if min(image.size) == size else image.resize(new, resample)
+
+
+def _shorter_side(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height once the shorter one is `size`."""
     if width <= height:
-        new = size, int(size * height / width)
-    else:
-        new = int(size * width / height), size
-    return image.resize(new, resample)
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def _resize_bytes(image: UInt8[np.ndarray, "H W 3"], how: Preprocess) -> UInt8[np.ndarray, "3 S S"]:
+    """`Preprocess.pixels` by PyTorch's kernel for bytes."""
+    size = how.image_size
+    height, width = image.shape[:2]
+    new = (size, size) if how.resize == "squash" else _shorter_side(width, height, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's memory is read-only, and nobody writes
+        pixels = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+    if new != (width, height):
+        pixels = F.interpolate(pixels, size=new[::-1], mode=how.interpolation, antialias=True)
+    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+    return pixels[0, :, top : top + size, left : left + size].contiguous().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +230,7 @@ def read_crop(data: bytes, crop: Crop, size: int) -> UInt8[np.ndarray, "3 H W"]:
 
 def decode_for(data: bytes, size: int) -> Image.Image:
     """Decode to RGB, at a reduced scale if the picture is a JPEG much larger than `size` (its shorter side)."""
-    if data[:3] != b"\xff\xd8\xff":
+    if not data.startswith(_JPEG):
         return to_rgb(decode(data))
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

@@ -10,15 +10,17 @@ import tyro
 
 from diptych.cli.checkpoints import Convert, Inspect, Verify
 from diptych.cli.classify import Classify
+from diptych.cli.embed import Embed
 from diptych.cli.plan import Plan
 from diptych.cli.train import Train, with_recipe
 from diptych.errors import DiptychError
 
-Command = Train | Plan | Classify | Inspect | Convert | Verify
+Command = Train | Plan | Classify | Embed | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "plan": Plan,
     "classify": Classify,
+    "embed": Embed,
     "inspect": Inspect,
     "convert": Convert,
     "verify": Verify,
