@@ -42,6 +42,10 @@ is needed."""
 
 _JPEG = b"\xff\xd8\xff"
 
+QUICK_MARGIN = 4.0
+"""The same for `Preprocess.quick_pixels`, which takes halves only (1/2, 1/4, 1/8): with less, or at 3/8 or 5/8, some
+features are further from the exact ones than a cosine of 0.999 (docs/embed.md)."""
+
 Picture = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """What a user may hand over: a path, encoded bytes, a Pillow picture, an array [H, W, 3]."""
 
@@ -96,17 +100,17 @@ class Preprocess:
         """`pixels` of a picture, nearly: a third of the time for a photo of 500 px, less for larger ones.
 
         Resized by PyTorch's kernel for bytes, which differs from Pillow's by one level of 255 in a few values of a
-        thousand; a JPEG is decoded at a reduced scale where SCALED_DECODE_MARGIN allows it. What is no plain RGB
+        thousand; a JPEG is decoded at a reduced scale where QUICK_MARGIN allows it. What is no plain RGB
         (palettes, transparency, CMYK) is left to `pixels`.
         """
         data = Path(picture).read_bytes() if isinstance(picture, str | Path) and Path(picture).is_file() else picture
-        if isinstance(data, bytes) and data.startswith(_JPEG):
-            image = decode_for(data, self.image_size)
-        else:
+        decoded = _decode_scaled(data, self.image_size, halves=True) if isinstance(data, bytes) else None
+        if decoded is None:
             image = open_picture(data)
-        if image.mode != "RGB" or min(image.size) < 1:
-            return self.pixels(image)
-        return _resize_bytes(np.asarray(image), self)
+            if image.mode != "RGB" or min(image.size) < 1:
+                return self.pixels(image)
+            decoded = np.array(image), image.size
+        return _resize_bytes(*decoded, self)
 
     def normalize(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         """Bytes 0..255 -> normalised float32, on the device where the bytes are."""
@@ -184,15 +188,19 @@ def _shorter_side(width: int, height: int, size: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
-def _resize_bytes(image: UInt8[np.ndarray, "H W 3"], how: Preprocess) -> UInt8[np.ndarray, "3 S S"]:
-    """`Preprocess.pixels` by PyTorch's kernel for bytes."""
+def _resize_bytes(
+    image: UInt8[np.ndarray, "h w 3"], full: tuple[int, int], how: Preprocess
+) -> UInt8[np.ndarray, "3 S S"]:
+    """`Preprocess.pixels` by PyTorch's kernel for bytes. `full` is the size that the picture has at full scale: all
+    geometry is that picture's, whatever its decoded width and height were rounded to."""
     size = how.image_size
-    height, width = image.shape[:2]
-    new = (size, size) if how.resize == "squash" else _shorter_side(width, height, size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's memory is read-only, and nobody writes
-        pixels = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
-    if new != (width, height):
+    new = (size, size) if how.resize == "squash" else _shorter_side(*full, size)
+    pixels = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+    times = round(full[0] / image.shape[1])
+    if times > 1 and (full[0] % times or full[1] % times):  # the last column or row stands for less than it holds
+        scale = [(target + 1e-6) * times / side for target, side in zip(new[::-1], full[::-1], strict=True)]
+        pixels = F.interpolate(pixels, scale_factor=scale, mode=how.interpolation, antialias=True)
+    elif new != full:
         pixels = F.interpolate(pixels, size=new[::-1], mode=how.interpolation, antialias=True)
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
     return pixels[0, :, top : top + size, left : left + size].contiguous().numpy()
@@ -230,20 +238,35 @@ def read_crop(data: bytes, crop: Crop, size: int) -> UInt8[np.ndarray, "3 H W"]:
 
 def decode_for(data: bytes, size: int) -> Image.Image:
     """Decode to RGB, at a reduced scale if the picture is a JPEG much larger than `size` (its shorter side)."""
+    decoded = _decode_scaled(data, size)
+    return to_rgb(decode(data)) if decoded is None else Image.fromarray(decoded[0])
+
+
+def _decode_scaled(
+    data: bytes, size: int, *, halves: bool = False
+) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]] | None:
+    """A JPEG's pixels, larger than `size` by the margin or more, and its width and height at full scale.
+
+    None for what Pillow has to decide: other formats, CMYK, what libjpeg-turbo refuses.
+    """
     if not data.startswith(_JPEG):
-        return to_rgb(decode(data))
+        return None
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(int(width), int(height))
+        header = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace = int(header[0]), int(header[1]), header[2]
+        _check_pixels(width, height)
         if colorspace in ("CMYK", "YCCK"):
-            return to_rgb(decode(data))  # Pillow inverts Adobe's CMYK as it should
-        wanted = round(size * SCALED_DECODE_MARGIN)
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=wanted, min_width=wanted, strict=True)
+            return None  # Pillow inverts Adobe's CMYK as it should
+        least = [round(size * SCALED_DECODE_MARGIN)] * 2
+        if halves:
+            times = next((n for n in (8, 4, 2) if min(height, width) >= n * size * QUICK_MARGIN), 1)
+            least = [-(-side // times) for side in (height, width)]  # rounded as libjpeg does
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], strict=True)
     except PictureError:
         raise
     except ValueError:
-        return to_rgb(decode(data))  # damaged, or a variant that libjpeg-turbo refuses: Pillow decides
-    return Image.fromarray(pixels)
+        return None  # damaged, or a variant that libjpeg-turbo does not know
+    return pixels, (width, height)
 
 
 def _check_pixels(width: int, height: int) -> None:
