@@ -2,10 +2,10 @@
 
     python benchmarks/embed_folder.py [--rounds 7] [--pictures 256]
 
-ViT-B-32 of random weights at 224 px; pictures of 500 x 375 px at quality 90 whose colours change at several scales. Ours
-is what the command runs, by default and with `exact`: listing, decoding, the tower, Parquet parts, manifest; the model is
-loaded before. The peer is open_clip with its own preprocessing and a DataLoader of one worker a core, in float32 as
-`create_model_and_transforms` makes it and in pure bfloat16; it writes nothing.
+ViT-B-32 of random weights at 224 px; pictures of 500 x 375 px at quality 90 whose colours change at several scales.
+Ours is what the command runs, by default and with `exact`: listing, decoding, the tower, Parquet parts, manifest; the
+model is loaded before. The peer is open_clip with its own preprocessing and a DataLoader of one worker a core, in
+float32 as `create_model_and_transforms` makes it and in pure bfloat16; it writes nothing.
 """
 
 import argparse

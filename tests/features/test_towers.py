@@ -115,9 +115,8 @@ def test_quick_pixels_of_what_is_not_scaled_are_off_by_rounding(size, how):
     preprocess = make_loaded(TINY_VIT, **how).preprocess
     image = smooth(size)  # noise overshoots in between the two directions, whose order is Pillow's own choice
     difference = preprocess.quick_pixels(image).astype(int) - preprocess.pixels(image)
-    assert np.abs(difference).mean() < 0.1
-    if "resize" not in how:
-        assert np.abs(difference).max() <= 2
+    assert np.abs(difference).max() <= 2
+    assert np.abs(difference).mean() < 0.3
 
 
 @pytest.mark.parametrize("size", [(400, 300), (401, 303), (333, 517), (1001, 667)])
