@@ -40,7 +40,8 @@ def open_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[Source]
     if not inputs:
         raise UsageError("no input was named; give folders, globs, shards, file.parquet:column or text files")
     pictures = [given for given in inputs if _is_picture(given)]
-    sources = [source for given in inputs if given not in set(pictures) for source in _open(given, kind)]
+    others = [given for given in inputs if not _is_picture(given)]
+    sources = [source for given in others for source in _open(given, kind)]
     if pictures:
         sources.append(_open_pictures([Path(picture) for picture in pictures]))
     for name, count in Counter(source.name for source in sources).items():
@@ -125,7 +126,7 @@ def _open_glob(pattern: str, column: str | None, kind: Kind | None) -> list[Sour
         raise NotFoundError(f"nothing matches {pattern}")
     special = [path for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
     sources = [_open_file(path, column, kind) for path in special]
-    pictures = [path for path in found if path not in set(special)]
+    pictures = [path for path in found if path.suffix.lower() not in _OTHER_SUFFIXES]
     if pictures and column is not None:
         raise UsageError(f"{pattern} matches {pictures[0]}, which has no column {column!r}; match .parquet files only")
     if pictures:
