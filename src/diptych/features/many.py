@@ -7,6 +7,7 @@ costs a second try of its range by a new one.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diptych.errors import RankLostError, UsageError
@@ -59,6 +60,8 @@ def run_on_ray(
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     actors, resources = _size_actors(config, ray)
+    threads = config.work.threads or resources["num_cpus"]
+    config = replace(config, work=replace(config.work, threads=threads))
     shared = [ray.put(value) for value in (config, folder, list(sources), encode_texts)]
     kind: Any = ray.remote(**resources)(Actor)
     waiting = deque(iter_stretches(parts, max(1, min(PARTS, -(-len(parts) // (2 * actors))))))
