@@ -129,12 +129,14 @@ def test_a_run_that_is_started_again_keeps_what_is_done(model, pictures, tmp_pat
     (out / "records/00001.json").unlink()  # as if the kill had come between a part and its record
     (out / "features/00002.parquet").write_bytes(b"half")
     (out / "features/.00003.parquet.123.tmp").write_bytes(b"left by a kill")
+    record = out / "records/00003.json"  # as if it had been copied from the features of another model
+    record.write_text(record.read_text().replace(json.loads(record.read_text())["identity"], "0" * 32))
     seen: list[EmbedProgress] = []
     report = embed(model, pictures, out=out, on_progress=seen.append)
-    assert report.resumed == 23 - 10
+    assert report.resumed == 23 - 15
     assert (seen[-1].done, seen[-1].total) == (23, 23)
     changed = {file.name for file in (out / "features").iterdir() if file.stat().st_mtime_ns != times[file.name]}
-    assert changed == {"00001.parquet", "00002.parquet"}
+    assert changed == {"00001.parquet", "00002.parquet", "00003.parquet"}
     after = load_features(out)
     assert after.ids == before.ids
     np.testing.assert_array_equal(after.features, before.features)
