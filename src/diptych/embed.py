@@ -1,33 +1,30 @@
 """Many pictures or texts to features: float32 [N, E], normalised, in the order they were given."""
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diptych.checkpoint.loaded import Loaded
-from diptych.image import Picture, open_picture
+from diptych.features.config import Precision
+from diptych.features.towers import ImageTower, encode_pictures
+from diptych.image import Picture
 
 BATCH_SIZE = 64
 """Pictures or texts at a time."""
 
 
-@torch.inference_mode()
-def embed_images(loaded: Loaded, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE) -> Float[Tensor, "N E"]:
-    """Pictures (paths, bytes, Pillow pictures, arrays [H, W, 3]) to features.
+def embed_images(
+    loaded: Loaded, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE, *, precision: Precision = "exact"
+) -> Float[Tensor, "N E"]:
+    """Pictures (paths, bytes, Pillow pictures, arrays [H, W, 3]) to features; they are decoded while others compute.
 
-    Raises PictureError for one that cannot be used; sort those out with `diptych.image.open_picture` first.
+    `precision` as in `diptych.features.config`: "auto" is several times as fast where bfloat16 is. Raises PictureError
+    for one that cannot be used; sort those out with `diptych.image.open_picture` first.
     """
-    model, preprocess, _ = loaded
-    features = [torch.empty(0, model.config.embed_dim)]
-    remaining = iter(pictures)
-    while some := list(islice(remaining, batch_size)):
-        pixels = torch.stack([torch.from_numpy(preprocess.pixels(open_picture(picture))) for picture in some])
-        image = preprocess.normalize(pixels.to(model.logit_scale.device))
-        features.append(model.encode_image(image, normalize=True).float().cpu())
-    return torch.cat(features)
+    tower = ImageTower(loaded, precision)
+    return torch.cat([torch.empty(0, tower.embed_dim), *encode_pictures(tower, pictures, batch_size)])
 
 
 @torch.inference_mode()

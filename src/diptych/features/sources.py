@@ -1,0 +1,276 @@
+"""The kinds of sources: what their rows are called and where the content of each lies.
+
+Each has a `name` (the `source` of its features), a `kind`, its number of `rows`, a `fingerprint` that is equal as long
+as the rows are the same, the samples that were `lost` on opening with their reasons, and how many files were
+`passed_over`, by suffix, as no pictures.
+
+`read(start, stop)` yields rows in order. A row says where its content is; `fetch`, called from many threads, brings it.
+What cannot be used is a row with a reason, so that every row is accounted for.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pyarrow.parquet as pq
+import xxhash
+
+from diptych.errors import PictureError
+from diptych.features.config import Kind
+from diptych.shards.index import IMAGE_SUFFIXES, load_index
+from diptych.shards.members import Damage, iter_members
+
+READ_ROWS = 64
+"""Rows of a Parquet file that are brought into memory at a time."""
+
+
+class Extent(NamedTuple):
+    """A stretch of a file."""
+
+    file: Path
+    offset: int
+    size: int
+    xxh3: int | None
+    """Of the content, if an index knows it."""
+
+
+class Row(NamedTuple):
+    """One input: where its content lies, or why it has none."""
+
+    id: str
+    content: bytes | str | Path | Extent | None
+    reason: str = ""
+
+
+def fetch(row: Row) -> bytes | str:
+    """The content of a row; raises PictureError, whose reason is counted, if there is none."""
+    match row.content:
+        case None:
+            raise PictureError(row.reason, row.id)
+        case bytes() | str():
+            return row.content
+        case Path():
+            return _read(row.content, 0, None)
+        case Extent(file, offset, size, xxh3):
+            data = _read(file, offset, size)
+            if xxh3 is not None and xxhash.xxh3_64_intdigest(data) != xxh3:
+                raise PictureError("changed", f"not the bytes that {file.name} was indexed with")
+            return data
+
+
+def _read(file: Path, offset: int, size: int | None) -> bytes:
+    try:
+        with open(file, "rb") as handle:
+            return os.pread(handle.fileno(), size, offset) if size is not None else handle.read()
+    except FileNotFoundError:
+        raise PictureError("missing", f"no such file: {file}") from None
+    except (OSError, ValueError) as error:  # a folder, no permission, a bad disk; a NUL in a column's path
+        raise PictureError("unreadable", str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSource:
+    """Files, each a picture."""
+
+    name: str
+    root: Path
+    files: tuple[str, ...]
+    """Relative to the root."""
+    fingerprint: str
+    passed_over: dict[str, int] = field(default_factory=dict)
+    kind: Kind = "image"
+    lost: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def open(
+        cls, name: str, root: Path, files: tuple[str, ...], passed_over: Counter[str] | None = None
+    ) -> "PictureSource":
+        digest = xxhash.xxh3_128()
+        for file in files:
+            digest.update(f"{_printable(file)}\0{_stamp(root / file)}\0".encode())
+        others = dict(sorted((passed_over or {}).items()))
+        return cls(name=name, root=root, files=files, fingerprint=digest.hexdigest(), passed_over=others)
+
+    @property
+    def rows(self) -> int:
+        return len(self.files)
+
+    def read(self, start: int, stop: int) -> Iterator[Row]:
+        for file in self.files[start:stop]:
+            yield Row(_printable(Path(file).as_posix()), self.root / file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSource:
+    """Samples of one tar: their pictures, or their captions."""
+
+    path: Path
+    kind: Kind
+    fingerprint: str
+    lost: tuple[tuple[str, str], ...]
+    rows: int
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def open(cls, path: Path, kind: Kind) -> "ShardSource":
+        fingerprint = xxhash.xxh3_128_hexdigest(f"{kind} {_stamp(path)}".encode())
+        if _is_indexed(path, kind):
+            index = load_index(path)
+            return cls(path=path, kind=kind, fingerprint=fingerprint, lost=index.skipped, rows=len(index))
+        listed = list(_scan_pictures(path))
+        lost = tuple(item for item in listed if not isinstance(item, Row))
+        return cls(path=path, kind=kind, fingerprint=fingerprint, lost=lost, rows=len(listed) - len(lost))
+
+    def read(self, start: int, stop: int) -> Iterator[Row]:
+        if not _is_indexed(self.path, self.kind):
+            rows = [item for item in _scan_pictures(self.path) if isinstance(item, Row)]
+            yield from rows[start:stop]
+            return
+        table = load_index(self.path).table.select(["key", "caption", "offset", "size", "xxh3"])
+        for row in table.slice(start, stop - start).to_pylist():
+            extent = Extent(self.path, row["offset"], row["size"], row["xxh3"])
+            yield Row(row["key"], extent if self.kind == "image" else row["caption"])
+
+
+def _is_indexed(path: Path, kind: Kind) -> bool:
+    """Captions need the index, pictures use the one that our own writer lays beside a shard."""
+    return kind == "text" or path.with_suffix(".arrow").exists()
+
+
+def _scan_pictures(path: Path) -> Iterator[Row | tuple[str, str]]:
+    """The first picture of every key of any tar, whether or not it has a caption."""
+    seen: set[str] = set()
+    for item in iter_members(path):
+        folder, slash, file = item.name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        key = f"{folder}{slash}{stem}"
+        if isinstance(item, Damage):
+            yield key or f"@{item.offset}", item.reason
+        elif suffix.lower() in IMAGE_SUFFIXES:
+            if key in seen:
+                yield key, "duplicate_key"
+            else:
+                seen.add(key)
+                yield Row(key, Extent(path, item.offset, item.size, None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetSource:
+    """One column of a Parquet file."""
+
+    path: Path
+    column: str
+    holds: Literal["bytes", "struct", "paths", "texts"]
+    fingerprint: str
+    rows: int
+    lost: tuple[tuple[str, str], ...] = ()
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, column: str, holds: str, rows: int) -> "ParquetSource":
+        fingerprint = xxhash.xxh3_128_hexdigest(f"{column}\0{holds}\0{_stamp(path)}".encode())
+        return cls(path=path, column=column, holds=holds, fingerprint=fingerprint, rows=rows)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}:{self.column}"
+
+    @property
+    def kind(self) -> Kind:
+        return "text" if self.holds == "texts" else "image"
+
+    def read(self, start: int, stop: int) -> Iterator[Row]:
+        """Only the row groups of the range are read, and of them only this column."""
+        with pq.ParquetFile(self.path) as file:
+            first, groups, before = None, [], 0
+            for number in range(file.num_row_groups):
+                behind = before + file.metadata.row_group(number).num_rows
+                if behind > start and before < stop:
+                    first = before if first is None else first
+                    groups.append(number)
+                before = behind
+            row = first or 0
+            for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=[self.column]):
+                if row + len(batch) > start and row < stop:
+                    for i, value in enumerate(batch[0].to_pylist(), row):
+                        if start <= i < stop:
+                            yield self._row(i, value)
+                row += len(batch)
+                if row >= stop:
+                    return
+
+    def _row(self, number: int, value: object) -> Row:
+        if isinstance(value, dict):
+            value = value["bytes"] if value["bytes"] is not None else Path(str(value.get("path")))
+        if value is None:
+            return Row(str(number), None, "null")
+        if self.holds == "texts":
+            return _text_row(number, str(value))
+        return Row(str(number), self.path.parent / value if isinstance(value, str | Path) else value)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A text file, one text a line."""
+
+    path: Path
+    fingerprint: str
+    rows: int
+    kind: Kind = "text"
+    lost: tuple[tuple[str, str], ...] = ()
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def open(cls, path: Path) -> "TextSource":
+        digest, rows = xxhash.xxh3_128(), 0
+        with open(path, "rb") as file:
+            for line in file:
+                digest.update(line)
+                rows += 1
+        return cls(path=path, fingerprint=digest.hexdigest(), rows=rows)
+
+    def read(self, start: int, stop: int) -> Iterator[Row]:
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                if number >= stop:
+                    return
+                if number < start:
+                    continue
+                try:
+                    text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+                except UnicodeDecodeError:
+                    yield Row(str(number), None, "bad_text")
+                else:
+                    yield _text_row(number, text.rstrip("\r\n"))
+
+
+Source = PictureSource | ShardSource | ParquetSource | TextSource
+
+
+def _text_row(number: int, text: str) -> Row:
+    return Row(str(number), text) if text.strip() else Row(str(number), None, "empty")
+
+
+def _printable(name: str) -> str:
+    """A file name as text; bytes that are no UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _stamp(file: Path) -> str:
+    """Size and time of change: another content has another stamp."""
+    try:
+        status = file.stat()
+    except OSError:  # a link that leads nowhere is counted when it is read
+        return "unreadable"
+    return f"{status.st_size} {status.st_mtime_ns}"

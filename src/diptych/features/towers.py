@@ -1,0 +1,195 @@
+"""The image tower made ready to compute many pictures, and what names the features that it yields.
+
+On a CPU many pictures are computed by threads that each take a whole batch on one core: nobody waits for anybody in
+the middle of a product, so nothing is lost when the cores are shared with decoding or with other programs.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diptych.ahead import map_ahead
+from diptych.checkpoint.loaded import Loaded
+from diptych.config import to_dict
+from diptych.errors import unknown_name
+from diptych.features.config import PRECISIONS, Precision
+from diptych.image import Picture, Preprocess, open_picture
+from diptych.model.clip import CLIP
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """What `auto` means on a device: it is asked, not timed, so the answer is the same again."""
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    if precision != "auto":
+        return precision
+    able = torch.cpu.get_capabilities()
+    fast = device.type != "cpu" or able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return "bfloat16" if fast else "float32"
+
+
+class ImageTower:
+    """Pictures to normalised features, in one of the precisions. Called from any number of threads."""
+
+    def __init__(self, loaded: Loaded, precision: Precision = "auto") -> None:
+        self.device = loaded.model.logit_scale.device
+        self.precision = resolve_precision(precision, self.device)
+        self.preprocess: Preprocess = loaded.preprocess
+        self.embed_dim = loaded.model.config.embed_dim
+        self._visual = _prepare(loaded.model, self.precision)
+
+    def read(self, picture: Picture) -> UInt8[np.ndarray, "3 H W"]:
+        """Decode and resize; raises PictureError for what is no usable picture."""
+        if self.precision == "exact":
+            return self.preprocess.pixels(open_picture(picture))
+        with torch.inference_mode():
+            return self.preprocess.quick_pixels(picture)
+
+    @torch.inference_mode()
+    def encode(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
+        """What `read` made -> features, normalised, float32 on the CPU."""
+        image = self.preprocess.normalize(pixels.to(self.device))
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else self._visual.dtype
+        return F.normalize(self._visual(image.to(dtype)).float(), dim=-1).cpu()
+
+    @property
+    def streams(self) -> int:
+        """Batches that are best computed at the same time."""
+        return count_cores() if self.device.type == "cpu" else 1
+
+
+class _Visual(nn.Module):
+    """An image tower and the type of its weights."""
+
+    def __init__(self, tower: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tower, self.dtype = tower, dtype
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.tower(image)
+
+
+_PREPARED: WeakKeyDictionary[CLIP, tuple[object, _Visual]] = WeakKeyDictionary()
+
+
+def _prepare(model: CLIP, precision: Precision) -> _Visual:
+    """The tower with weights of that precision; converted once, and again when they have changed."""
+    if precision != "bfloat16" or model.dtype == torch.bfloat16:
+        return _Visual(model.visual, model.dtype)
+    state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.visual.state_dict().values())
+    kept = _PREPARED.get(model)
+    if kept is None or kept[0] != state:
+        tower = copy.deepcopy(model.visual).eval().requires_grad_(False).to(torch.bfloat16)
+        for module in tower.modules():
+            if isinstance(module, nn.BatchNorm2d):  # its statistics span more than eight bits can tell apart
+                module.float()
+        kept = _PREPARED[model] = state, _Visual(tower, torch.bfloat16)
+    return kept[1]
+
+
+def encode_pictures(tower: ImageTower, pictures: Iterable[Picture], batch_size: int) -> Iterator[Float[Tensor, "N E"]]:
+    """Features of pictures in order, batch by batch; decoding goes on while the tower computes.
+
+    Raises PictureError for one that cannot be used. A single batch is computed by all cores together.
+    """
+    remaining = iter(pictures)
+    first = list(islice(remaining, batch_size))
+    rest = list(islice(remaining, 1))
+    if not rest:
+        if first:
+            pixels = [torch.from_numpy(tower.read(picture)) for picture in first]
+            yield tower.encode(torch.stack(pixels))
+        return
+
+    def everything() -> Iterator[Picture]:
+        yield from first
+        yield from rest
+        yield from remaining
+
+    threads = tower.streams
+    decoded = map_ahead(
+        tower.read, everything(), threads=count_cores(), ahead=(threads + 2) * batch_size, prepare=work_alone
+    )
+    try:
+        yield from compute_ahead(tower.encode, _stack(decoded, batch_size), threads)
+    finally:
+        decoded.close()
+
+
+def _stack(pixels: Iterator[UInt8[np.ndarray, "3 H W"]], batch_size: int) -> Iterator[UInt8[Tensor, "N 3 H W"]]:
+    while some := list(islice(pixels, batch_size)):
+        yield torch.from_numpy(np.stack(some))
+
+
+def compute_ahead(function: Callable[[Batch], Result], batches: Iterable[Batch], streams: int) -> Generator[Result]:
+    """`function` of every batch, in order, `streams` of them at a time; one core each if there are several."""
+    threads = torch.get_num_threads()
+    try:
+        yield from map_ahead(
+            function, batches, threads=streams, ahead=streams + 1, prepare=work_alone if streams > 1 else None
+        )
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets for itself is also what later threads begin with
+
+
+def work_alone() -> None:
+    """Let this thread compute by itself: PyTorch's count of threads belongs to the thread that sets it."""
+    torch.set_num_threads(1)
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def image_space(loaded: Loaded, precision: Precision) -> str:
+    """Names the space that image features lie in: equal for equal weights, preprocessing and precision."""
+    model = loaded.model
+    resolved = resolve_precision(precision, model.logit_scale.device)
+    config = to_dict(model.config)
+    return _name(
+        kind="image",
+        weights=hash_tower(model.visual),
+        model={key: config[key] for key in ("vision", "embed_dim", "activation")},
+        preprocess=to_dict(loaded.preprocess),
+        precision=resolved,
+    )
+
+
+def text_space(loaded: Loaded, precision: str = "float32") -> str:
+    """Names the space that text features lie in: equal for equal weights, tokenizer and precision."""
+    config = to_dict(loaded.model.config)
+    return _name(
+        kind="text",
+        weights=hash_tower(loaded.model.text),
+        model={key: config[key] for key in ("text", "embed_dim", "activation")},
+        tokenizer=[loaded.tokenizer.fingerprint, loaded.tokenizer.context_length, loaded.tokenizer.special_tokens],
+        precision=precision,
+    )
+
+
+def hash_tower(tower: nn.Module) -> str:
+    """XXH3-128 of every tensor with its name, type and shape."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in tower.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _name(**parts: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

@@ -1,0 +1,180 @@
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from diptych.errors import NotFoundError, PictureError, UsageError
+from diptych.features.inputs import open_inputs
+from diptych.features.parts import plan_parts
+from diptych.features.pipeline import iter_stretches
+from diptych.features.sources import Source, fetch
+from samples import draw, encode, write_samples, write_tar
+
+RED, BLUE = encode(draw("red", "dot")), encode(draw("blue", "ring"))
+
+
+def ids(source: Source) -> list[str]:
+    return [row.id for row in source.read(0, source.rows)]
+
+
+def contents(source: Source, start: int = 0, stop: int | None = None) -> list[bytes | str]:
+    """What the rows hold, or the reason why they hold nothing."""
+
+    def one(row) -> bytes | str:
+        try:
+            return fetch(row)
+        except PictureError as error:
+            return error.reason
+
+    return [one(row) for row in source.read(start, source.rows if stop is None else stop)]
+
+
+def write_tree(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(RED)
+    return folder
+
+
+def test_folders_are_walked_in_a_fixed_order_without_what_is_hidden(tmp_path):
+    write_tree(tmp_path, "b/x.JPG", "a.png", "b/c/y.tiff", ".hidden/z.jpg", "b/._x.jpg", "readme", "b/list.csv")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (source,) = open_inputs([str(tmp_path)])
+    assert ids(source) == ["a.png", "b/c/y.tiff", "b/x.JPG"]
+    assert source.passed_over == {"": 1, ".csv": 1}
+    assert contents(source) == [RED, RED, RED]
+
+
+def test_globs_begin_where_their_first_sign_is(tmp_path):
+    write_tree(tmp_path, "set/a/1.jpg", "set/b/2.jpg", "set/b/3.png")
+    (source,) = open_inputs([str(tmp_path / "set/*/*.jpg")])
+    assert ids(source) == ["a/1.jpg", "b/2.jpg"]
+    (source,) = open_inputs([str(tmp_path / "**/*.png")])
+    assert ids(source) == ["set/b/3.png"]
+    with pytest.raises(NotFoundError, match="nothing matches"):
+        open_inputs([str(tmp_path / "*.gif")])
+
+
+def test_pictures_that_a_shell_has_spelled_out_are_one_source(tmp_path):
+    write_tree(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    named = [str(tmp_path / name) for name in ("a/1.jpg", "b/1.jpg", "a/2.jpg")]
+    (source,) = open_inputs(named)
+    assert (source.name, ids(source)) == (str(tmp_path), ["a/1.jpg", "b/1.jpg", "a/2.jpg"])
+    with pytest.raises(UsageError, match="named more than once"):
+        open_inputs([*named, named[0]])
+
+
+def test_names_that_are_no_text_are_written_out(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
+        file.write(RED)
+    (source,) = open_inputs([str(tmp_path)])
+    assert ids(source) == ["caf\\xe9.jpg"]
+    assert contents(source) == [RED]
+
+
+def test_columns_hold_pictures_paths_or_captions(tmp_path):
+    write_tree(tmp_path, "pics/1.jpg")
+    table = pa.table(
+        {
+            "bytes": [RED, None, BLUE],
+            "hf": [{"bytes": RED, "path": "x"}, {"bytes": None, "path": "pics/1.jpg"}, None],
+            "path": ["pics/1.jpg", "pics/gone.jpg", None],
+            "caption": ["a", "pics/1.jpg", ""],
+            "number": [1, 2, 3],
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+
+    def column(name: str, kind=None) -> Source:
+        (source,) = open_inputs([f"{tmp_path}/t.parquet:{name}"], kind)
+        return source
+
+    assert contents(column("bytes")) == [RED, "null", BLUE]
+    assert contents(column("hf")) == [RED, RED, "null"]
+    assert contents(column("path")) == [RED, "missing", "null"]
+    assert (column("caption").kind, contents(column("caption"))) == ("text", ["a", "pics/1.jpg", "empty"])
+    assert contents(column("path", "text")) == ["pics/1.jpg", "pics/gone.jpg", "null"]
+    assert column("caption", "image").kind == "image"
+    assert ids(column("bytes")) == ["0", "1", "2"]
+    with pytest.raises(UsageError, match="is int64"):
+        column("number")
+    with pytest.raises(UsageError, match="holds pictures"):
+        column("bytes", "text")
+    with pytest.raises(UsageError, match=r"no column 'capton'; it has bytes, hf, path, caption, number"):
+        column("capton")
+    with pytest.raises(UsageError, match="name the one to embed"):
+        open_inputs([str(tmp_path / "t.parquet")])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1000), (0, 7), (95, 205), (399, 400), (640, 1000), (123, 124)])
+def test_any_range_of_a_column_is_read_whatever_its_row_groups(tmp_path, start, stop):
+    texts = [f"text {i}" for i in range(1000)]
+    pq.write_table(pa.table({"t": texts}), tmp_path / "t.parquet", row_group_size=100)
+    (source,) = open_inputs([f"{tmp_path}/t.parquet:t"])
+    assert contents(source, start, stop) == texts[start:stop]
+    assert [row.id for row in source.read(start, stop)] == [str(i) for i in range(start, stop)]
+
+
+def test_tars_of_pictures_need_no_captions(tmp_path):
+    tar = write_tar(
+        tmp_path / "a.tar", [("x/1.jpg", RED), ("x/1.png", b"second"), ("y.txt", b"only text"), ("2.jpg", BLUE)]
+    )
+    (source,) = open_inputs([str(tar)])
+    assert (ids(source), contents(source)) == (["x/1", "2"], [RED, BLUE])
+    assert source.lost == (("x/1", "duplicate_key"),)
+    tar.write_bytes(tar.read_bytes()[:600])
+    with pytest.raises(NotFoundError, match="nothing to embed"):
+        open_inputs([str(tar)])
+
+
+def test_a_shard_that_was_changed_under_its_index_gives_no_feature(tmp_path):
+    data = write_samples(tmp_path / "shards", 4)
+    (source,) = open_inputs([str(data)])
+    (data / "00000.tar").write_bytes((data / "00000.tar").read_bytes().replace(b"\xff\xd8\xff", b"\xff\xd8\x00", 1))
+    assert [content for content in contents(source) if isinstance(content, str)] == ["changed"]
+
+
+def test_folders_with_other_content_say_what_they_lack(tmp_path):
+    write_tree(tmp_path, "docs/readme.md")
+    with pytest.raises(NotFoundError, match=r"no pictures, .tar or .parquet in .*\(other files: .md 1\)"):
+        open_inputs([str(tmp_path / "docs")])
+    with pytest.raises(NotFoundError, match="no such input"):
+        open_inputs([str(tmp_path / "nowhere")])
+    with pytest.raises(UsageError, match="is a URL"):
+        open_inputs(["s3://bucket/pictures"])
+    with pytest.raises(UsageError, match="no input was named"):
+        open_inputs([])
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(UsageError, match="cannot be read as Parquet"):
+        open_inputs([f"{tmp_path}/broken.parquet:x"])
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(NotFoundError, match="nothing to embed"):
+        open_inputs([str(tmp_path / "empty.txt")])
+    with pytest.raises(UsageError, match="has no columns"):
+        open_inputs([f"{tmp_path}/empty.txt:text"])
+
+
+def test_fingerprints_follow_what_the_inputs_hold(tmp_path):
+    write_tree(tmp_path, "a.jpg", "b.jpg")
+    (before,) = open_inputs([str(tmp_path)])
+    (again,) = open_inputs([str(tmp_path)])
+    assert again.fingerprint == before.fingerprint
+    (tmp_path / "b.jpg").write_bytes(BLUE + b"0")
+    (after,) = open_inputs([str(tmp_path)])
+    assert after.fingerprint != before.fingerprint
+
+
+def test_parts_cover_every_row_once_and_neighbours_are_read_together(tmp_path):
+    for name, lines in (("a", 25), ("b", 10), ("c", 1)):
+        (tmp_path / f"{name}.txt").write_text("x\n" * lines)
+    sources = open_inputs([str(tmp_path / "*.txt")])
+    parts = plan_parts(sources, 10)
+    assert [(part.source, part.start, part.stop) for part in parts] == [
+        *((0, 0, 10), (0, 10, 20), (0, 20, 25)),
+        *((1, 0, 10), (2, 0, 1)),
+    ]
+    todo = [part for part in parts if part.number != 1]
+    assert [[part.number for part in stretch] for stretch in iter_stretches(todo)] == [[0], [2], [3], [4]]
+    assert [[part.number for part in stretch] for stretch in iter_stretches(parts, 2)] == [[0, 1], [2], [3], [4]]
