@@ -6,12 +6,18 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
 from diptych.image import Picture, open_picture
+from diptych.model.config import Precision
+from diptych.model.precision import get_ready
+from diptych.model.trie import encode_texts
 
 BATCH_SIZE = 64
-"""Pictures or texts at a time."""
+"""Pictures at a time."""
+TEXT_BATCH_SIZE = 16_384
+"""Texts that are tokenized and sorted together; they are computed a few hundred at a time."""
 
 
 @torch.inference_mode()
@@ -31,16 +37,18 @@ def embed_images(loaded: Loaded, pictures: Iterable[Picture], batch_size: int = 
 
 
 @torch.inference_mode()
-def embed_texts(loaded: Loaded, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Float[Tensor, "N E"]:
+def embed_texts(
+    loaded: Loaded, texts: Sequence[str], batch_size: int = TEXT_BATCH_SIZE, *, precision: Precision = "auto"
+) -> Float[Tensor, "N E"]:
     """Texts to features.
 
-    Texts of like length are computed together, since a batch is as long as its longest one.
+    Texts of a batch that begin alike share the work of what they begin with, and no padding is computed (see
+    `diptych.model.trie`). Both are exact; `precision="exact"` gives what `encode_text` gives, text by text.
     """
     model, _, tokenizer = loaded
-    tokens = tokenizer(list(texts))  # [N, L]
-    order = tokens.argmax(dim=-1).argsort(stable=True)  # by the place of the end token
-    features = torch.empty(len(tokens), model.config.embed_dim)
-    for rows in order.split(batch_size):
-        text = tokens[rows].to(model.logit_scale.device)
-        features[rows] = model.encode_text(text, normalize=True).float().cpu()
+    ready = get_ready(model.text.transformer, precision)
+    features = torch.empty(len(texts), model.config.embed_dim)
+    for start in range(0, len(texts), batch_size):
+        batch = slice(start, start + batch_size)
+        features[batch] = F.normalize(encode_texts(model.text, ready, tokenizer(list(texts[batch]))), dim=-1)
     return features

@@ -5,11 +5,15 @@ ones that others trained since, and small ones for small machines.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from diptych.errors import UsageError, unknown_name
 
 Activation = Literal["quick_gelu", "gelu"]
+Precision = Literal["auto", "exact", "bfloat16"]
+"""How exactly a model is used. exact: its weights as they are. bfloat16: linear layers rounded to it. auto: bfloat16
+where the processor multiplies it faster, exact elsewhere."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
