@@ -101,9 +101,7 @@ def test_texts_keep_their_order_whatever_the_batches_and_are_exact_on_request(lo
         features = embed_texts(loaded, texts, batch_size, precision="exact")
         torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
         rounded = embed_texts(loaded, texts, batch_size, precision="bfloat16")
-        assert (
-            torch.nn.functional.cosine_similarity(rounded, expected).min() > 0.999
-        )  # so small a tower averages little
+        assert torch.nn.functional.cosine_similarity(rounded, expected).min() > 0.999  # a tiny tower
         assert not torch.equal(rounded, features)
     assert embed_texts(loaded, []).shape == (0, 24)
 
