@@ -38,11 +38,11 @@ def run_ours(pictures: str, precision: str) -> None:
     import torch
 
     from diptych.checkpoint.loaded import Loaded
-    from diptych.features.config import OutputConfig
-    from diptych.features.inputs import open_inputs
-    from diptych.features.parts import FeatureFolder, describe, plan_parts
-    from diptych.features.pipeline import Pipeline, compute_parts
-    from diptych.features.towers import ImageTower
+    from diptych.embed.config import OutputConfig
+    from diptych.embed.images import ImageTower
+    from diptych.embed.inputs import open_inputs
+    from diptych.embed.parts import FeatureFolder, describe, plan_parts
+    from diptych.embed.pipeline import Pipeline, compute_parts
     from diptych.image import Preprocess
     from diptych.model.clip import CLIP
     from diptych.model.config import get_preset
@@ -51,7 +51,7 @@ def run_ours(pictures: str, precision: str) -> None:
     torch.manual_seed(0)
     loaded = Loaded(CLIP(get_preset("ViT-B-32")).eval(), Preprocess(image_size=224), Tokenizer.clip())
     tower = ImageTower(loaded, precision)  # type: ignore[arg-type]
-    pipeline = Pipeline(loaded, tower, lambda *_: torch.empty(0), BATCH_SIZE)
+    pipeline = Pipeline(loaded, tower, BATCH_SIZE)
     out = Path(tempfile.mkdtemp())
 
     def measure() -> float:

@@ -9,7 +9,8 @@ import torch
 from diptych import examine
 from diptych.cli import main
 from diptych.cli.train import build_evaluators, check_keep_best
-from diptych.embed import embed_images, embed_texts
+from diptych.embed.images import embed_images
+from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate import accuracy, mean_per_class_recall, retrieval
 from diptych.zeroshot import ZeroShotClassifier
@@ -52,7 +53,10 @@ def test_labelled_shards_are_zero_shot_and_retrieval_when_asked(data):
     assert (evaluator.exam.kind, len(evaluator.exam.classnames), values["a/images"]) == ("zeroshot", 8, 64)
     evaluator, values = ask(f"a=retrieval:{data}")
     loaded, pairs = make_loaded(TINY_VIT), make_pairs()
-    images, texts = embed_images(loaded, [p.image for p in pairs]), embed_texts(loaded, [p.caption for p in pairs])
+    images, texts = (
+        embed_images(loaded, [p.image for p in pairs]),
+        embed_texts(loaded, [p.caption for p in pairs], precision="exact"),
+    )
     expected = retrieval(images, texts)
     assert {name.removeprefix("a/"): value for name, value in values.items() if "@" in name} == pytest.approx(expected)
 

@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -14,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.bpe import build_pairs
-from diptych.tokenizer import ChunkCache, Tokenizer, clean, clean_quickly, train_bpe
+from diptych.bpe import build_pairs, merge_long, merge_short, spell_tokens
+from diptych.tokenizer import _ASCII_PIECES, _PIECES, ChunkCache, Tokenizer, clean, clean_quickly, train_bpe
 from reference import bpe as slow
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tokenizer_open_clip.json.gz"
@@ -91,6 +92,65 @@ def test_quick_cleaning_holds_for_every_pair_of_ascii_characters():
     for first in map(chr, range(128)):
         text = " ".join(f"{first}{second}" for second in map(chr, range(32, 127)))
         assert clean_quickly(text).split() == clean(text).split()
+
+
+SIGNS = ["'", "<", ">", "_", ".", "\x00", "\x1f", "\x7f"]
+
+
+def test_pieces_of_ascii_equal_the_full_rules_for_all_short_chunks():
+    for mode, letters in itertools.product(["escape", "parse"], ["astv1", "relmd"]):
+        fast, full = _ASCII_PIECES[mode].findall, _PIECES[mode].findall
+        for letters_and_signs in itertools.product([*letters, *SIGNS], repeat=4):
+            chunk = "".join(letters_and_signs)
+            assert fast(chunk) == full(chunk), chunk
+        for chunk in map("".join, itertools.product(map(chr, range(128)), repeat=2)):
+            if len(chunk.split()) == 1 and len(chunk) == len(chunk.strip()) and chunk == chunk.lower():
+                assert fast(chunk) == full(chunk), chunk
+
+
+ascii_chunks = st.lists(
+    st.one_of(
+        st.sampled_from(["<start_of_text>", "<end_of_text>", "<end_of_tex", "'re", "'ll", "''s", "s's't", "o'clock's"]),
+        st.text(st.characters(max_codepoint=0x7F), max_size=6),
+    ),
+    max_size=6,
+).map("".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(ascii_chunks, st.sampled_from(["escape", "parse"]))
+def test_the_quick_way_of_ascii_gives_the_ids_of_the_full_rules(text, special_tokens):
+    tokenizer = Tokenizer.clip(special_tokens=special_tokens)
+    for chunk in clean(text).split():
+        assert ChunkCache({}, special_tokens)._find_pieces(chunk) == _PIECES[special_tokens].findall(chunk)
+    assert tokenizer.encode(text) == slow.encode(text, tokenizer.merges, special_tokens)
+
+
+def test_every_word_that_is_known_without_merging_is_what_merging_gives(clip):
+    cache = ChunkCache(pairs := build_pairs(clip.merges), "escape")
+    known = dataclasses.replace(clip)._chunks
+    assert len(known) > 30_000
+    for word, ids in known.items():
+        assert merge_long(word.encode(), pairs) == np.frombuffer(ids, dtype=np.int32).tolist()
+        assert cache[word] == ids
+    single = {spelling[:-1] for spelling in spell_tokens(pairs)[512:] if spelling.endswith(b" ")}
+    assert {word.decode() for word in single if word.isascii() and word.isalpha()} == known.keys()
+
+
+def test_a_vocabulary_of_ones_own_starts_with_nothing_known(small):
+    # Its merges may be of any origin: only of the stock vocabulary a test says that each token is its own encoding.
+    assert len(dataclasses.replace(small)._chunks) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("aabcst"), min_size=1, max_size=70), st.integers(0, 40))
+def test_both_ways_of_merging_give_the_same(word, seed):
+    merges = train_bpe([word, "abcab" * 3, "ststst", "aaaa"], vocab_size=514 + seed % 8).merges
+    for pairs in (build_pairs(merges), CLIP_PAIRS):
+        assert merge_short(word.encode(), pairs) == merge_long(word.encode(), pairs)
+
+
+CLIP_PAIRS = build_pairs(Tokenizer.clip().merges)
 
 
 @settings(max_examples=100, deadline=None)
@@ -221,6 +281,15 @@ def test_the_cache_stays_within_its_bounds_and_the_ids_stay_right(monkeypatch, s
         assert tokenizer.encode(text) == slow.encode(text, small.merges)
         assert len(tokenizer._chunks) <= 50
     assert max(map(len, tokenizer._chunks)) <= ChunkCache.MAX_CHARACTERS
+
+
+def test_a_full_cache_keeps_the_words_that_it_began_with(monkeypatch, clip):
+    tokenizer = dataclasses.replace(clip)
+    known = len(tokenizer._chunks)
+    monkeypatch.setattr(ChunkCache, "MAX_ENTRIES", known + 10)
+    for i in range(40):
+        assert tokenizer.encode(f"cat zq{i}vx") == slow.encode(f"cat zq{i}vx", clip.merges)
+        assert known <= len(tokenizer._chunks) <= known + 10
 
 
 @pytest.mark.parametrize("unit", ["a", "!", "1", "日", "xkcdq", "?!.,"])

@@ -4,12 +4,14 @@ import torch
 
 from diptych import zeroshot
 from diptych.checkpoint.loaded import Loaded
-from diptych.embed import embed_images, embed_texts
+from diptych.embed.images import embed_images
+from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.tokenizer import Tokenizer
 from diptych.zeroshot import ZeroShotClassifier, build_classifier, load_templates
+from reference import texts as slow
 from samples import TINY_VIT, draw, noise
 
 
@@ -29,7 +31,7 @@ def test_template_lists_are_the_published_ones():
 
 def test_the_classifier_is_normalise_average_normalise(loaded):
     templates, names = ["a {}.", "the {} here", "{}"], ["cat", ["dog", "hound"]]
-    weights = build_classifier(loaded, names, templates)
+    weights = build_classifier(loaded, names, templates, precision="exact")
     for column, aliases in zip(weights.T, (["cat"], ["dog", "hound"]), strict=True):
         features = torch.cat(
             [
@@ -58,7 +60,7 @@ def test_the_classifier_has_scikit_learns_manners(loaded):
 def test_a_classifier_is_built_once_and_anew_when_the_weights_change(loaded, monkeypatch):
     built = []
     real = zeroshot.build_classifier
-    monkeypatch.setattr(zeroshot, "build_classifier", lambda *given: built.append(1) or real(*given))
+    monkeypatch.setattr(zeroshot, "build_classifier", lambda *given, **named: built.append(1) or real(*given, **named))
     monkeypatch.setattr(zeroshot, "_CLASSIFIERS", {})
     first = ZeroShotClassifier(loaded, ["one", "two"])
     second = ZeroShotClassifier(loaded, ["one", "two"])
@@ -87,15 +89,40 @@ def test_classifiers_that_make_no_sense_are_refused(loaded, names, templates, me
 
 def test_embedding_keeps_the_order_whatever_the_batches(loaded):
     pictures = [noise(seed=seed) for seed in range(7)]
-    texts = ["a", "a much longer text about cats and dogs", "b c", "", "d"]
     torch.testing.assert_close(
         embed_images(loaded, pictures, 2), embed_images(loaded, pictures, 7), rtol=1e-4, atol=1e-5
     )
-    torch.testing.assert_close(embed_texts(loaded, texts, 2), embed_texts(loaded, texts, 5), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        embed_texts(loaded, texts),
-        torch.nn.functional.normalize(loaded.model.text(loaded.tokenizer(texts)), dim=-1).detach(),
-        rtol=1e-4,
-        atol=1e-5,
+    assert embed_images(loaded, []).shape == (0, 24)
+
+
+def test_texts_keep_their_order_whatever_the_batches_and_are_exact_on_request(loaded):
+    texts = ["a", "a much longer text about cats and dogs", "b c", "", "a much longer text", "d", "b c"]
+    expected = torch.nn.functional.normalize(slow.encode(loaded.model.text, loaded.tokenizer(texts)), dim=-1)
+    for batch_size in (1, 2, 5, 100):
+        features = embed_texts(loaded, texts, batch_size, precision="exact")
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+        rounded = embed_texts(loaded, texts, batch_size, precision="bfloat16")
+        assert torch.nn.functional.cosine_similarity(rounded, expected).min() > 0.999  # a tiny tower
+        assert not torch.equal(rounded, features)
+    assert embed_texts(loaded, []).shape == (0, 24)
+
+
+def test_a_classifier_is_the_same_however_few_prompts_are_held(loaded, monkeypatch):
+    names, templates = ["cat", ["dog", "hound", "puppy"], "great grey owl", ["ox", "bull"]], ["a {}.", "the {}", "{}"]
+    whole = build_classifier(loaded, names, templates, precision="exact")
+    held = []
+    real = zeroshot.embed_texts
+    monkeypatch.setattr(zeroshot, "BATCH_SIZE", 9)
+    monkeypatch.setattr(
+        zeroshot, "embed_texts", lambda given, texts, **named: held.append(len(texts)) or real(given, texts, **named)
     )
-    assert embed_images(loaded, []).shape == embed_texts(loaded, []).shape == (0, 24)
+    torch.testing.assert_close(build_classifier(loaded, names, templates, precision="exact"), whole)
+    assert held == [3, 9, 9]
+    rounded = build_classifier(loaded, names, templates, precision="bfloat16")
+    assert torch.nn.functional.cosine_similarity(rounded, whole, dim=0).min() > 0.999
+
+
+def test_precisions_do_not_share_a_classifier(loaded):
+    exact = ZeroShotClassifier(loaded, ["one", "two"], precision="exact").weights_
+    assert not torch.equal(exact, ZeroShotClassifier(loaded, ["one", "two"], precision="bfloat16").weights_)
+    assert ZeroShotClassifier(loaded, ["one", "two"], precision="exact").weights_ is exact

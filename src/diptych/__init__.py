@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diptych.checkpoint.layouts import load, save
     from diptych.checkpoint.loaded import Loaded
-    from diptych.embed import embed_images, embed_texts
+    from diptych.embed.images import embed_images
+    from diptych.embed.texts import embed_texts
     from diptych.errors import DiptychError
     from diptych.image import Preprocess
     from diptych.model.clip import CLIP
@@ -32,8 +33,8 @@ _HOME = {
     "Tokenizer": "diptych.tokenizer",
     "ZeroShotClassifier": "diptych.zeroshot",
     "clip_loss": "diptych.train.loss",
-    "embed_images": "diptych.embed",
-    "embed_texts": "diptych.embed",
+    "embed_images": "diptych.embed.images",
+    "embed_texts": "diptych.embed.texts",
     "load": "diptych.checkpoint.layouts",
     "load_dataset": "diptych.shards.dataset",
     "load_templates": "diptych.zeroshot",

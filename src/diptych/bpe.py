@@ -6,12 +6,16 @@ in order of preference. A merge therefore always has a higher id than its two pa
 
 import heapq
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from diptych.errors import UsageError
 
 Pair = tuple[int, int]
+
+MAX_SHORT = 48
+"""Up to how many bytes a piece is merged by looking at all candidates."""
 
 # Written merges show each byte as one printable character: itself where it prints, else one from U+0100 on.
 # The ids of bytes follow that order: "!" is 0.
@@ -60,10 +64,33 @@ def spell_tokens(pairs: Iterable[Pair]) -> list[bytes]:
 def merge_bytes(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
     """Ids of one piece: its bytes, the pair whose merge has the lowest id merged first, from left to right.
 
-    `pairs` maps two neighbouring ids to the id of their merge. A heap of candidates over a linked list of ids
-    takes O(n log n), so that 100,000 letters without a space are no attack. Taking one candidate at a time
-    gives what rounds over all occurrences of the best pair give: a merge has a higher id than its parts, so
-    whatever it makes possible comes after everything that still waits at its own id.
+    `pairs` maps two neighbouring ids to the id of their merge.
+    """
+    return merge_short(piece, pairs) if len(piece) <= MAX_SHORT else merge_long(piece, pairs)
+
+
+def merge_short(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
+    """`merge_bytes` by looking at all candidates for each merge: quicker for a word, quadratic for a long piece."""
+    ids = byte_ids(piece)
+    get, none = pairs.get, sys.maxsize
+    merges = [get(pair, none) for pair in itertools.pairwise(ids)]  # of each id with the next one
+    while merges and (new := min(merges)) != none:
+        i = merges.index(new)
+        ids[i : i + 2] = [new]
+        del merges[i]
+        if i:
+            merges[i - 1] = get((ids[i - 1], new), none)
+        if i < len(merges):
+            merges[i] = get((new, ids[i + 1]), none)
+    return ids
+
+
+def merge_long(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
+    """`merge_bytes` for any length: a heap of candidates over a linked list of ids takes O(n log n), so that 100,000
+    letters without a space are no attack.
+
+    Taking one candidate at a time gives what rounds over all occurrences of the best pair give: a merge has a higher
+    id than its parts, so whatever it makes possible comes after everything that still waits at its own id.
     """
     ids = byte_ids(piece)
     size = len(ids)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diptych import ranks
 from diptych.checkpoint.loaded import Loaded
-from diptych.embed import BATCH_SIZE
+from diptych.embed.images import BATCH_SIZE
 from diptych.errors import NotFoundError, PictureError, ShardError, UsageError
 from diptych.evaluate import accuracy, mean_per_class_recall, retrieval
 from diptych.image import Preprocess, open_picture

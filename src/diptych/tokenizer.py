@@ -22,6 +22,7 @@ import html
 import importlib.resources
 import json
 import lzma
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -50,6 +51,13 @@ _PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _PIECES = {
     "escape": regex.compile(_PIECE, regex.IGNORECASE),
     "parse": regex.compile(f"{_START}|{_END}|{_PIECE}", regex.IGNORECASE),
+}
+
+# The same rules for text that is ASCII and lower case, for the standard library's matcher, which is quicker.
+_ASCII_PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ \t\n\v\f\ra-z0-9]+"
+_ASCII_PIECES = {
+    "escape": re.compile(_ASCII_PIECE),
+    "parse": re.compile(f"{_START}|{_END}|{_ASCII_PIECE}"),
 }
 
 # A chunk of its own between two captions: clean text holds no line feed. Its two slots become the end token
@@ -254,7 +262,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _chunks(self) -> "ChunkCache":
-        return ChunkCache(self._pairs, self.special_tokens)
+        words = _clip_words() if self.merges is _clip_merges() else {}
+        return ChunkCache(self._pairs, self.special_tokens, words)
 
     @functools.cached_property
     def _token_bytes(self) -> list[bytes]:
@@ -267,17 +276,22 @@ class ChunkCache(dict[str, bytes]):
     No piece holds white space and the pattern looks at nothing outside a piece, so the ids of a text are
     those of its chunks in a row; and a piece by itself is a chunk with the same ids.
 
-    Bounded on any input: a long chunk is not kept, and a full cache starts again from nothing, which costs a
+    Bounded on any input: a long chunk is not kept, and a full cache starts again as it began, which costs a
     Zipf-distributed stream little and needs no lock (each dictionary operation is atomic).
     """
 
     MAX_ENTRIES = 131_072
     MAX_CHARACTERS = 48
 
-    def __init__(self, pairs: Mapping[Pair, int], special_tokens: SpecialTokens) -> None:
-        super().__init__()
-        self._pairs = pairs
-        self._find_pieces = _PIECES[special_tokens].findall
+    def __init__(
+        self, pairs: Mapping[Pair, int], special_tokens: SpecialTokens, words: Mapping[str, bytes] | None = None
+    ) -> None:
+        """`words`: chunks whose ids are known without merging, as they are remembered here."""
+        super().__init__(words or {})
+        self._pairs, self._words = pairs, words or {}
+        self._find_all_pieces, self._find_ascii_pieces = (
+            patterns[special_tokens].findall for patterns in (_PIECES, _ASCII_PIECES)
+        )
         start = len(SINGLE_TOKENS) + len(pairs)
         self._specials = {_START: [start], _END: [start + 1]} if special_tokens == "parse" else {}
 
@@ -292,8 +306,15 @@ class ChunkCache(dict[str, bytes]):
         if len(chunk) <= self.MAX_CHARACTERS:
             if len(self) >= self.MAX_ENTRIES:
                 self.clear()
+                self.update(self._words)
             self[chunk] = packed
         return packed
+
+    def _find_pieces(self, chunk: str) -> list[str]:
+        """The pieces of a chunk of clean text."""
+        if chunk.isascii():
+            return [chunk] if chunk.isalpha() else self._find_ascii_pieces(chunk)
+        return self._find_all_pieces(chunk)
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int, context_length: int = 77) -> Tokenizer:
@@ -368,6 +389,22 @@ def _from_record(record: Any, path: Path) -> Tokenizer:
 def _clip_merges() -> tuple[str, ...]:
     packed = (importlib.resources.files("diptych") / "assets" / "clip_merges.txt.xz").read_bytes()
     return tuple(lzma.decompress(packed).decode("utf-8").removesuffix("\n").split("\n"))
+
+
+@functools.cache
+def _clip_words() -> dict[str, bytes]:
+    """Words that are one token of the stock vocabulary, with their ids as int32 bytes.
+
+    Each of them is what merging its bytes ends with: a test holds all of them.
+    """
+    start = len(SINGLE_TOKENS)
+    ids = np.arange(start, start + len(_clip_merges()), dtype=np.int32).tobytes()
+    words = (merge.replace(" ", "", 1) for merge in _clip_merges())
+    return {
+        word[:-4]: ids[4 * i : 4 * i + 4]
+        for i, word in enumerate(words)
+        if word.isascii() and word.endswith("</w>") and word[:-4].isalpha()
+    }
 
 
 @functools.cache

@@ -16,7 +16,8 @@ import torch
 
 import kill
 from diptych.checkpoint import layouts, native
-from diptych.embed import embed_images, embed_texts
+from diptych.embed.images import embed_images
+from diptych.embed.texts import embed_texts
 from diptych.errors import NonFiniteLossError, UsageError
 from diptych.evaluate import retrieval
 from diptych.model.clip import CLIP

@@ -283,7 +283,8 @@ class ClipScore:
     model: str
 
     def __call__(self, images: Sequence[bytes], texts: Sequence[str]) -> list[float]:
-        from diptych.embed import embed_images, embed_texts
+        from diptych.embed.images import embed_images
+        from diptych.embed.texts import embed_texts
 
         loaded = _load_model(self.model)
         return (embed_images(loaded, images) * embed_texts(loaded, texts)).sum(dim=-1).tolist()

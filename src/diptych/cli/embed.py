@@ -10,11 +10,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from diptych.features.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.embed.config import EmbedConfig, OutputConfig, WorkConfig
 from diptych.model.config import Activation
 
 if TYPE_CHECKING:
-    from diptych.features.run import EmbedProgress, EmbedReport
+    from diptych.embed.run import EmbedProgress, EmbedReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,7 @@ class Embed:
     work: WorkConfig = field(default_factory=WorkConfig)
 
     def __call__(self) -> int:
-        from diptych.embed import embed_texts
-        from diptych.features.run import run
+        from diptych.embed.run import run
 
         config = EmbedConfig(
             model=self.model,
@@ -51,7 +50,7 @@ class Embed:
             work=self.work,
         )
         with _Bar() as show:
-            report = run(config, encode_texts=embed_texts, on_progress=show)
+            report = run(config, on_progress=show)
         print_report(report, as_json=self.json)
         return 1 if report.skipped else 0
 

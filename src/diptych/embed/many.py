@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from diptych.embed.config import EmbedConfig
+from diptych.embed.parts import FeatureFolder, Part
+from diptych.embed.pipeline import compute_parts, iter_stretches, open_pipeline
+from diptych.embed.sources import Source
 from diptych.errors import RankLostError, UsageError
-from diptych.features.config import EmbedConfig
-from diptych.features.parts import FeatureFolder, Part
-from diptych.features.pipeline import EncodeTexts, compute_parts, iter_stretches, open_pipeline
-from diptych.features.sources import Source
 
 TRIES = 2
 """How often a range is begun whose actor dies."""
@@ -25,10 +25,8 @@ PARTS = 8
 class Actor:
     """A model on one machine."""
 
-    def __init__(
-        self, config: EmbedConfig, folder: FeatureFolder, sources: Sequence[Source], encode_texts: EncodeTexts
-    ) -> None:
-        self.pipeline = open_pipeline(config, encode_texts)
+    def __init__(self, config: EmbedConfig, folder: FeatureFolder, sources: Sequence[Source]) -> None:
+        self.pipeline = open_pipeline(config)
         self.folder, self.sources = folder, sources
 
     def compute(self, parts: Sequence[Part]) -> tuple[int, int]:
@@ -46,7 +44,6 @@ def run_on_ray(
     folder: FeatureFolder,
     sources: Sequence[Source],
     parts: Sequence[Part],
-    encode_texts: EncodeTexts,
     on_rows: Callable[[int, int], None],
 ) -> None:
     """Compute parts on a Ray cluster: the one of RAY_ADDRESS, or one of this machine."""
@@ -62,7 +59,7 @@ def run_on_ray(
     actors, resources = _size_actors(config, ray)
     threads = config.work.threads or resources["num_cpus"]
     config = replace(config, work=replace(config.work, threads=threads))
-    shared = [ray.put(value) for value in (config, folder, list(sources), encode_texts)]
+    shared = [ray.put(value) for value in (config, folder, list(sources))]
     kind: Any = ray.remote(**resources)(Actor)
     waiting = deque(iter_stretches(parts, max(1, min(PARTS, -(-len(parts) // (2 * actors))))))
     tries: dict[int, int] = {}

@@ -5,11 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diptych.embed.inputs import open_inputs
+from diptych.embed.parts import plan_parts
+from diptych.embed.pipeline import iter_stretches
+from diptych.embed.sources import Source, fetch
 from diptych.errors import NotFoundError, PictureError, UsageError
-from diptych.features.inputs import open_inputs
-from diptych.features.parts import plan_parts
-from diptych.features.pipeline import iter_stretches
-from diptych.features.sources import Source, fetch
 from samples import draw, encode, write_samples, write_tar
 
 RED, BLUE = encode(draw("red", "dot")), encode(draw("blue", "ring"))

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 import pyarrow.parquet as pq
 import xxhash
 
+from diptych.embed.config import Kind
 from diptych.errors import PictureError
-from diptych.features.config import Kind
 from diptych.shards.index import IMAGE_SUFFIXES, load_index
 from diptych.shards.members import Damage, iter_members
 

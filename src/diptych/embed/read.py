@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from diptych import files
+from diptych.embed.parts import MANIFEST
 from diptych.errors import NotFoundError, UsageError
-from diptych.features.parts import MANIFEST
 
 
 class Features(NamedTuple):

@@ -19,9 +19,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych.embed.config import Kind
+from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource
 from diptych.errors import NotFoundError, UsageError
-from diptych.features.config import Kind
-from diptych.features.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}

@@ -12,13 +12,14 @@ from typing import Any
 
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
+from diptych.embed.config import EmbedConfig
+from diptych.embed.images import image_space
+from diptych.embed.inputs import open_inputs
+from diptych.embed.parts import FeatureFolder, describe, plan_parts
+from diptych.embed.pipeline import compute_parts, open_pipeline
+from diptych.embed.sources import Source
+from diptych.embed.texts import text_space
 from diptych.errors import RunLockedError
-from diptych.features.config import EmbedConfig
-from diptych.features.inputs import open_inputs
-from diptych.features.parts import FeatureFolder, describe, plan_parts
-from diptych.features.pipeline import EncodeTexts, compute_parts, open_pipeline
-from diptych.features.sources import Source
-from diptych.features.towers import image_space, text_space
 
 _WINDOW = 15.0
 """Seconds over which the speed is averaged."""
@@ -59,14 +60,12 @@ class EmbedReport:
     out: Path
 
 
-def run(
-    config: EmbedConfig, *, encode_texts: EncodeTexts, on_progress: Callable[[EmbedProgress], None] | None = None
-) -> EmbedReport:
+def run(config: EmbedConfig, *, on_progress: Callable[[EmbedProgress], None] | None = None) -> EmbedReport:
     """Embed everything that `config` names. Started again, it does what is not done."""
     began = time.monotonic()
     kind = None if config.work.kind == "auto" else config.work.kind
     sources = open_inputs(config.inputs, kind)
-    pipeline = open_pipeline(config, encode_texts)
+    pipeline = open_pipeline(config)
     precision = pipeline.tower.precision  # what `auto` means here is what it means everywhere
     config = replace(config, work=replace(config.work, precision=precision))
     model = describe_model(config, pipeline.loaded, sources)
@@ -80,9 +79,9 @@ def run(
         done = sum(part.stop - part.start for part, record in records if record is not None)
         meter = _Meter(done, sum(source.rows for source in sources), on_progress)
         if config.work.engine == "ray":
-            from diptych.features.many import run_on_ray
+            from diptych.embed.many import run_on_ray
 
-            run_on_ray(config, folder, sources, todo, encode_texts, meter.count)
+            run_on_ray(config, folder, sources, todo, meter.count)
         else:
             compute_parts(pipeline, folder, sources, todo, meter.count)
         counts = folder.finish(sources, parts)
@@ -105,8 +104,8 @@ def describe_model(config: EmbedConfig, loaded: Loaded, sources: Sequence[Source
         about["preprocess"] = to_dict(loaded.preprocess)
         about["image_precision"] = config.work.precision
     if "text" in kinds:
-        about["text_space"] = text_space(loaded)
-        about["text_precision"] = "float32"
+        about["text_space"] = text_space(loaded, config.work.precision)
+        about["text_precision"] = config.work.precision
         about["tokenizer"] = loaded.tokenizer.fingerprint
     return about
 

@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from diptych.ahead import map_ahead
 from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
+from diptych.embed.config import EmbedConfig
+from diptych.embed.images import ImageTower, compute_ahead, count_cores, work_alone
+from diptych.embed.parts import FeatureFolder, Part
+from diptych.embed.sources import Row, Source, fetch
+from diptych.embed.texts import embed_texts
 from diptych.errors import PictureError
-from diptych.features.config import EmbedConfig
-from diptych.features.parts import FeatureFolder, Part
-from diptych.features.sources import Row, Source, fetch
-from diptych.features.towers import ImageTower, compute_ahead, count_cores, work_alone
 
-EncodeTexts = Callable[[Loaded, list[str]], Float[Tensor, "N E"]]
-"""Texts to normalised float32 features."""
 TEXT_BATCH = 512
 """Texts that are handed over at once."""
 
@@ -57,10 +55,8 @@ class PartResult:
 class Pipeline:
     """A model, ready to compute parts."""
 
-    def __init__(
-        self, loaded: Loaded, tower: ImageTower, encode_texts: EncodeTexts, batch_size: int, threads: int | None = None
-    ) -> None:
-        self.loaded, self.tower, self.encode_texts = loaded, tower, encode_texts
+    def __init__(self, loaded: Loaded, tower: ImageTower, batch_size: int, threads: int | None = None) -> None:
+        self.loaded, self.tower = loaded, tower
         self.batch_size = batch_size
         self.threads = threads or count_cores()
         self.streams = self.threads if tower.device.type == "cpu" else 1
@@ -104,7 +100,7 @@ class Pipeline:
     def _encode(self, batch: _Batch) -> _Batch:
         if batch.contents:
             if isinstance(batch.contents[0], str):
-                features = self.encode_texts(self.loaded, batch.contents)
+                features = embed_texts(self.loaded, batch.contents, precision=self.tower.precision)
             else:
                 features = self.tower.encode(torch.stack(batch.contents))
             batch.features = features.numpy()
@@ -167,10 +163,10 @@ def compute_parts(
             folder.write_part(result.part, name, result.ids, result.features, result.skipped)
 
 
-def open_pipeline(config: EmbedConfig, encode_texts: EncodeTexts) -> Pipeline:
+def open_pipeline(config: EmbedConfig) -> Pipeline:
     """Load the model, on the device that is asked for, and make it ready."""
     work, device = config.work, config.work.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load(config.model, device=device, activation=config.activation, preset=config.preset)
-    return Pipeline(loaded, ImageTower(loaded, work.precision), encode_texts, work.batch_size, work.threads)
+    return Pipeline(loaded, ImageTower(loaded, work.precision), work.batch_size, work.threads)

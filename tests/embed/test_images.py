@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from diptych.ahead import map_ahead
-from diptych.embed import embed_images
+from diptych.embed.images import ImageTower, embed_images
 from diptych.errors import PictureError
-from diptych.features.towers import ImageTower, resolve_precision
+from diptych.model.precision import choose_precision
 from samples import TINY_RESNET, TINY_VIT, encode, make_loaded, noise
 
 
@@ -62,8 +62,8 @@ def test_a_broken_picture_among_many_is_raised_and_stops_the_threads():
 
 
 def test_auto_is_what_the_device_multiplies_fast():
-    assert resolve_precision("auto", torch.device("cuda")) == "bfloat16"
-    assert resolve_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")
+    assert choose_precision("auto", torch.device("cuda")) == "bfloat16"
+    assert choose_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")
 
 
 def test_embedding_leaves_pytorchs_threads_as_they_were():

@@ -13,11 +13,12 @@ import pytest
 
 from diptych.checkpoint.layouts import save
 from diptych.cli import main
-from diptych.embed import embed_images, embed_texts
+from diptych.embed.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.embed.images import embed_images
+from diptych.embed.read import load_features
+from diptych.embed.run import EmbedProgress, EmbedReport, locked, run
+from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, RunLockedError, UsageError
-from diptych.features.config import EmbedConfig, OutputConfig, WorkConfig
-from diptych.features.read import load_features
-from diptych.features.run import EmbedProgress, EmbedReport, locked, run
 from samples import TINY_VIT, draw, encode, make_loaded, make_pairs, noise, write_samples
 
 EXACT = WorkConfig(precision="exact", batch_size=8)
@@ -52,7 +53,7 @@ def embed(model: str, *inputs: object, out: Path, work: WorkConfig = EXACT, on_p
         work=work,
         output=OutputConfig(**{"part_rows": 5} | output),
     )
-    return run(config, encode_texts=embed_texts, on_progress=on_progress)
+    return run(config, on_progress=on_progress)
 
 
 @pytest.mark.parametrize("format", ["parquet", "arrow", "npy"])
@@ -116,7 +117,7 @@ def test_shards_give_their_pictures_or_their_captions(model, tmp_path):
     assert found.sources[9:11] == [str(data / "00000.tar"), str(data / "00001.tar")]
     expected = embed_images(make_loaded(TINY_VIT), [pair.image for pair in pairs])
     np.testing.assert_allclose(found.features, expected.numpy(), atol=1e-6)
-    embed(model, data, out=tmp_path / "captions", work=WorkConfig(kind="text"))
+    embed(model, data, out=tmp_path / "captions", work=WorkConfig(kind="text", precision="exact"))
     expected = embed_texts(make_loaded(TINY_VIT), [pair.caption for pair in pairs])
     np.testing.assert_allclose(load_features(tmp_path / "captions").features, expected.numpy(), atol=1e-6)
 

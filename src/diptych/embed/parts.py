@@ -24,9 +24,9 @@ from jaxtyping import Float
 
 from diptych import files
 from diptych.config import to_dict
+from diptych.embed.config import OutputConfig
+from diptych.embed.sources import Source
 from diptych.errors import UsageError
-from diptych.features.config import OutputConfig
-from diptych.features.sources import Source
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
 FORMAT, VERSION = "diptych features", 1

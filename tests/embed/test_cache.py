@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.embed import embed_images, embed_texts
+from diptych.embed.cache import FeatureCache, content_key
+from diptych.embed.images import embed_images, image_space
+from diptych.embed.texts import embed_texts, text_space
 from diptych.errors import UsageError
 from diptych.evaluate import retrieval
-from diptych.features.cache import FeatureCache, content_key
-from diptych.features.towers import image_space, text_space
 from samples import TINY_VIT, make_loaded, make_pairs
 
 WIDTH = 64
@@ -106,7 +106,7 @@ def test_pages_that_are_overwritten_never_give_a_wrong_feature(tmp_path):
 def test_a_full_cache_forgets_what_was_not_used_for_longest(tmp_path, monkeypatch):
     cache = FeatureCache(tmp_path, limit=1 << 20)
     clock = [1_000_000]
-    monkeypatch.setattr("diptych.features.cache.time.time", lambda: clock[0])
+    monkeypatch.setattr("diptych.embed.cache.time.time", lambda: clock[0])
     for batch in range(12):
         clock[0] += 10_000
         ask(cache, *range(batch * 500, batch * 500 + 500))
@@ -143,7 +143,7 @@ def test_threads_share_one_cache(tmp_path):
 
 
 WORK = """
-import sys; sys.path[:0] = ["tests/features", "tests"]
+import sys; sys.path[:0] = ["tests/embed", "tests"]
 from pathlib import Path
 from test_cache import ask, FeatureCache
 cache, seed = FeatureCache(Path(sys.argv[1])), int(sys.argv[2])
@@ -192,7 +192,7 @@ def test_evaluation_runs_on_remembered_features(tmp_path):
         image_keys = [content_key(pair.image or b"") for pair in pairs]
         text_keys = [content_key(pair.caption) for pair in pairs]
         image_features = cache.features(image_space(loaded, "exact"), image_keys, images)
-        return dict(retrieval(image_features, cache.features(text_space(loaded), text_keys, texts)))
+        return dict(retrieval(image_features, cache.features(text_space(loaded, "exact"), text_keys, texts)))
 
     first = recalls()
     assert len(computed) == 48
@@ -212,9 +212,9 @@ def test_spaces_differ_in_whatever_changes_a_feature():
         image_space(loaded, "bfloat16"),
         image_space(make_loaded(TINY_VIT, interpolation="bilinear"), "exact"),
         image_space(make_loaded(TINY_VIT, seed=1), "exact"),
-        text_space(loaded),
-        text_space(make_loaded(TINY_VIT, seed=1)),
+        text_space(loaded, "exact"),
+        text_space(make_loaded(TINY_VIT, seed=1), "exact"),
     }
     assert len(spaces) == 7
     assert image_space(make_loaded(TINY_VIT), "exact") in spaces
-    assert text_space(make_loaded(TINY_VIT)) in spaces
+    assert text_space(make_loaded(TINY_VIT), "exact") in spaces

@@ -5,13 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.errors import UsageError, unknown_name
-from diptych.model.config import Activation
-
-Precision = Literal["auto", "exact", "float32", "bfloat16"]
-"""How the image tower computes. `exact`: float32 and Pillow's preprocessing, the numbers of the library reference.
-`float32`: the same tower on quickly preprocessed pictures. `bfloat16`: that in half the bits. `auto`: bfloat16 where
-the device multiplies it fast (a GPU, a CPU with AVX512-BF16 or AMX), else float32."""
-PRECISIONS: tuple[Precision, ...] = ("auto", "exact", "float32", "bfloat16")
+from diptych.model.config import PRECISIONS, Activation, Precision
 
 Kind = Literal["image", "text"]
 Format = Literal["parquet", "arrow", "npy"]

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 
 from diptych.checkpoint.layouts import save
-from diptych.embed import embed_texts
-from diptych.features.config import EmbedConfig, OutputConfig, WorkConfig
-from diptych.features.read import load_features
-from diptych.features.run import run
+from diptych.embed.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.embed.read import load_features
+from diptych.embed.run import run
 from samples import TINY_VIT, encode, make_loaded, noise
 
 ray = pytest.importorskip("ray")
@@ -28,7 +27,9 @@ def test_a_cluster_writes_what_one_machine_writes(tmp_path):
             output=OutputConfig(part_rows=6),
             work=WorkConfig(precision="exact", engine=engine, actors=2, batch_size=4, threads=1),
         )
-        return run(config, encode_texts=embed_texts)
+        return run(
+            config,
+        )
 
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     try:

@@ -5,7 +5,6 @@ the middle of a product, so nothing is lost when the cores are shared with decod
 """
 
 import copy
-import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
@@ -14,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import xxhash
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,24 +20,30 @@ from torch.nn import functional as F
 from diptych.ahead import map_ahead
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
-from diptych.errors import unknown_name
-from diptych.features.config import PRECISIONS, Precision
+from diptych.embed.space import hash_tower, name_space
 from diptych.image import Picture, Preprocess, open_picture
 from diptych.model.clip import CLIP
+from diptych.model.config import Precision
+from diptych.model.precision import choose_precision
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
+BATCH_SIZE = 64
+"""Pictures at a time."""
 
-def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """What `auto` means on a device: it is asked, not timed, so the answer is the same again."""
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
-    if precision != "auto":
-        return precision
-    able = torch.cpu.get_capabilities()
-    fast = device.type != "cpu" or able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    return "bfloat16" if fast else "float32"
+
+def embed_images(
+    loaded: Loaded, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE, *, precision: Precision = "exact"
+) -> Float[Tensor, "N E"]:
+    """Pictures (paths, bytes, Pillow pictures, arrays [H, W, 3]) to features: float32, normalised, in their order.
+
+    They are decoded while others are computed. `precision` as in `diptych.model.config`: "auto" is several times as
+    fast where bfloat16 is. Raises PictureError for one that cannot be used; sort those out with
+    `diptych.image.open_picture` first.
+    """
+    tower = ImageTower(loaded, precision)
+    return torch.cat([torch.empty(0, tower.embed_dim), *encode_pictures(tower, pictures, batch_size)])
 
 
 class ImageTower:
@@ -47,7 +51,7 @@ class ImageTower:
 
     def __init__(self, loaded: Loaded, precision: Precision = "auto") -> None:
         self.device = loaded.model.logit_scale.device
-        self.precision = resolve_precision(precision, self.device)
+        self.precision: Precision = choose_precision(precision, self.device)
         self.preprocess: Preprocess = loaded.preprocess
         self.embed_dim = loaded.model.config.embed_dim
         self._visual = _prepare(loaded.model, self.precision)
@@ -159,37 +163,12 @@ def count_cores() -> int:
 def image_space(loaded: Loaded, precision: Precision) -> str:
     """Names the space that image features lie in: equal for equal weights, preprocessing and precision."""
     model = loaded.model
-    resolved = resolve_precision(precision, model.logit_scale.device)
+    resolved = choose_precision(precision, model.logit_scale.device)
     config = to_dict(model.config)
-    return _name(
+    return name_space(
         kind="image",
         weights=hash_tower(model.visual),
         model={key: config[key] for key in ("vision", "embed_dim", "activation")},
         preprocess=to_dict(loaded.preprocess),
         precision=resolved,
     )
-
-
-def text_space(loaded: Loaded, precision: str = "float32") -> str:
-    """Names the space that text features lie in: equal for equal weights, tokenizer and precision."""
-    config = to_dict(loaded.model.config)
-    return _name(
-        kind="text",
-        weights=hash_tower(loaded.model.text),
-        model={key: config[key] for key in ("text", "embed_dim", "activation")},
-        tokenizer=[loaded.tokenizer.fingerprint, loaded.tokenizer.context_length, loaded.tokenizer.special_tokens],
-        precision=precision,
-    )
-
-
-def hash_tower(tower: nn.Module) -> str:
-    """XXH3-128 of every tensor with its name, type and shape."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in tower.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _name(**parts: object) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

@@ -1,0 +1,48 @@
+"""Many texts to features, and what names the space that they lie in."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.checkpoint.loaded import Loaded
+from diptych.config import to_dict
+from diptych.embed.space import hash_tower, name_space
+from diptych.model.config import Precision
+from diptych.model.precision import choose_precision, get_ready
+from diptych.model.trie import encode_texts
+
+BATCH_SIZE = 16_384
+"""Texts that are tokenized and sorted together; they are computed a few hundred at a time."""
+
+
+@torch.inference_mode()
+def embed_texts(
+    loaded: Loaded, texts: Sequence[str], batch_size: int = BATCH_SIZE, *, precision: Precision = "exact"
+) -> Float[Tensor, "N E"]:
+    """Texts to features: float32, normalised, in the order they were given.
+
+    Texts of a batch that begin alike share the work of what they begin with, and no padding is computed (see
+    `diptych.model.trie`). Both are exact; `precision="exact"` gives what `encode_text` gives, text by text.
+    """
+    model, _, tokenizer = loaded
+    ready = get_ready(model.text.transformer, precision)
+    features = torch.empty(len(texts), model.config.embed_dim)
+    for start in range(0, len(texts), batch_size):
+        batch = slice(start, start + batch_size)
+        features[batch] = F.normalize(encode_texts(model.text, ready, tokenizer(list(texts[batch]))), dim=-1)
+    return features
+
+
+def text_space(loaded: Loaded, precision: Precision) -> str:
+    """Names the space that text features lie in: equal for equal weights, tokenizer and precision."""
+    config = to_dict(loaded.model.config)
+    return name_space(
+        kind="text",
+        weights=hash_tower(loaded.model.text),
+        model={key: config[key] for key in ("text", "embed_dim", "activation")},
+        tokenizer=[loaded.tokenizer.fingerprint, loaded.tokenizer.context_length, loaded.tokenizer.special_tokens],
+        precision=choose_precision(precision, loaded.model.logit_scale.device),
+    )
