@@ -100,4 +100,5 @@ def test_a_precision_that_does_not_exist_is_refused():
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout == "unknown precision 'bf16'; did you mean bfloat16? Known: auto, bfloat16, exact, float32\n", done.stderr
+    known = "Known: auto, bfloat16, exact, float32"
+    assert done.stdout == f"unknown precision 'bf16'; did you mean bfloat16? {known}\n", done.stderr

@@ -19,7 +19,7 @@ from diptych.checkpoint import layouts, native
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NonFiniteLossError, UsageError
-from diptych.evaluate import retrieval
+from diptych.evaluate.metrics import retrieval
 from diptych.model.clip import CLIP
 from diptych.pair import Pair
 from diptych.shards.dataset import load_dataset

@@ -31,7 +31,7 @@ from diptych.train.recipe import FINETUNE
 
 if TYPE_CHECKING:
     from diptych.checkpoint.loaded import Opened
-    from diptych.examine import Examiner
+    from diptych.evaluate.examine import Examiner
     from diptych.train.wise import Point
 
 LOST_STATUS = 3

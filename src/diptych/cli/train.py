@@ -20,7 +20,7 @@ from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 from diptych.train.recipe import CONTINUED, get_recipe
 
 if TYPE_CHECKING:
-    from diptych.examine import Examiner
+    from diptych.evaluate.examine import Examiner
     from diptych.image import Preprocess
     from diptych.tokenizer import Tokenizer
     from diptych.train.report import Evaluation, StepReport, TrainReport
@@ -121,7 +121,7 @@ def build_evaluators(
     specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
 ) -> "list[Examiner]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
-    from diptych.examine import KINDS, Examiner, Kind, open_set
+    from diptych.evaluate.examine import KINDS, Examiner, Kind, open_set
     from diptych.zeroshot import fill_template, load_templates
 
     prompts = tuple(t for name in templates for t in ([name] if "{}" in name else load_templates(name)))

@@ -6,13 +6,13 @@ import jobs
 import pytest
 import torch
 
-from diptych import examine
 from diptych.cli import main
 from diptych.cli.train import build_evaluators, check_keep_best
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, UsageError
-from diptych.evaluate import accuracy, mean_per_class_recall, retrieval
+from diptych.evaluate import examine
+from diptych.evaluate.metrics import accuracy, mean_per_class_recall, retrieval
 from diptych.zeroshot import ZeroShotClassifier
 from samples import COLOURS, SHAPES, TINY_VIT, draw, encode, make_loaded, make_pairs, write_samples, write_tar
 

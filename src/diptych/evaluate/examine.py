@@ -23,7 +23,7 @@ from diptych import ranks
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.images import BATCH_SIZE
 from diptych.errors import NotFoundError, PictureError, ShardError, UsageError
-from diptych.evaluate import accuracy, mean_per_class_recall, retrieval
+from diptych.evaluate.metrics import accuracy, mean_per_class_recall, retrieval
 from diptych.image import Preprocess, open_picture
 from diptych.model.clip import CLIP
 from diptych.ranks import Ranks
