@@ -64,7 +64,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N E"]:
         x = x.flatten(2).transpose(1, 2)  # [N, H * W, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # [N, H * W + 1, C]
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.q_proj(x[:, 0]).unsqueeze(1), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, A, 1 or L, C / A]
         x = F.scaled_dot_product_attention(q, k, v)  # [N, A, 1, C / A]
         return self.c_proj(x.flatten(1))
