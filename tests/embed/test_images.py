@@ -41,15 +41,18 @@ def test_quicker_precisions_keep_to_the_bound(config, precision):
     assert quick.dtype == torch.float32
 
 
-def test_a_tower_is_converted_once_and_again_when_its_weights_change():
+def test_a_tower_is_made_ready_once_and_again_when_its_weights_change():
     loaded = make_loaded(TINY_VIT)
     first, second = ImageTower(loaded, "bfloat16"), ImageTower(loaded, "bfloat16")
-    assert first._visual is second._visual
+    assert first._encode is second._encode
+    assert ImageTower(loaded, "float32")._encode is not first._encode
     with torch.no_grad():
         loaded.model.visual.conv1.weight.mul_(2)
     third = ImageTower(loaded, "bfloat16")
-    assert third._visual is not first._visual
-    assert torch.equal(third._visual.tower.conv1.weight, loaded.model.visual.conv1.weight.bfloat16())
+    assert third._encode is not first._encode
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    exact = ImageTower(loaded, "exact").encode(pixels)
+    assert (exact * third.encode(pixels)).sum(dim=1).min() > 0.999
 
 
 def test_a_broken_picture_among_many_is_raised_and_stops_the_threads():

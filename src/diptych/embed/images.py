@@ -4,27 +4,26 @@ On a CPU many pictures are computed by threads that each take a whole batch on o
 the middle of a product, so nothing is lost when the cores are shared with decoding or with other programs.
 """
 
-import copy
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.ahead import map_ahead
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.space import hash_tower, name_space
-from diptych.image import Picture, Preprocess, open_picture
-from diptych.model.clip import CLIP
+from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
-from diptych.model.precision import choose_precision
+from diptych.model.precision import Resolved, choose_precision, make_once
+from diptych.model.quick_vision import Encode, build_encoder
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -50,11 +49,15 @@ class ImageTower:
     """Pictures to normalised features, in one of the precisions. Called from any number of threads."""
 
     def __init__(self, loaded: Loaded, precision: Precision = "auto") -> None:
-        self.device = loaded.model.logit_scale.device
-        self.precision: Precision = choose_precision(precision, self.device)
-        self.preprocess: Preprocess = loaded.preprocess
-        self.embed_dim = loaded.model.config.embed_dim
-        self._visual = _prepare(loaded.model, self.precision)
+        model, self.preprocess = loaded.model, loaded.preprocess
+        self.device = model.logit_scale.device
+        self.precision: Resolved = choose_precision(precision, self.device)
+        self.embed_dim = model.config.embed_dim
+        self._encode: Encode = make_once(
+            model.visual,
+            (self.precision, self.preprocess.mean, self.preprocess.std),
+            partial(build_encoder, model.visual, self.precision, self.preprocess.mean, self.preprocess.std),
+        )
 
     def read(self, picture: Picture) -> UInt8[np.ndarray, "3 H W"]:
         """Decode and resize; raises PictureError for what is no usable picture."""
@@ -66,43 +69,12 @@ class ImageTower:
     @torch.inference_mode()
     def encode(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
         """What `read` made -> features, normalised, float32 on the CPU."""
-        image = self.preprocess.normalize(pixels.to(self.device))
-        dtype = torch.bfloat16 if self.precision == "bfloat16" else self._visual.dtype
-        return F.normalize(self._visual(image.to(dtype)).float(), dim=-1).cpu()
+        return F.normalize(self._encode(pixels), dim=-1).cpu()
 
     @property
     def streams(self) -> int:
         """Batches that are best computed at the same time."""
         return count_cores() if self.device.type == "cpu" else 1
-
-
-class _Visual(nn.Module):
-    """An image tower and the type of its weights."""
-
-    def __init__(self, tower: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.tower, self.dtype = tower, dtype
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.tower(image)
-
-
-_PREPARED: WeakKeyDictionary[CLIP, tuple[object, _Visual]] = WeakKeyDictionary()
-
-
-def _prepare(model: CLIP, precision: Precision) -> _Visual:
-    """The tower with weights of that precision; converted once, and again when they have changed."""
-    if precision != "bfloat16" or model.dtype == torch.bfloat16:
-        return _Visual(model.visual, model.dtype)
-    state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.visual.state_dict().values())
-    kept = _PREPARED.get(model)
-    if kept is None or kept[0] != state:
-        tower = copy.deepcopy(model.visual).eval().requires_grad_(False).to(torch.bfloat16)
-        for module in tower.modules():
-            if isinstance(module, nn.BatchNorm2d):  # its statistics span more than eight bits can tell apart
-                module.float()
-        kept = _PREPARED[model] = state, _Visual(tower, torch.bfloat16)
-    return kept[1]
 
 
 def encode_pictures(tower: ImageTower, pictures: Iterable[Picture], batch_size: int) -> Iterator[Float[Tensor, "N E"]]:

@@ -23,6 +23,7 @@ from diptych.embed.parts import FeatureFolder, Part
 from diptych.embed.sources import Row, Source, fetch
 from diptych.embed.texts import embed_texts
 from diptych.errors import PictureError
+from diptych.model.config import Precision
 
 TEXT_BATCH = 512
 """Texts that are handed over at once."""
@@ -57,6 +58,7 @@ class Pipeline:
 
     def __init__(self, loaded: Loaded, tower: ImageTower, batch_size: int, threads: int | None = None) -> None:
         self.loaded, self.tower = loaded, tower
+        self.precision: Precision = tower.precision
         self.batch_size = batch_size
         self.threads = threads or count_cores()
         self.streams = self.threads if tower.device.type == "cpu" else 1
@@ -100,7 +102,7 @@ class Pipeline:
     def _encode(self, batch: _Batch) -> _Batch:
         if batch.contents:
             if isinstance(batch.contents[0], str):
-                features = embed_texts(self.loaded, batch.contents, precision=self.tower.precision)
+                features = embed_texts(self.loaded, batch.contents, precision=self.precision)
             else:
                 features = self.tower.encode(torch.stack(batch.contents))
             batch.features = features.numpy()

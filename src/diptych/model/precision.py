@@ -1,30 +1,30 @@
-"""How exactly a model is used: blocks of a tower, made ready once for a named precision.
+"""How exactly a model is used: what a precision's name means here, and blocks of a tower made ready for it.
 
-`exact` is the weights as they are. `bfloat16` is a copy of the linear layers in bfloat16 (8 bits of mantissa); what
-is added up over many layers, the residual stream and LayerNorm, stays float32, and so do embeddings and projections.
+`exact` and `float32` are the weights as they are. `bfloat16` is a copy whose products are computed in bfloat16 (8 bits
+of mantissa); what is added up over many layers, the residual stream and LayerNorm, stays float32, and so do embeddings
+and projections. On a CPU the copy's weights lie in the order in which oneDNN multiplies them.
 """
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diptych.errors import unknown_name
 from diptych.model.config import PRECISIONS, Precision
 from diptych.model.transformer import MLP, QuickGELU, ResidualAttentionBlock, Transformer
 
-
-class Ready(NamedTuple):
-    """The blocks of a tower, ready for inference: they are given inputs of `dtype`."""
-
-    blocks: list[ResidualAttentionBlock]
-    dtype: torch.dtype
-
+Made = TypeVar("Made")
+Resolved = Literal["exact", "float32", "bfloat16", "int8"]
 
 _State = tuple[tuple[int, int, int], ...]
-_READY: WeakKeyDictionary[Transformer, dict[torch.dtype, tuple[_State, Ready]]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[nn.Module, dict[object, tuple[_State, Any]]] = WeakKeyDictionary()
+_ROWS = 1600
+"""Rows that the order of packed weights is chosen for: a batch of pictures, a trie of texts."""
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -38,7 +38,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return has.get("amx_bf16", False) or has.get("avx512_bf16", False)
 
 
-def choose_precision(precision: Precision, device: torch.device) -> Precision:
+def choose_precision(precision: Precision, device: torch.device) -> Resolved:
     """What `auto` means on a device; any other precision is itself."""
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
@@ -47,20 +47,15 @@ def choose_precision(precision: Precision, device: torch.device) -> Precision:
     return precision
 
 
-def get_ready(transformer: Transformer, precision: Precision) -> Ready:
-    """The blocks in a precision; made once and again when a weight was changed, moved or replaced.
-
-    A change through `.data`, which PyTorch does not count, is not seen.
-    """
-    weights = list(transformer.parameters())
-    own = weights[0].dtype
-    if choose_precision(precision, weights[0].device) != "bfloat16" or own != torch.float32:
-        return Ready(transformer.blocks(), own)
-    made = _READY.setdefault(transformer, {})
-    state = tuple((id(weight), weight.data_ptr(), _changes(weight)) for weight in weights)
-    if torch.bfloat16 not in made or made[torch.bfloat16][0] != state:
-        made[torch.bfloat16] = state, Ready([to_bfloat16(block) for block in transformer.blocks()], torch.bfloat16)
-    return made[torch.bfloat16][1]
+def make_once(tower: nn.Module, key: object, make: Callable[[], Made]) -> Made:
+    """What is made of a tower's weights: kept as long as the tower, made again when a weight was changed, moved or
+    replaced. A change through `.data`, which PyTorch does not count, is not seen."""
+    made = _MADE.setdefault(tower, {})
+    state = tuple((id(weight), weight.data_ptr(), _changes(weight)) for weight in tower.parameters())
+    state += tuple((id(buffer), buffer.data_ptr(), _changes(buffer)) for buffer in tower.buffers())
+    if key not in made or made[key][0] != state:
+        made[key] = state, make()
+    return made[key][1]
 
 
 def _changes(weight: Tensor) -> int:
@@ -68,21 +63,81 @@ def _changes(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
+class Ready(NamedTuple):
+    """The blocks of a tower, ready for inference: they are given inputs of `dtype`."""
+
+    blocks: list[ResidualAttentionBlock]
+    dtype: torch.dtype
+
+
+def get_ready(transformer: Transformer, precision: Precision) -> Ready:
+    """The blocks in a precision; int8, which is for pictures, is what auto is."""
+    own = next(transformer.parameters())
+    resolved = choose_precision("auto" if precision == "int8" else precision, own.device)
+    if resolved != "bfloat16" or own.dtype != torch.float32:
+        return Ready(transformer.blocks(), own.dtype)
+    return make_once(
+        transformer,
+        torch.bfloat16,
+        lambda: Ready([to_bfloat16(block) for block in transformer.blocks()], torch.bfloat16),
+    )
+
+
 @torch.no_grad()
 def to_bfloat16(block: ResidualAttentionBlock) -> ResidualAttentionBlock:
-    """A copy whose linear layers are bfloat16 and the rest float32, without gradients."""
+    """A copy whose products are bfloat16 and the rest float32, without gradients."""
     block = copy.deepcopy(block).eval().requires_grad_(False)
-    _fold_quick_gelu(block.mlp)
-    for layer in block.modules():
-        if isinstance(layer, nn.Linear):
-            layer.to(torch.bfloat16)
+    fold_quick_gelu(block.mlp)
+    joined = _activation_that_joins(block.mlp)
+    for layer in list(block.modules()):
+        for name, child in layer.named_children():
+            if type(child) is nn.Linear:
+                setattr(layer, name, lower(child, joined if child is block.mlp.c_fc else "none"))
+    if joined != "none" and isinstance(block.mlp.c_fc, PackedLinear):
+        block.mlp.gelu = nn.Identity()
     return block
 
 
-def _fold_quick_gelu(mlp: MLP) -> None:
+def fold_quick_gelu(mlp: MLP) -> None:
     """silu(1.702 x) / 1.702 with both factors moved into the weights, before those are rounded."""
     if type(mlp.gelu) is QuickGELU and type(mlp.c_fc) is type(mlp.c_proj) is nn.Linear:
         mlp.c_fc.weight.mul_(1.702)
         mlp.c_fc.bias.mul_(1.702)
         mlp.c_proj.weight.div_(1.702)
         mlp.gelu = nn.SiLU(inplace=True)
+
+
+def _activation_that_joins(mlp: MLP) -> str:
+    """oneDNN's name of the activation, which it computes while the product is still in the cache."""
+    return {nn.SiLU: "swish", nn.GELU: "gelu"}.get(type(mlp.gelu), "none")
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bfloat16 on a CPU, then an activation; its weight lies as oneDNN multiplies it.
+
+    Packed once instead of in every call: a tenth of the time for 1,600 rows, two fifths for the 50 of one picture.
+    """
+
+    def __init__(
+        self, weight: Float[Tensor, "M K"], bias: Float[Tensor, " M"] | None, activation: str = "none"
+    ) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), _ROWS)
+        self.bias = None if bias is None else bias.detach().bfloat16()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        algorithm = "none" if self.activation == "gelu" else ""  # the exact one, by the error function
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation, [], algorithm)
+
+
+def lower(linear: nn.Linear, activation: str = "none") -> nn.Module:
+    """A linear layer in bfloat16: packed where oneDNN has it (which then also computes the activation)."""
+    if linear.weight.device.type == "cpu" and can_pack():
+        return PackedLinear(linear.weight, linear.bias, activation)
+    return linear.to(torch.bfloat16)
+
+
+def can_pack() -> bool:
+    """Whether oneDNN is there, on a processor that it multiplies bfloat16 on."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

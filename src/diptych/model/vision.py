@@ -32,16 +32,21 @@ class VisionTransformer(nn.Module):
         self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None
     ) -> Float[Tensor, "N E"]:
         """`patches` names the K patches of each picture that are seen; by default all are (FLIP, Li et al. 2023)."""
+        x = self.embed_patches(image, patches)
+        class_tokens = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        return self.ln_post(self.transformer(x, class_tokens)) @ self.proj
+
+    def embed_patches(
+        self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None
+    ) -> Float[Tensor, "N L D"]:
+        """What the blocks begin with: the class token, then the patches that are seen, each with its position."""
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [N, D, g, g] -> [N, g * g, D]
         positions = self.positional_embedding
         x = x + positions[1:]
         if patches is not None:
             x = x.gather(1, patches.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [N, K, D]
         class_token = (self.class_embedding + positions[0]).to(x.dtype).expand(x.shape[0], 1, -1)
-        x = torch.cat([class_token, x], dim=1)  # [N, K + 1, D]
-        class_tokens = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        x = self.transformer(self.ln_pre(x), class_tokens)  # [N, D]
-        return self.ln_post(x) @ self.proj
+        return self.ln_pre(torch.cat([class_token, x], dim=1))  # [N, K + 1, D]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
