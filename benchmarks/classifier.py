@@ -12,7 +12,6 @@ names share a template. Class names are ImageNet's as open_clip has them.
 # pyright: reportMissingImports=false
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -156,7 +155,7 @@ def main() -> None:
         ]
         whole = subprocess.run(
             [harness.OURS_PYTHON, __file__, "whole", folder],
-            check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(harness.ROOT / "src")},
+            check=True, stdout=subprocess.PIPE, text=True, env=harness.ours_env(),
         )  # fmt: skip
         cosines = compare(folder)
     print(f"the whole classifier, 80,000 prompts: {whole.stdout.strip()}")

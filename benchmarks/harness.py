@@ -42,6 +42,11 @@ def require_peers() -> None:
         sys.exit(f"{PEERS_PYTHON.relative_to(ROOT)} is missing: run `make peers` first")
 
 
+def ours_env() -> dict[str, str]:
+    """The environment of a process of ours: this folder's package, whatever is installed."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+
 def one_core() -> frozenset[int]:
     """The last core we may use: all contestants of a one-core case share it, so that it is no advantage."""
     return frozenset({max(os.sched_getaffinity(0))})
@@ -73,7 +78,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **contestant.env},
+            env={**ours_env(), **contestant.env},
         )
         if contestant.cores:
             os.sched_setaffinity(self.process.pid, contestant.cores)  # before it has any other thread

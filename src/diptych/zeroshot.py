@@ -4,9 +4,9 @@ Every class name is put into every template; the text features are normalised, a
 then the columns of a linear classifier (section 3.1.4). A class may have several names; all of them are averaged.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
-from diptych.embed.images import embed_images
+from diptych.embed.images import ImageTower, embed_images, encode_each
+from diptych.embed.space import hash_tower, name_space
 from diptych.embed.texts import BATCH_SIZE, embed_texts
-from diptych.errors import UsageError, unknown_name
+from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
 from diptych.model.config import Precision
 from diptych.model.precision import choose_precision
@@ -123,13 +124,21 @@ class ZeroShotClassifier:
 
     def decision_function(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Logits [N, C]: exp(t) times the cosine similarity of picture and class."""
-        features = embed_images(self.loaded, pictures, precision=self.precision)
-        scale = self.loaded.model.logit_scale.detach().exp().cpu()
-        return (scale * features @ self.weights_).numpy()
+        return self._logits(embed_images(self.loaded, pictures, precision=self.precision)).numpy()
 
     def predict_proba(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Softmax of the logits over the classes [N, C]."""
         return torch.from_numpy(self.decision_function(pictures)).softmax(dim=-1).numpy()
+
+    def predict_each(self, pictures: Iterable[Picture]) -> Iterator[NDArray[np.float32] | PictureError]:
+        """`predict_proba` of any number of pictures one after the other [C], or why one cannot be used."""
+        with closing(encode_each(ImageTower(self.loaded, self.precision), pictures)) as features:
+            for feature in features:
+                usable = not isinstance(feature, PictureError)
+                yield self._logits(feature).softmax(dim=-1).numpy() if usable else feature
+
+    def _logits(self, features: Float[Tensor, "*N E"]) -> Float[Tensor, "*N C"]:
+        return self.loaded.model.logit_scale.detach().exp().cpu() * features @ self.weights_
 
     def predict(self, pictures: Iterable[Picture]) -> NDArray[Any]:
         """The likeliest label of each picture [N]."""
@@ -145,10 +154,12 @@ def _cached_classifier(
 ) -> Float[Tensor, "E C"]:
     """Classifiers of this process by what they are made of, weights of the text tower included."""
     precision = choose_precision(precision, loaded.model.logit_scale.device)
-    digest = hashlib.sha256(repr((classnames, templates, precision, loaded.tokenizer.fingerprint)).encode())
-    for tensor in loaded.model.text.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    key = digest.hexdigest()
+    key = name_space(
+        prompts=[classnames, templates],
+        weights=hash_tower(loaded.model.text),
+        tokenizer=[loaded.tokenizer.fingerprint, loaded.tokenizer.context_length],
+        precision=precision,
+    )
     if key not in _CLASSIFIERS:
         while len(_CLASSIFIERS) >= _MAX_CACHED:
             del _CLASSIFIERS[next(iter(_CLASSIFIERS))]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diptych.ahead import map_ahead
-from diptych.embed.images import ImageTower, embed_images
+from diptych.embed.images import ImageTower, embed_images, encode_each
 from diptych.errors import PictureError
 from diptych.model.precision import choose_precision
 from samples import TINY_RESNET, TINY_VIT, encode, make_loaded, noise
@@ -139,3 +139,15 @@ def test_pictures_that_are_no_plain_rgb_are_preprocessed_exactly(mode, tmp_path)
     path = tmp_path / "a.tif"
     image.save(path)
     np.testing.assert_array_equal(preprocess.quick_pixels(path), preprocess.pixels(decode(path.read_bytes())))
+
+
+def test_what_cannot_be_used_stands_between_the_features_of_the_rest():
+    loaded = make_loaded(TINY_VIT)
+    for count, broken in ((1, {0}), (5, {2}), (21, {0, 3, 4, 5, 20})):
+        pictures = [b"no picture" if i in broken else encode(noise(seed=i)) for i in range(count)]
+        found = list(encode_each(ImageTower(loaded, "exact"), iter(pictures), 4))
+        assert {i for i, one in enumerate(found) if isinstance(one, PictureError)} == broken
+        good = [i for i in range(count) if i not in broken]
+        if good:
+            expected = embed_images(loaded, [pictures[i] for i in good])
+            torch.testing.assert_close(torch.stack([found[i] for i in good]), expected, rtol=1e-4, atol=1e-5)

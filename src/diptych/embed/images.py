@@ -6,8 +6,9 @@ the middle of a product, so nothing is lost when the cores are shared with decod
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from diptych.ahead import map_ahead
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.space import hash_tower, name_space
+from diptych.errors import PictureError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
 from diptych.model.precision import Resolved, choose_precision, make_once
@@ -41,8 +43,12 @@ def embed_images(
     fast where bfloat16 is. Raises PictureError for one that cannot be used; sort those out with
     `diptych.image.open_picture` first.
     """
-    tower = ImageTower(loaded, precision)
-    return torch.cat([torch.empty(0, tower.embed_dim), *encode_pictures(tower, pictures, batch_size)])
+    features = []
+    for feature in encode_each(ImageTower(loaded, precision), pictures, batch_size):
+        if isinstance(feature, PictureError):
+            raise feature
+        features.append(feature)
+    return torch.stack(features) if features else torch.empty(0, loaded.model.config.embed_dim)
 
 
 class ImageTower:
@@ -77,38 +83,41 @@ class ImageTower:
         return count_cores() if self.device.type == "cpu" else 1
 
 
-def encode_pictures(tower: ImageTower, pictures: Iterable[Picture], batch_size: int) -> Iterator[Float[Tensor, "N E"]]:
-    """Features of pictures in order, batch by batch; decoding goes on while the tower computes.
+def encode_each(
+    tower: ImageTower, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE
+) -> Generator[Float[Tensor, " E"] | PictureError]:
+    """The feature of each picture, or why it has none, in order; decoding goes on while the tower computes.
 
-    Raises PictureError for one that cannot be used. A single batch is computed by all cores together.
+    A single batch is computed by all cores together, several by one core each.
     """
     remaining = iter(pictures)
     first = list(islice(remaining, batch_size))
-    rest = list(islice(remaining, 1))
-    if not rest:
-        if first:
-            pixels = [torch.from_numpy(tower.read(picture)) for picture in first]
-            yield tower.encode(torch.stack(pixels))
+    second = list(islice(remaining, 1))
+
+    def read(picture: Picture) -> UInt8[np.ndarray, "3 H W"] | PictureError:
+        try:
+            return tower.read(picture)
+        except PictureError as error:
+            return error
+
+    def encode(some: list[UInt8[np.ndarray, "3 H W"] | PictureError]) -> list[Tensor | PictureError]:
+        pixels = [torch.from_numpy(one) for one in some if not isinstance(one, PictureError)]
+        features = iter(tower.encode(torch.stack(pixels)) if pixels else ())
+        return [one if isinstance(one, PictureError) else next(features) for one in some]
+
+    if not second:
+        yield from encode([read(picture) for picture in first])
         return
-
-    def everything() -> Iterator[Picture]:
-        yield from first
-        yield from rest
-        yield from remaining
-
-    threads = tower.streams
-    decoded = map_ahead(
-        tower.read, everything(), threads=count_cores(), ahead=(threads + 2) * batch_size, prepare=work_alone
-    )
-    try:
-        yield from compute_ahead(tower.encode, _stack(decoded, batch_size), threads)
-    finally:
-        decoded.close()
+    threads, ahead = tower.streams, (tower.streams + 2) * batch_size
+    decoded = map_ahead(read, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=work_alone)
+    with closing(decoded), closing(compute_ahead(encode, _split(decoded, batch_size), threads)) as batches:
+        for batch in batches:
+            yield from batch
 
 
-def _stack(pixels: Iterator[UInt8[np.ndarray, "3 H W"]], batch_size: int) -> Iterator[UInt8[Tensor, "N 3 H W"]]:
-    while some := list(islice(pixels, batch_size)):
-        yield torch.from_numpy(np.stack(some))
+def _split(items: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    while some := list(islice(items, size)):
+        yield some
 
 
 def compute_ahead(function: Callable[[Batch], Result], batches: Iterable[Batch], streams: int) -> Generator[Result]:
