@@ -25,6 +25,7 @@ from diptych.image import Picture, Preprocess, open_picture
 from diptych.model.clip import CLIP
 from diptych.model.config import Precision
 from diptych.model.precision import choose_precision
+from diptych.model.vision import VisionTransformer
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -47,13 +48,20 @@ def embed_images(
 
 
 class ImageTower:
-    """Pictures to normalised features, in one of the precisions. Called from any number of threads."""
+    """Pictures to normalised features, in one of the precisions. Called from any number of threads.
 
-    def __init__(self, loaded: Loaded, precision: Precision = "auto") -> None:
+    With `pooled` the features are those before the projection into the joint space, as they are: what linear probes
+    want, and from which `project` makes the others. A ResNet has only one kind.
+    """
+
+    def __init__(self, loaded: Loaded, precision: Precision = "auto", *, pooled: bool = False) -> None:
         self.device = loaded.model.logit_scale.device
         self.precision: Precision = choose_precision(precision, self.device)
         self.preprocess: Preprocess = loaded.preprocess
-        self.embed_dim = loaded.model.config.embed_dim
+        self.pooled = pooled
+        self.embed_dim: int = loaded.model.config.embed_dim
+        if pooled and isinstance(visual := loaded.model.visual, VisionTransformer):
+            self.embed_dim = visual.proj.shape[0]
         self._visual = _prepare(loaded.model, self.precision)
 
     def read(self, picture: Picture) -> UInt8[np.ndarray, "3 H W"]:
@@ -68,7 +76,8 @@ class ImageTower:
         """What `read` made -> features, normalised, float32 on the CPU."""
         image = self.preprocess.normalize(pixels.to(self.device))
         dtype = torch.bfloat16 if self.precision == "bfloat16" else self._visual.dtype
-        return F.normalize(self._visual(image.to(dtype)).float(), dim=-1).cpu()
+        features = self._visual(image.to(dtype), self.pooled).float()
+        return (features if self.pooled else F.normalize(features, dim=-1)).cpu()
 
     @property
     def streams(self) -> int:
@@ -83,7 +92,9 @@ class _Visual(nn.Module):
         super().__init__()
         self.tower, self.dtype = tower, dtype
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, pooled: bool = False) -> Tensor:
+        if pooled and isinstance(self.tower, VisionTransformer):
+            return self.tower.pool(image)
         return self.tower(image)
 
 
@@ -103,6 +114,15 @@ def _prepare(model: CLIP, precision: Precision) -> _Visual:
                 module.float()
         kept = _PREPARED[model] = state, _Visual(tower, torch.bfloat16)
     return kept[1]
+
+
+@torch.inference_mode()
+def project(loaded: Loaded, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+    """Features before the projection -> features of the joint space, normalised, float32 on the CPU."""
+    visual = loaded.model.visual
+    if isinstance(visual, VisionTransformer):
+        pooled = pooled.to(visual.proj.device) @ visual.proj.float()
+    return F.normalize(pooled, dim=-1).cpu()
 
 
 def encode_pictures(tower: ImageTower, pictures: Iterable[Picture], batch_size: int) -> Iterator[Float[Tensor, "N E"]]:
@@ -160,13 +180,14 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def image_space(loaded: Loaded, precision: Precision) -> str:
-    """Names the space that image features lie in: equal for equal weights, preprocessing and precision."""
+def image_space(loaded: Loaded, precision: Precision, *, pooled: bool = False) -> str:
+    """Names the space that image features lie in: equal for equal weights, preprocessing and precision. Features before
+    the projection lie in another."""
     model = loaded.model
     resolved = choose_precision(precision, model.logit_scale.device)
     config = to_dict(model.config)
     return name_space(
-        kind="image",
+        kind="pooled image" if pooled else "image",
         weights=hash_tower(model.visual),
         model={key: config[key] for key in ("vision", "embed_dim", "activation")},
         preprocess=to_dict(loaded.preprocess),

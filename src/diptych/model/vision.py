@@ -32,6 +32,10 @@ class VisionTransformer(nn.Module):
         self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None
     ) -> Float[Tensor, "N E"]:
         """`patches` names the K patches of each picture that are seen; by default all are (FLIP, Li et al. 2023)."""
+        return self.pool(image, patches) @ self.proj
+
+    def pool(self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None) -> Float[Tensor, "N D"]:
+        """What is projected: the features that the paper's linear probes are trained on (Appendix A.3)."""
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [N, D, g, g] -> [N, g * g, D]
         positions = self.positional_embedding
         x = x + positions[1:]
@@ -41,7 +45,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([class_token, x], dim=1)  # [N, K + 1, D]
         class_tokens = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         x = self.transformer(self.ln_pre(x), class_tokens)  # [N, D]
-        return self.ln_post(x) @ self.proj
+        return self.ln_post(x)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,0 +1,74 @@
+"""Which templates help: the bare name, one sentence, the ensemble, and the paper's forward selection among them.
+
+All of it is arithmetic on one table, the embedding of every class in every template: an ensemble is the normalised mean
+of some of its rows (section 3.1.4), so that no text is embedded twice.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.checkpoint.loaded import Loaded
+from diptych.embed.texts import embed_texts
+from diptych.evaluate.metrics import Metric
+from diptych.model.config import Precision
+from diptych.zeroshot import Classnames, fill_template, names_of_classes
+
+BARE, SIMPLE = "{}", "a photo of a {}."
+KEPT = 1 << 28
+"""Products of pictures and classes, over all templates, that are kept in memory (floats)."""
+
+
+def embed_templates(
+    loaded: Loaded, classnames: Classnames, templates: Sequence[str], *, precision: Precision = "exact"
+) -> Float[Tensor, "T C E"]:
+    """Every class in every template: the mean over the class's names."""
+    names = names_of_classes(classnames)
+    sizes = [len(entry) for entry in names]
+    flat = [name for entry in names for name in entry]
+    rows = []
+    for template in templates:
+        features = embed_texts(loaded, [fill_template(template, name) for name in flat], precision=precision)
+        rows.append(torch.stack([part.mean(dim=0) for part in features.split(sizes)]))
+    return torch.stack(rows)
+
+
+def join_templates(table: Float[Tensor, "T C E"]) -> Float[Tensor, "E C"]:
+    """The classifier of an ensemble, as `build_classifier` makes it of names and templates."""
+    return F.normalize(table.mean(dim=0), dim=-1).T.contiguous()
+
+
+def search_templates(
+    features: Float[Tensor, "N E"], labels: Tensor, table: Float[Tensor, "T C E"], metric: Metric
+) -> list[tuple[int, float]]:
+    """Forward selection: the template that helps the ensemble most comes in, until none helps. Template and value with
+    it, in order; of equal ones the first of the list."""
+    count = len(table)
+    keep = count * len(features) * table.shape[1] <= KEPT
+    products = [features @ classes.T for classes in table] if keep else None
+    chosen: list[tuple[int, float]] = []
+    total = torch.zeros_like(table[0])
+    of_total = torch.zeros(len(features), table.shape[1]) if keep else None
+    best = -1.0
+    while len(chosen) < count:
+        left = [t for t in range(count) if t not in {number for number, _ in chosen}]
+        values = []
+        for t in left:
+            length = (total + table[t]).norm(dim=-1).clamp(min=1e-12)
+            if products is not None and of_total is not None:
+                scores = (of_total + products[t]) / length
+            else:
+                scores = features @ ((total + table[t]) / length[:, None]).T
+            values.append(metric(scores, labels))
+        value = max(values)
+        if value <= best:
+            break
+        number, best = left[values.index(value)], value
+        chosen.append((number, value))
+        total = total + table[number]
+        if products is not None and of_total is not None:
+            of_total = of_total + products[number]
+    return chosen
