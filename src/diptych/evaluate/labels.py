@@ -66,7 +66,8 @@ def _classes_of_source(
         names = tuple(sorted(strings))
         number = {name: i for i, name in enumerate(names)}
         numbers = tuple(tuple(number[str(one)] for one in several) for several in labels)
-    return numbers, tuple((name.replace("_", " "),) for name in names)
+    spelled = [name.replace("_", " ") for name in names] if samples.layout == "folders" else names
+    return numbers, tuple((name,) for name in spelled)
 
 
 def _base_numbers(

@@ -145,7 +145,7 @@ def zero_shot_scores(task: Task) -> Tensor:
     """Logits of the test split [N, C]."""
     numbered = task.test.numbered
     weights = build_classifier(task.loaded, numbered.names, numbered.templates, precision=task.config.precision)
-    return task.scale * (task.test.embedded.joint @ weights.cpu())
+    return (task.scale * task.test.embedded.joint) @ weights.cpu()  # in the order that others multiply in
 
 
 def prompts(task: Task) -> tuple[Result, Arrays]:
