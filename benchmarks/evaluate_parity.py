@@ -3,9 +3,10 @@
     python benchmarks/evaluate_parity.py [--data FOLDER] [--model MODEL]
 
 Four datasets are written in the wds layout: scikit-learn's digits and, from FOLDER (two tars of labelled and captioned
-pictures; without it nothing is written down), emoji by class, emoji by several labels, and pictures with several captions. We compute
-the features of pictures and prompts; CLIP_benchmark reads the same folders with its own code, is given those features
-by place and by text, and says what they are worth. A prompt that we would not have made is an error there.
+pictures; without it nothing is written down), emoji by class, emoji by several labels, and pictures with several
+captions. We compute the features of pictures and prompts; CLIP_benchmark reads the same folders with its own code, is
+given those features by place and by text, and says what they are worth. A prompt that we would not have made is an
+error there.
 
 Each dataset comes twice: with the pictures' own features, and with features that were made of the texts', with noise (a
 model of random weights alone is right by chance, which hides much).

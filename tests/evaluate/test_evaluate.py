@@ -124,7 +124,7 @@ def test_several_labels_are_ranked_by_their_softmax(model, tmp_path):
     (result,) = evaluate(model, tmp_path, suite).results
     assert result.metric == "map_11_point"
     assert 0 < result.value <= 1
-    assert result.chance == pytest.approx((6 / 24 * 3 + 1) / 4)
+    assert (6 / 24 * 3 + 1) / 4 < result.chance < 0.7  # the share of positives, and what the best of a few gives
     kept = np.load(tmp_path / "results" / "tiny" / "multi" / "zeroshot.npz")
     assert kept["labels"].shape == (24, 4)
 

@@ -16,7 +16,8 @@ from diptych.evaluate.metrics import wilson_interval
 TIMES = 3.0
 """A better order of the labels is reported if it makes accuracy this many times as high, or surely higher."""
 SURELY = 0.05
-"""... by at least so much, and beyond both intervals."""
+"""... by at least so much, and beyond both intervals (three standard deviations)."""
+_Z = 3.0
 
 
 def assign(gain: Float[np.ndarray, "C C"]) -> Int[np.ndarray, " C"]:
@@ -77,9 +78,9 @@ def find_permutation(predicted: Int[Tensor, " N"], labels: Int[Tensor, " N"], cl
     held = labels[hold]
     before = (predicted[hold] == held).double().mean().item()
     after = (predicted[hold] == columns[held]).double().mean().item()
-    surely = wilson_interval(after, len(held))[0] > wilson_interval(before, len(held))[1] and after - before >= SURELY
-    many = after >= TIMES * before and wilson_interval(after, len(held))[0] > before and after - before >= SURELY
-    if not surely and not many:
+    least, most = wilson_interval(after, len(held), _Z)[0], wilson_interval(before, len(held), _Z)[1]
+    many = after >= TIMES * before and least > max(before, 1 / classes)
+    if after - before < SURELY or not (least > most or many):
         return None
     return Permutation(before=before, after=after, columns=tuple(columns.tolist()))
 

@@ -169,7 +169,9 @@ def chance(metric: str, classes: int, labels: Tensor | None = None) -> float | N
         case "roc_auc":
             return 0.5
         case "map_11_point" | "mean_average_precision" if labels is not None:
-            return labels.double().mean().item()  # the precision at every recall, for many pictures
+            generator = torch.Generator().manual_seed(0)
+            drawn = [METRICS[metric](torch.rand(labels.shape, generator=generator), labels) for _ in range(10)]
+            return sum(drawn) / len(drawn)
     return None
 
 
