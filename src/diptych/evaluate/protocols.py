@@ -40,7 +40,7 @@ NATURAL: Mapping[str, Protocol] = {
 """What is done with a kind of dataset if nothing else is asked for."""
 ALLOWED: Mapping[str, tuple[Protocol, ...]] = {
     "single": ("zeroshot", "prompts", "probe", "fewshot", "overlap"),
-    "multi": ("zeroshot", "prompts", "probe"),
+    "multi": ("zeroshot", "prompts", "probe", "fewshot"),
     "captions": ("retrieval",),
     "frames": ("temporal",),
 }
@@ -266,7 +266,7 @@ def probe(task: Task) -> tuple[Result, Arrays]:
         "l2": report.l2,
         "validation": [list(pair) for pair in report.validation],
         "validation_value": report.value,
-        "train_images": len(train.embedded.kept) + (len(val.embedded.kept) if val is not None else 0),
+        "train_images": report.train_images,
         "converged": report.converged,
         "seconds": report.seconds,
     }
@@ -278,38 +278,41 @@ def few_shot(task: Task) -> tuple[Result, Arrays]:
     from diptych.evaluate import fewshot  # pyright: ignore[reportAttributeAccessIssue]
 
     kind, train = task.used.dataset.kind, _train(task)
-    labels, classes = train.labels(kind), len(task.test.numbered.names)
-    fewest = int(torch.bincount(labels, minlength=classes).min())
-    shots = [count for count in task.config.shots if count <= fewest]
-    if not shots:
-        raise UsageError(f"a class has {fewest} training pictures, too few for {task.config.shots} shots")
+    classes = len(task.test.numbered.names)
     report = fewshot.few_shot(
         train.embedded.pooled,
-        labels,
+        train.labels(kind),
         task.test.embedded.pooled,
         task.test.labels(kind),
         classes=classes,
-        shots=shots,
+        shots=task.config.shots,
         seeds=task.config.seeds,
         metric=METRICS[task.used.metric],
     )
-    values = {count: [float(value) for value in report.values[count]] for count in shots}
-    means = {count: sum(several) / len(several) for count, several in values.items()}
+    means = report.means()
+    most = max(means)
     zero, full = task.earlier.get("zeroshot"), task.earlier.get("probe")
     efficiency = None
-    if zero is not None and full is not None:
-        each = full.details["train_images"] / classes
-        efficiency = fewshot.data_efficiency(zero.value, means, (each, full.value))
+    if zero is not None:
+        each = (full.details["train_images"] / classes, full.value) if full is not None else None
+        efficiency = fewshot.data_efficiency(zero.value, means, each)
+    warnings = [
+        f"{count} shots were left out: {few} classes have fewer training pictures"
+        for count, few in report.skipped.items()
+    ]
     result = task.result(
         "fewshot",
         task.used.metric,
-        means[shots[-1]],
-        metrics={f"{count}_shot": mean for count, mean in means.items()} | {task.used.metric: means[shots[-1]]},
-        chance=metrics.chance(task.used.metric, classes),
+        means[most],
+        metrics={f"{count}_shot": mean for count, mean in means.items()} | {task.used.metric: means[most]},
+        chance=metrics.chance(task.used.metric, classes, task.test.labels(kind)),
+        warnings=warnings,
         details={
-            "shots": {str(count): several for count, several in values.items()},
-            "train_images": len(train.embedded.kept),
+            "shots": {str(count): list(values) for count, values in report.values.items()},
+            "train_images": {str(count): images for count, images in report.train_images.items()},
             "efficiency": efficiency,
+            "l2": report.l2,
+            "seconds": report.seconds,
         },
     )
     return result, {}
