@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import combinations
 
 import jobs
@@ -16,10 +17,11 @@ from exams import NAMES, pictures, write_own, write_shapes, write_wds
 
 from diptych.checkpoint import layouts
 from diptych.embed.images import embed_images
+from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.metrics import accuracy
-from diptych.evaluate.prompts import embed_templates, join_templates, search_templates
+from diptych.evaluate.prompts import build_weights, embed_templates, join_templates, search_templates
 from diptych.evaluate.run import run
 from diptych.zeroshot import ZeroShotClassifier, build_classifier
 from samples import TINY_VIT, make_loaded
@@ -43,11 +45,17 @@ def evaluate(model, tmp_path, suite, **options):
 # --- prompts ---
 
 
-def test_joined_templates_are_the_classifier_of_the_zero_shot_room():
+def test_joined_templates_are_the_classifier_of_the_zero_shot_room(monkeypatch):
     loaded = make_loaded(TINY_VIT)
     names = [["circle", "disc"], "square", ["cross"]]
-    table = embed_templates(loaded, names, TEMPLATES)
-    torch.testing.assert_close(join_templates(table), build_classifier(loaded, names, TEMPLATES), atol=1e-6, rtol=0)
+    expected = build_classifier(loaded, names, TEMPLATES)
+    table = embed_templates(partial(embed_texts, loaded), names, TEMPLATES)
+    torch.testing.assert_close(join_templates(table), expected, atol=1e-6, rtol=0)
+    for at_once in (1, 9, 1000):
+        monkeypatch.setattr("diptych.evaluate.prompts.CLASSES", at_once)
+        torch.testing.assert_close(
+            build_weights(partial(embed_texts, loaded), names, TEMPLATES), expected, atol=1e-6, rtol=0
+        )
 
 
 def greedy(features, labels, table, metric):

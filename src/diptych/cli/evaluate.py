@@ -1,6 +1,8 @@
 """`diptych evaluate`."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,10 @@ from diptych.model.config import Activation, Precision
 if TYPE_CHECKING:
     from diptych.evaluate.results import Result
     from diptych.evaluate.run import EvaluateProgress, EvaluateReport
+
+
+_WIDTH = 160
+"""Of a table that goes into a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +129,6 @@ class _Bar:
 
 def _is_first() -> bool:
     """Whether this process is the one of a job that speaks."""
-    import os
-
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
@@ -139,7 +143,7 @@ def print_report(report: "EvaluateReport", *, as_json: bool) -> None:
         more = {"resumed": report.resumed, "missing": dict(report.missing), "refused": refused}
         print(json.dumps({"results": results, **more, "out": str(report.out), "seconds": round(report.seconds, 3)}))
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     if report.results:
         console.print(_table(report.results))
     for result in report.results:

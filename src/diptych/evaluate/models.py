@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
 from diptych.checkpoint.sources import HUB
+from diptych.embed.cache import FeatureCache, content_key
 from diptych.embed.images import image_space
-from diptych.embed.texts import text_space
+from diptych.embed.texts import embed_texts, text_space
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
+from diptych.evaluate.prompts import EmbedTexts
 from diptych.evaluate.results import ModelFacts
 from diptych.model.cost import image_tower
 from diptych.ranks import Ranks
@@ -29,6 +32,8 @@ class OpenedModel:
     loaded: Loaded
     facts: ModelFacts
     text_space: str
+    embed_texts: EmbedTexts
+    """Through the cache."""
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
@@ -52,7 +57,7 @@ def _name_of(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", source.removeprefix(HUB)).strip("-.")
 
 
-def open_model(name: str, source: str, config: EvaluateConfig, us: Ranks) -> OpenedModel:
+def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCache, us: Ranks) -> OpenedModel:
     """Load a model to where it is to be computed."""
     device = config.device
     if device == "auto":
@@ -67,4 +72,13 @@ def open_model(name: str, source: str, config: EvaluateConfig, us: Ranks) -> Ope
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         gflops=round(image_tower(loaded.model.config).flops / 1e9, 3),
     )
-    return OpenedModel(name=name, loaded=loaded, facts=facts, text_space=text_space(loaded, config.precision))
+    space = text_space(loaded, config.precision)
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        return cache.features(
+            space,
+            [content_key(text) for text in texts],
+            lambda missing: embed_texts(loaded, [texts[i] for i in missing], precision=config.precision),
+        )
+
+    return OpenedModel(name=name, loaded=loaded, facts=facts, text_space=space, embed_texts=embed)

@@ -4,34 +4,48 @@ All of it is arithmetic on one table, the embedding of every class in every temp
 of some of its rows (section 3.1.4), so that no text is embedded twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.checkpoint.loaded import Loaded
-from diptych.embed.texts import embed_texts
 from diptych.evaluate.metrics import Metric
-from diptych.model.config import Precision
 from diptych.zeroshot import Classnames, fill_template, names_of_classes
 
 BARE, SIMPLE = "{}", "a photo of a {}."
+CLASSES = 16_384
+"""Prompts that are embedded at once."""
 KEPT = 1 << 28
 """Products of pictures and classes, over all templates, that are kept in memory (floats)."""
 
 
-def embed_templates(
-    loaded: Loaded, classnames: Classnames, templates: Sequence[str], *, precision: Precision = "exact"
-) -> Float[Tensor, "T C E"]:
+EmbedTexts = Callable[[Sequence[str]], Tensor]
+"""Texts to their features [N, E], normalised."""
+
+
+def build_weights(embed: EmbedTexts, classnames: Classnames, templates: Sequence[str]) -> Float[Tensor, "E C"]:
+    """What `diptych.zeroshot.build_classifier` builds, of features that `embed` may have kept from before."""
+    names = names_of_classes(classnames)
+    step = max(1, CLASSES // len(templates))
+    means: list[Tensor] = []
+    for start in range(0, len(names), step):
+        some = names[start : start + step]
+        texts = [fill_template(template, name) for entry in some for name in entry for template in templates]
+        parts = embed(texts).split([len(entry) * len(templates) for entry in some])
+        means += [part.mean(dim=0) for part in parts]
+    return F.normalize(torch.stack(means), dim=-1).T.contiguous()
+
+
+def embed_templates(embed: EmbedTexts, classnames: Classnames, templates: Sequence[str]) -> Float[Tensor, "T C E"]:
     """Every class in every template: the mean over the class's names."""
     names = names_of_classes(classnames)
     sizes = [len(entry) for entry in names]
     flat = [name for entry in names for name in entry]
     rows = []
     for template in templates:
-        features = embed_texts(loaded, [fill_template(template, name) for name in flat], precision=precision)
+        features = embed([fill_template(template, name) for name in flat])
         rows.append(torch.stack([part.mean(dim=0) for part in features.split(sizes)]))
     return torch.stack(rows)
 

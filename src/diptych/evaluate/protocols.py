@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diptych.checkpoint.loaded import Loaded
-from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
 from diptych.evaluate import metrics, overlap
 from diptych.evaluate.classify import Scored, check_scores, score_multi, score_single
@@ -21,11 +19,18 @@ from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.features import Embedded
 from diptych.evaluate.labels import Numbered
 from diptych.evaluate.metrics import METRICS, wilson_interval
-from diptych.evaluate.prompts import BARE, SIMPLE, embed_templates, join_templates, search_templates
+from diptych.evaluate.prompts import (
+    BARE,
+    SIMPLE,
+    EmbedTexts,
+    build_weights,
+    embed_templates,
+    join_templates,
+    search_templates,
+)
 from diptych.evaluate.registry import Used
 from diptych.evaluate.results import Protocol, Result
 from diptych.evaluate.sources import Samples
-from diptych.zeroshot import build_classifier
 
 Arrays = Mapping[str, np.ndarray]
 KS = (1, 5, 10)
@@ -86,7 +91,9 @@ class Task:
 
     config: EvaluateConfig
     model: str
-    loaded: Loaded
+    logit_scale: float
+    """What the model multiplies cosines with."""
+    embed_texts: EmbedTexts
     used: Used
     splits: Mapping[str, Split]
     earlier: Mapping[Protocol, Result] = field(default_factory=dict)
@@ -99,7 +106,7 @@ class Task:
     @property
     def scale(self) -> float:
         """What cosines are multiplied with."""
-        return 100.0 if self.used.profile == "clip_benchmark" else self.loaded.model.logit_scale.exp().item()
+        return 100.0 if self.used.profile == "clip_benchmark" else self.logit_scale
 
     def result(self, protocol: Protocol, metric: str, value: float, **fields: Any) -> Result:
         """A Result of this task."""
@@ -144,8 +151,8 @@ def zero_shot(task: Task) -> tuple[Result, Arrays]:
 def zero_shot_scores(task: Task) -> Tensor:
     """Logits of the test split [N, C]."""
     numbered = task.test.numbered
-    weights = build_classifier(task.loaded, numbered.names, numbered.templates, precision=task.config.precision)
-    return (task.scale * task.test.embedded.joint) @ weights.cpu()  # in the order that others multiply in
+    weights = build_weights(task.embed_texts, numbered.names, numbered.templates)
+    return (task.scale * task.test.embedded.joint) @ weights  # in the order that others multiply in
 
 
 def prompts(task: Task) -> tuple[Result, Arrays]:
@@ -153,7 +160,7 @@ def prompts(task: Task) -> tuple[Result, Arrays]:
     training pictures if there are any)."""
     numbered, kind = task.test.numbered, task.used.dataset.kind
     templates = list(dict.fromkeys((BARE, SIMPLE, *numbered.templates)))
-    table = embed_templates(task.loaded, numbered.names, templates, precision=task.config.precision).cpu()
+    table = embed_templates(task.embed_texts, numbered.names, templates)
     labels, features = task.test.labels(kind), task.test.embedded.joint
 
     def value(chosen: Sequence[str], features: Tensor = features, labels: Tensor = labels) -> float:
@@ -202,7 +209,7 @@ def retrieve(task: Task) -> tuple[Result, Arrays]:
     captions = [[str(one) for one in as_captions(test.samples.labels[i])] for i in test.embedded.kept]
     texts = [task.used.prefix + caption for several in captions for caption in several]
     of_text = torch.tensor([i for i, several in enumerate(captions) for _ in several])
-    features = embed_texts(task.loaded, texts, precision=task.config.precision).cpu()
+    features = task.embed_texts(texts)
     found = dict(metrics.retrieval(test.embedded.joint, features, KS, image_of_text=of_text))
     trials = {"image": len(texts), "text": len(captions)}
     intervals = {name: wilson_interval(value, trials[name.split("_")[0]]) for name, value in found.items()}

@@ -148,7 +148,7 @@ class _Run:
         try:
             for name, source in names.items():
                 with torch.inference_mode():
-                    self._run_model(open_model(name, source, self.config, self.us), datasets, places, cache)
+                    self._run_model(open_model(name, source, self.config, cache, self.us), datasets, places, cache)
         finally:
             cache.close()
         return EvaluateReport(
@@ -266,7 +266,8 @@ class _RunDataset:
             task = Task(
                 config=config,
                 model=self.model.name,
-                loaded=self.model.loaded,
+                logit_scale=self.model.loaded.model.logit_scale.exp().item(),
+                embed_texts=self.model.embed_texts,
                 used=used,
                 splits=splits,
                 earlier=earlier,
