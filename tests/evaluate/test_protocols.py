@@ -23,6 +23,7 @@ from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.metrics import accuracy
 from diptych.evaluate.prompts import build_weights, embed_templates, join_templates, search_templates
 from diptych.evaluate.run import run
+from diptych.evaluate.step import NEEDED
 from diptych.zeroshot import ZeroShotClassifier, build_classifier
 from samples import TINY_VIT, make_loaded
 
@@ -187,6 +188,17 @@ def test_a_probe_without_training_pictures_is_refused_and_the_rest_done(model, t
     assert [(one.protocol, one.reason) for one in report.refused] == [("probe", "mine has no train split here")]
 
 
+def test_a_train_split_that_is_damaged_refuses_only_what_needs_it(model, tmp_path):
+    write_shapes(tmp_path / "shapes")
+    write_shapes(tmp_path / "shapes", split="train")
+    (tmp_path / "shapes" / "train" / "1.tar").unlink()
+    report = evaluate(model, tmp_path, write_own(tmp_path / "mine.toml"), protocols=("zeroshot", "prompts"))
+    assert [result.protocol for result in report.results] == ["zeroshot"]
+    (refused,) = report.refused
+    assert (refused.protocol, refused.reason[:6]) == ("prompts", "train:")
+    assert "lacks 1 of 2 shards: 1.tar" in refused.reason
+
+
 # --- what is doubtful or refused ---
 
 
@@ -270,8 +282,6 @@ def test_two_ranks_write_what_one_writes(model, tmp_path):
 
 def test_every_pair_of_protocols_keeps_its_order():
     """Later ones look at the results of earlier ones."""
-    from diptych.evaluate.run import NEEDED
-
     order = list(NEEDED)
     for first, second in combinations(("zeroshot", "probe", "fewshot"), 2):
         assert order.index(first) < order.index(second)

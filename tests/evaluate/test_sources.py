@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,10 +16,13 @@ from exams import NAMES, npy, pictures, write_captions, write_own, write_shapes,
 from diptych.checkpoint import layouts
 from diptych.embed.sources import fetch
 from diptych.errors import DatasetError, DownloadError, NotFoundError, UsageError
+from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.labels import number_labels
 from diptych.evaluate.places import fetch_wds, locate
 from diptych.evaluate.registry import Place, load_dataset, load_own
-from diptych.evaluate.sources import Samples, find_layout, open_samples
+from diptych.evaluate.run import run
+from diptych.evaluate.samples import Samples
+from diptych.evaluate.sources import find_layout, open_samples
 from samples import TINY_VIT, make_loaded, write_samples, write_tar
 
 
@@ -331,6 +335,21 @@ def test_a_folder_at_a_url_is_fetched_whole(server, tmp_path):
     assert not (tmp_path / "other" / "test" / "1.tar").exists()
     with pytest.raises(DownloadError, match="404"):
         fetch_wds(f"{url}/shapes", tmp_path / "other", "train")
+
+
+def test_a_dataset_of_ones_own_may_lie_at_a_url(server, tmp_path):
+    _, url = server
+    layouts.save(make_loaded(TINY_VIT), tmp_path / "model", "diptych")
+    suite = write_own(tmp_path / "mine.toml", data=f"path = '{url}/shapes'")
+    config = EvaluateConfig(
+        models=(str(tmp_path / "model"),), suite=(str(suite),), data=tmp_path / "data", out=tmp_path / "out"
+    )
+    with pytest.raises(NotFoundError, match=rf"mine: {url}/shapes"):
+        run(config)
+    (tmp_path / "data" / "mine" / "test").mkdir(parents=True)  # a transfer that broke off
+    (tmp_path / "data" / "mine" / "test" / "nshards.txt").write_text("2")
+    (result,) = run(replace(config, download=True)).results
+    assert result.images == 24
 
 
 class Hub(BaseHTTPRequestHandler):

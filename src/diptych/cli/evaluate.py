@@ -19,7 +19,8 @@ from diptych.model.config import Activation, Precision
 
 if TYPE_CHECKING:
     from diptych.evaluate.results import Result
-    from diptych.evaluate.run import EvaluateProgress, EvaluateReport
+    from diptych.evaluate.run import EvaluateReport
+    from diptych.evaluate.step import EvaluateProgress
 
 
 _WIDTH = 160

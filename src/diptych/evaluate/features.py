@@ -20,7 +20,7 @@ from diptych.embed.cache import FeatureCache, content_key
 from diptych.embed.images import ImageTower, compute_ahead, count_cores, image_space, project, work_alone
 from diptych.embed.sources import Row, fetch
 from diptych.errors import DatasetError, PictureError
-from diptych.evaluate.sources import Samples
+from diptych.evaluate.samples import Samples
 from diptych.image import open_picture
 from diptych.model.config import Precision
 from diptych.ranks import Ranks

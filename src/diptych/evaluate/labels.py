@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from diptych.errors import DatasetError
 from diptych.evaluate.registry import OWN, Dataset, Place, Used, match_classes, match_names
-from diptych.evaluate.sources import Samples
+from diptych.evaluate.samples import Samples
 
 Several = tuple[int | str, ...]
 

@@ -30,7 +30,7 @@ from diptych.evaluate.prompts import (
 )
 from diptych.evaluate.registry import Used
 from diptych.evaluate.results import Protocol, Result
-from diptych.evaluate.sources import Samples
+from diptych.evaluate.samples import Samples
 
 Arrays = Mapping[str, np.ndarray]
 KS = (1, 5, 10)

@@ -11,97 +11,25 @@ What is damaged or not there is an error with a reason, since a set that is near
 right. Pictures themselves are looked at when they are embedded. Nothing here imports torch.
 """
 
-import csv
 import io
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
-from diptych.embed.sources import Extent, ParquetSource, Row
+from diptych.embed.sources import Extent, Row
 from diptych.errors import DatasetError, NotFoundError, ShardError, UsageError
 from diptych.evaluate.registry import Kind, Place
+from diptych.evaluate.samples import Label, ListedRows, Samples, plain_label
+from diptych.evaluate.tables import open_csv, open_parquet
 from diptych.shards.dataset import load_dataset
 from diptych.shards.index import IMAGE_SUFFIXES
 from diptych.shards.members import Member, iter_members
 
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
-_SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})")
-Label = int | str | tuple[int, ...] | tuple[str, ...]
-"""A class by number or name; several of them; or captions."""
-
-
-@dataclass
-class Samples:
-    """One split of a dataset, opened."""
-
-    path: Path
-    layout: str
-    keys: list[str] = field(default_factory=list)
-    labels: list[Label] = field(default_factory=list)
-    rows: "Rows" = field(default_factory=lambda: ListedRows([]))
-    classnames: tuple[str, ...] | None = None
-    """What the source calls its classes, in the order of its numbers; None if it does not say."""
-    templates: tuple[str, ...] | None = None
-    """That the source brings."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Reason -> samples without a usable label."""
-    sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of frames: an anchor -> its neighbours."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal keys, labels and class names; the pictures' content is not looked at."""
-        digest = xxhash.xxh3_128()
-        for part in (self.classnames, self.templates, self.sets, *zip(self.keys, self.labels, strict=True)):
-            digest.update(f"{part!r}\n".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
-
-
-@dataclass
-class ListedRows:
-    """Where every picture lies: a file, or a stretch of one."""
-
-    rows: list[Row]
-
-    def read(self, wanted: Sequence[int]) -> Iterator[Row]:
-        return (self.rows[i] for i in wanted)
-
-
-@dataclass
-class ColumnRows:
-    """Pictures of a column, in several files one behind the other."""
-
-    files: list[ParquetSource]
-    kept: list[int]
-    """Rows of all files together that are samples."""
-
-    def read(self, wanted: Sequence[int]) -> Iterator[Row]:
-        """In rising order: every file is read once."""
-        missing = iter([self.kept[i] for i in wanted])
-        row, before = next(missing, None), 0
-        for file in self.files:
-            if row is not None and row < before + file.rows:
-                for number, found in enumerate(file.read(row - before, file.rows), row):
-                    if number == row:
-                        yield found
-                        if (row := next(missing, None)) is None or row >= before + file.rows:
-                            break
-            before += file.rows
-
-
-Rows = ListedRows | ColumnRows
 
 
 def open_samples(place: Place, root: Path, split: str, kind: Kind) -> Samples:
@@ -266,170 +194,6 @@ def _open_folders(path: Path, split: str, _place: Place, kind: Kind) -> Samples:
     return samples
 
 
-# --- Parquet ---
-
-
-def _open_parquet(path: Path, split: str, place: Place, kind: Kind) -> Samples:
-    samples = Samples(path, "parquet")
-    files, kept, before = [], [], 0
-    for file in _parquet_files(path, split):
-        schema, rows = _read_schema(file)
-        label = place.captions if kind == "captions" and place.captions in schema.names else place.label
-        for column in (place.image, label):
-            if column not in schema.names:
-                raise DatasetError(f"{file} has no column {column!r}; it has {', '.join(schema.names)}")
-        names = _class_label_names(schema, label)
-        if files and names != samples.classnames:
-            raise DatasetError(f"{file} names other classes than {files[0].path.name}")
-        samples.classnames = names
-        values = pq.read_table(file, columns=[label]).column(0).to_pylist()
-        for row, value in enumerate(values, before):
-            parsed = _plain_label(value, kind, len(names or ()))
-            if parsed is None:
-                samples.skipped["no_label" if value is None else "bad_label"] += 1
-                continue
-            samples.keys.append(str(row))
-            samples.labels.append(parsed)
-            kept.append(row)
-        files.append(ParquetSource.open(file, place.image, _holds(schema, place.image, file), rows))
-        before += rows
-    samples.rows = ColumnRows(files, kept)
-    return samples
-
-
-def _parquet_files(path: Path, split: str) -> list[Path]:
-    """The files of a split, all of those that their names announce."""
-    if path.is_file():
-        return [path]
-    everything = sorted(path.rglob("*.parquet"))
-    files = [
-        file
-        for file in everything
-        if re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.stem) or split in file.relative_to(path).parts[:-1]
-    ]
-    if not files:
-        raise NotFoundError(f"{path} has no split {split}: no {split}*.parquet and no folder {split}")
-    for file in files:
-        if match := _SHARD_OF.search(file.name):
-            total = int(match[2])
-            names = [file.with_name(_SHARD_OF.sub(f"-{i:05d}-of-{match[2]}", file.name)) for i in range(total)]
-            if missing := [other.name for other in names if not other.is_file()]:
-                raise DatasetError(f"{path} lacks {len(missing)} of {total} files of {split}: {missing[0]}")
-    return files
-
-
-def _read_schema(file: Path) -> tuple[pa.Schema, int]:
-    try:
-        with pq.ParquetFile(file) as opened:
-            return opened.schema_arrow, opened.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(
-            f"{file} is no whole Parquet file ({str(error).splitlines()[0][:100]}); fetch it again"
-        ) from None
-
-
-def _class_label_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
-    """Class names as Hugging Face datasets keep them in the schema."""
-    try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        feature = features[column]
-        names = feature.get("names") or feature.get("feature", {}).get("names")
-    except (ValueError, KeyError, AttributeError):
-        return None
-    return tuple(map(str, names)) if names else None
-
-
-def _holds(schema: pa.Schema, column: str, file: Path) -> str:
-    kind = schema.field(column).type
-    if pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
-        return "struct"
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return "bytes"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return "paths"
-    raise DatasetError(f"{file}: column {column} of type {kind} holds no pictures (bytes, paths, or a struct of both)")
-
-
-def _plain_label(value: Any, kind: Kind, classes: int) -> Label | None:
-    """A label of a table: numbers, names, lists of them."""
-    if value is None:
-        return None
-    if kind == "captions":
-        captions = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        kept = tuple(caption for caption in captions if isinstance(caption, str) and caption.strip())
-        return kept or None
-    if kind == "multi":
-        if not isinstance(value, list | tuple) or not all(_is_class(one, classes) for one in value):
-            return None
-        return tuple(value)
-    return value if _is_class(value, classes) else None
-
-
-def _is_class(value: Any, classes: int) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return type(value) is int and value >= 0 and (not classes or value < classes)
-
-
-# --- CSV ---
-
-
-def _open_csv(path: Path, split: str, place: Place, kind: Kind) -> Samples:
-    file = path if path.is_file() else path / f"{split}.csv"
-    if not file.is_file():
-        others = sorted(path.glob("*.csv"))
-        if len(others) != 1:
-            raise NotFoundError(f"{path} has no {split}.csv")
-        file = others[0]
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle)
-            header, table = list(reader.fieldnames or ()), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
-    label = place.captions if kind == "captions" and place.captions in header else place.label
-    for column in (place.image, label):
-        if column not in header:
-            raise DatasetError(f"{file} has no column {column!r}; it has {', '.join(header)}")
-    if "split" in header:
-        table = [row for row in table if row["split"] == split]
-    if ("split" in header and not table) or ("split" not in header and split != "test" and file.stem != split):
-        raise NotFoundError(f"{file} has no split {split}")
-    samples, rows = Samples(path, "csv"), []
-    places: dict[str, int] = {}
-    for row in table:
-        picture, value = row[place.image] or "", (row[label] or "").strip()
-        parsed = _csv_label(value, kind)
-        if parsed is None or not picture:
-            samples.skipped["no_label" if picture else "no_image"] += 1
-        elif kind == "captions" and picture in places:  # a line for every caption of a picture
-            before = cast(tuple[str, ...], samples.labels[places[picture]])
-            samples.labels[places[picture]] = (*before, *cast(tuple[str, ...], parsed))
-        else:
-            places[picture] = len(rows)
-            samples.keys.append(picture)
-            samples.labels.append(parsed)
-            rows.append(Row(picture, file.parent / picture))
-    samples.rows = ListedRows(rows)
-    return samples
-
-
-def _csv_label(value: str, kind: Kind) -> Label | None:
-    """A name, or a number; several of them with | between."""
-    if not value and kind != "multi":
-        return None
-    if kind == "captions":
-        return (value,)
-    if kind == "multi":
-        several = [_number_or_name(one.strip()) for one in value.split("|") if one.strip()]
-        return tuple(several)  # type: ignore[return-value]
-    return _number_or_name(value)
-
-
-def _number_or_name(value: str) -> int | str:
-    return int(value) if value.isascii() and value.isdigit() and str(int(value)) == value else value
-
-
 # --- our shards ---
 
 
@@ -454,7 +218,7 @@ def _open_shards(path: Path, split: str, place: Place, kind: Kind) -> Samples:
                 continue
             details = json.loads(row["details"])
             value = (details.get("captions") or row["caption"]) if kind == "captions" else details.get(place.label)
-            parsed = _plain_label(value, kind, 0)
+            parsed = plain_label(value, kind, 0)
             if parsed is None:
                 samples.skipped["no_label"] += 1
                 continue
@@ -491,7 +255,7 @@ def _open_frames(path: Path, _split: str, _place: Place, kind: Kind) -> Samples:
     of_anchor = {frame: anchor for anchor, others in samples.sets.items() for frame in others}
     for frame in wanted:
         value = labels.get(frame) or labels.get(of_anchor.get(frame, ""))
-        parsed = _plain_label(value, "multi", len(samples.classnames or ()))
+        parsed = plain_label(value, "multi", len(samples.classnames or ()))
         if not parsed:
             raise DatasetError(f"{path}: frame {frame} has no label, and its anchor has none")
         samples.keys.append(frame)
@@ -513,8 +277,8 @@ def _read_json(path: Path) -> Any:
 _OPEN: Mapping[str, Callable[[Path, str, Place, Kind], Samples]] = {
     "wds": _open_wds,
     "folders": _open_folders,
-    "parquet": _open_parquet,
-    "csv": _open_csv,
+    "parquet": open_parquet,
+    "csv": open_csv,
     "shards": _open_shards,
     "frames": _open_frames,
 }
