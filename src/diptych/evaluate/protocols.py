@@ -5,7 +5,7 @@ The functions are given splits that were opened, checked and embedded; they read
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,21 @@ from diptych.evaluate.prompts import (
     search_templates,
 )
 from diptych.evaluate.registry import Used
-from diptych.evaluate.results import Protocol, Result
+from diptych.evaluate.results import Protocol, Result, load_result
 from diptych.evaluate.samples import Samples
+from diptych.evaluate.shifts import (
+    IMAGENET,
+    Groups,
+    ask_probe,
+    imagenet_groups,
+    pooled_scores,
+    probe_of_imagenet,
+)
 
 Arrays = Mapping[str, np.ndarray]
 KS = (1, 5, 10)
+POOLED = "acc1_pooled"
+"""Top 1 when all of ImageNet's classes are asked, and each class of a shift takes the best of its own."""
 SEARCH_PICTURES = 10_000
 """Pictures that templates are chosen on, at most."""
 NATURAL: Mapping[str, Protocol] = {
@@ -47,7 +57,7 @@ ALLOWED: Mapping[str, tuple[Protocol, ...]] = {
     "single": ("zeroshot", "prompts", "probe", "fewshot", "overlap"),
     "multi": ("zeroshot", "prompts", "probe", "fewshot"),
     "captions": ("retrieval",),
-    "frames": ("temporal",),
+    "frames": ("temporal", "probe"),
 }
 
 
@@ -141,6 +151,9 @@ def zero_shot(task: Task) -> tuple[Result, Arrays]:
     scores = zero_shot_scores(task)
     labels = task.test.labels(task.used.dataset.kind)
     scored = task.score(scores, labels, believed=True)
+    groups = imagenet_groups(task.used, numbered)
+    if groups and (pooled := pooled_scores(task.test.embedded.joint, task.embed_texts, task.used, groups)) is not None:
+        scored = replace(scored, metrics={**scored.metrics, POOLED: metrics.accuracy(pooled, labels)})
     details = dict(scored.details) | {
         "templates": list(numbered.templates),
         "names": [list(names) for names in numbered.names],
@@ -226,34 +239,49 @@ def as_captions(label: object) -> tuple[object, ...]:
 
 def temporal(task: Task) -> tuple[Result, Arrays]:
     """PM-0 and PM-10 of frames of videos."""
+    scores, more = zero_shot_scores(task), {}
+    groups = imagenet_groups(task.used, task.test.numbered)
+    if groups and (pooled := pooled_scores(task.test.embedded.joint, task.embed_texts, task.used, groups)) is not None:
+        more = {POOLED: _follow_frames(task, pooled)["pm0"]}
+    return _temporal(task, "temporal", scores, more, {"templates": list(task.test.numbered.templates)})
+
+
+def _temporal(
+    task: Task, protocol: Protocol, scores: Tensor, more: Mapping[str, float], details: Mapping[str, Any]
+) -> tuple[Result, Arrays]:
     test = task.test
-    scores = zero_shot_scores(task)
     check_scores(scores, task.used.dataset.id)
-    predictions = dict(zip(test.keys, scores.argmax(dim=1).tolist(), strict=True))
-    labels = {test.samples.keys[i]: test.numbered.numbers[i] for i in test.embedded.kept}
-    sets = {
-        anchor: [frame for frame in frames if frame in predictions]
-        for anchor, frames in test.samples.sets.items()
-        if anchor in predictions
-    }
-    pm0, pm10 = metrics.pm_k(predictions, labels, sets)
-    found = {"pm0": pm0, "pm10": pm10}
-    value = found[task.used.metric]
+    found = _follow_frames(task, scores)
+    value, anchors = found[task.used.metric], len(test.samples.sets)
     result = task.result(
-        "temporal",
+        protocol,
         task.used.metric,
         value,
-        ci95=wilson_interval(value, len(sets)),
+        ci95=wilson_interval(value, anchors),
         chance=metrics.chance(task.used.metric, len(test.numbered.names)),
-        metrics=found,
-        details={"anchors": len(sets), "templates": list(test.numbered.templates)},
+        metrics={**found, **more},
+        details={"anchors": anchors, **details},
     )
     first = torch.tensor([test.numbered.numbers[i][0] for i in test.embedded.kept])
     return result, _arrays(test, scores, first)
 
 
+def _follow_frames(task: Task, scores: Tensor) -> dict[str, float]:
+    """PM-0 and PM-10; a frame that could not be decoded is wrong."""
+    test = task.test
+    predictions = dict.fromkeys(test.samples.keys, -1)
+    predictions |= dict(zip(test.keys, scores.argmax(dim=1).tolist(), strict=True))
+    labels = dict(zip(test.samples.keys, test.numbered.numbers, strict=True))
+    pm0, pm10 = metrics.pm_k(predictions, labels, test.samples.sets)
+    return {"pm0": pm0, "pm10": pm10}
+
+
 def probe(task: Task) -> tuple[Result, Arrays]:
-    """The paper's linear probe, on features before the projection (Appendix A.3)."""
+    """The paper's linear probe, on features before the projection (Appendix A.3); of a shift without training pictures
+    ImageNet's."""
+    groups = imagenet_groups(task.used, task.test.numbered)
+    if groups and "train" not in task.splits:
+        return _probe_of_imagenet(task, groups)
     from diptych.evaluate.probe import linear_probe  # pyright: ignore[reportMissingImports]
 
     kind, train, val = task.used.dataset.kind, _train(task), task.splits.get("val")
@@ -277,7 +305,27 @@ def probe(task: Task) -> tuple[Result, Arrays]:
         "converged": report.converged,
         "seconds": report.seconds,
     }
-    return _from_scores(task, "probe", scored, details), _arrays(task.test, report.predictions, labels)
+    kept = {"weight": report.weight.cpu().numpy(), "bias": report.bias.cpu().numpy()}
+    return _from_scores(task, "probe", scored, details), {**_arrays(task.test, report.predictions, labels), **kept}
+
+
+def _probe_of_imagenet(task: Task, groups: Groups) -> tuple[Result, Arrays]:
+    """The probe that was trained on ImageNet, asked about a set of ImageNet's classes (Figure 14)."""
+    path = probe_of_imagenet(task.config.out, task.model)
+    if not path.is_file():
+        raise UsageError(
+            f"{task.used.dataset.id} has no train split here, and {path} is not there: first evaluate imagenet with "
+            "--protocols probe into the same folder"
+        )
+    scores = ask_probe(path, task.test.embedded.pooled, groups, task.used.profile)
+    earlier = load_result(path.with_suffix(".json")).details
+    details = {name: earlier[name] for name in ("l2", "validation", "train_images", "converged")}
+    details["trained_on"] = IMAGENET
+    if task.used.dataset.kind == "frames":
+        return _temporal(task, "probe", scores, {}, details)
+    labels = task.test.labels(task.used.dataset.kind)
+    scored = task.score(scores, labels, believed=False)
+    return _from_scores(task, "probe", scored, {**scored.details, **details}), _arrays(task.test, scores, labels)
 
 
 def few_shot(task: Task) -> tuple[Result, Arrays]:

@@ -232,11 +232,13 @@ def _open_shards(path: Path, split: str, place: Place, kind: Kind) -> Samples:
 # --- frames ---
 
 
-def _open_frames(path: Path, _split: str, _place: Place, kind: Kind) -> Samples:
+def _open_frames(path: Path, split: str, place: Place, kind: Kind) -> Samples:
     """frames.json: {"labels": {frame: [classes]}, "sets": {anchor: [neighbours]}}, frames being paths of pictures; a
     neighbour without labels has its anchor's. Or what ImageNet-Vid-Robust calls its files."""
     if kind != "frames":
         raise UsageError(f"{path}: frames.json is for datasets of kind frames, not {kind}")
+    if split != place.test:
+        raise NotFoundError(f"{path} has no split {split}: frames are for testing")
     if (path / "frames.json").is_file():
         data = _read_json(path / "frames.json")
         labels, sets, names = data.get("labels"), data.get("sets"), data.get("classes")

@@ -29,6 +29,7 @@ from diptych.evaluate.protocols import ALLOWED, NATURAL, Arrays, Split, Task
 from diptych.evaluate.registry import Dataset, Place, Used
 from diptych.evaluate.results import Protocol, Result, load_result, result_path, save_result
 from diptych.evaluate.samples import Samples
+from diptych.evaluate.shifts import probe_of_imagenet
 from diptych.evaluate.sources import open_samples
 from diptych.ranks import Ranks
 
@@ -182,6 +183,9 @@ class Step:
         }
         if protocol == "fewshot":
             settings |= {"shots": list(config.shots), "seeds": config.seeds}
+        if protocol == "probe" and "train" not in data:  # a shift's is ImageNet's
+            path = probe_of_imagenet(config.out, self.model.name)
+            settings["probe"] = files.xxh3(path) if path.is_file() else ""
         if protocol == "overlap" and config.overlap is not None:
             settings["overlap"] = files.digest(repr(read_overlap(config.overlap)))
         return settings
