@@ -6,6 +6,7 @@
     ├── NotFoundError (FileNotFoundError)  a path that is not there
     ├── PictureError                       bytes that are not a usable picture; carries a counted `reason`
     ├── ShardError                         a shard, index or dataset.json that cannot be read
+    ├── DatasetError                       a set of pictures that is not what the registry says, or damaged
     ├── CheckpointError                    a checkpoint that is damaged or belongs to another model
     ├── DownloadError                      weights that could not be fetched
     ├── RunLockedError                     another process is training in this folder
@@ -56,6 +57,10 @@ class PictureError(DiptychError):
 
 class ShardError(DiptychError):
     """A shard, its index or its dataset.json is missing, damaged or contradicts the others."""
+
+
+class DatasetError(DiptychError):
+    """An evaluation set is damaged or is not what the registry says; the message says in what."""
 
 
 class CheckpointError(DiptychError):

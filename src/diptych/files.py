@@ -94,6 +94,11 @@ def xxh3(path: Path) -> str:
     return _hash_file(path, xxhash.xxh3_128())
 
 
+def digest(text: str) -> str:
+    """Short name of a text (XXH3, hex)."""
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
 def sha256(path: Path) -> str:
     """Cryptographic hash of a file, hex: guards against tampering."""
     return _hash_file(path, hashlib.sha256())

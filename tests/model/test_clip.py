@@ -144,7 +144,7 @@ def test_the_attention_pool_projects_one_query_only():
     pool, shapes = CLIP(TINY_RESNET).visual.attnpool, []
     pool.q_proj.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape)))
     pool(torch.randn(2, 128, 1, 1))
-    assert shapes == [(2, 1, 128)]
+    assert shapes == [(2, 128)]
 
 
 def test_initialisation_is_openais():

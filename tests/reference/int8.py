@@ -7,7 +7,7 @@ from diptych.model.vision import VisionTransformer
 
 
 def encode_int8(visual: VisionTransformer, image: Tensor) -> Tensor:
-    """Features of pictures, all linear layers of the blocks in 8 bits."""
+    """Features of pictures before the projection, all linear layers of the blocks in 8 bits."""
     x = visual.embed_patches(image).double()
     for block in visual.transformer.blocks():
         h = F.layer_norm(x, x.shape[-1:], block.ln_1.weight.double(), block.ln_1.bias.double())
@@ -18,8 +18,7 @@ def encode_int8(visual: VisionTransformer, image: Tensor) -> Tensor:
         x = x + multiply((probabilities @ v).transpose(1, 2).flatten(2), block.attn.out_proj)
         h = F.layer_norm(x, x.shape[-1:], block.ln_2.weight.double(), block.ln_2.bias.double())
         x = x + multiply(block.mlp.gelu(multiply(h, block.mlp.c_fc)), block.mlp.c_proj)
-    x = F.layer_norm(x[:, 0], x.shape[-1:], visual.ln_post.weight.double(), visual.ln_post.bias.double())
-    return (x @ visual.proj.double()).float()
+    return F.layer_norm(x[:, 0], x.shape[-1:], visual.ln_post.weight.double(), visual.ln_post.bias.double()).float()
 
 
 def multiply(x: Tensor, linear: nn.Linear) -> Tensor:

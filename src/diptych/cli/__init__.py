@@ -12,12 +12,13 @@ from diptych.cli.checkpoints import Convert, Inspect, Verify
 from diptych.cli.classify import Classify
 from diptych.cli.curate import Curate
 from diptych.cli.embed import Embed
+from diptych.cli.evaluate import Evaluate
 from diptych.cli.finetune import Finetune, WiseFT
 from diptych.cli.plan import Plan
 from diptych.cli.train import Train, with_recipe
 from diptych.errors import DiptychError
 
-Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Inspect | Convert | Verify
+Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "finetune": Finetune,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Command]] = {
     "curate": Curate,
     "classify": Classify,
     "embed": Embed,
+    "evaluate": Evaluate,
     "inspect": Inspect,
     "convert": Convert,
     "verify": Verify,

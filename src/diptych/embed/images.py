@@ -26,6 +26,7 @@ from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
 from diptych.model.precision import Resolved, choose_precision, make_once
 from diptych.model.quick_vision import Encode, build_encoder
+from diptych.model.vision import VisionTransformer
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -52,13 +53,20 @@ def embed_images(
 
 
 class ImageTower:
-    """Pictures to normalised features, in one of the precisions. Called from any number of threads."""
+    """Pictures to normalised features, in one of the precisions. Called from any number of threads.
 
-    def __init__(self, loaded: Loaded, precision: Precision = "auto") -> None:
+    With `pooled` the features are those before the projection into the joint space, as they are: what linear probes
+    want, and from which `project` makes the others. A ResNet has only one kind.
+    """
+
+    def __init__(self, loaded: Loaded, precision: Precision = "auto", *, pooled: bool = False) -> None:
         model, self.preprocess = loaded.model, loaded.preprocess
         self.device = model.logit_scale.device
         self.precision: Resolved = choose_precision(precision, self.device)
-        self.embed_dim = model.config.embed_dim
+        self.embed_dim: int = model.config.embed_dim
+        if pooled and isinstance(model.visual, VisionTransformer):
+            self.embed_dim = model.visual.proj.shape[0]
+        self._project = None if pooled else partial(project, loaded)
         self._encode: Encode = make_once(
             model.visual,
             (self.precision, self.preprocess.mean, self.preprocess.std),
@@ -74,13 +82,23 @@ class ImageTower:
 
     @torch.inference_mode()
     def encode(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
-        """What `read` made -> features, normalised, float32 on the CPU."""
-        return F.normalize(self._encode(pixels), dim=-1).cpu()
+        """What `read` made -> features, float32 on the CPU: normalised, or `pooled`."""
+        pooled = self._encode(pixels)
+        return pooled.cpu() if self._project is None else self._project(pooled)
 
     @property
     def streams(self) -> int:
         """Batches that are best computed at the same time."""
         return count_cores() if self.device.type == "cpu" else 1
+
+
+@torch.inference_mode()
+def project(loaded: Loaded, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+    """Features before the projection -> features of the joint space, normalised, float32 on the CPU."""
+    visual = loaded.model.visual
+    if isinstance(visual, VisionTransformer):
+        pooled = pooled.to(visual.proj.device) @ visual.proj.float()
+    return F.normalize(pooled, dim=-1).cpu()
 
 
 def encode_each(
@@ -141,13 +159,14 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def image_space(loaded: Loaded, precision: Precision) -> str:
-    """Names the space that image features lie in: equal for equal weights, preprocessing and precision."""
+def image_space(loaded: Loaded, precision: Precision, *, pooled: bool = False) -> str:
+    """Names the space that image features lie in: equal for equal weights, preprocessing and precision. Features before
+    the projection lie in another."""
     model = loaded.model
     resolved = choose_precision(precision, model.logit_scale.device)
     config = to_dict(model.config)
     return name_space(
-        kind="image",
+        kind="pooled image" if pooled else "image",
         weights=hash_tower(model.visual),
         model={key: config[key] for key in ("vision", "embed_dim", "activation")},
         preprocess=to_dict(loaded.preprocess),

@@ -19,7 +19,8 @@ from diptych.model.precision import PackedLinear, Resolved, can_pack, has_fast_b
 from diptych.model.resnet import ModifiedResNet
 from diptych.model.vision import VisionTransformer
 
-Encode = Callable[[UInt8[Tensor, "N 3 H W"]], Float[Tensor, "N E"]]
+Encode = Callable[[UInt8[Tensor, "N 3 H W"]], Float[Tensor, "N D"]]
+"""Pixels to a ViT's features before their projection, to a ResNet's features."""
 READ = 2
 """Tokens that the last block computes: the class token, and one more since the compiler makes one row a case apart."""
 LONG = 128
@@ -28,7 +29,7 @@ LONG = 128
 
 @torch.no_grad()
 def build_encoder(visual: nn.Module, precision: Resolved, mean: Sequence[float], std: Sequence[float]) -> Encode:
-    """Build the function from pixels to features, not normalised, in a precision.
+    """Build the function from pixels to features before the projection, float32, in a precision.
 
     `mean` and `std` are the preprocessing's, of pixels from 0 to 1.
     """
@@ -40,14 +41,16 @@ def build_encoder(visual: nn.Module, precision: Resolved, mean: Sequence[float],
     normalize = _Normalize(mean, std, device)
     if precision in ("exact", "float32") or next(visual.parameters()).dtype != torch.float32:
         dtype = next(visual.parameters()).dtype
-        return lambda pixels: visual(normalize(pixels.to(device)).to(dtype)).float()
+        pool = visual.pool if isinstance(visual, VisionTransformer) else visual
+        return lambda pixels: pool(normalize(pixels.to(device)).to(dtype)).float()
     if device.type == "cpu" and isinstance(visual, VisionTransformer):
         return _QuickViT(visual, precision, normalize)
     if isinstance(visual, ModifiedResNet):
         visual = _fuse_resnet(visual)
     lowered = copy.deepcopy(visual).eval().requires_grad_(False).to(torch.bfloat16)
     lowered.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return lambda pixels: lowered(
+    pool = lowered.pool if isinstance(lowered, VisionTransformer) else lowered
+    return lambda pixels: pool(
         normalize(pixels.to(device)).to(torch.bfloat16, memory_format=torch.channels_last)
     ).float()
 
@@ -80,9 +83,8 @@ class _QuickViT:
             self.run = self._run_bfloat16
             self.blocks = [to_bfloat16(block) for block in blocks]
 
-    def __call__(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
-        x = self.run(self.embed(pixels))[:, 0]
-        return self.visual.ln_post(x) @ self.visual.proj
+    def __call__(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
+        return self.visual.ln_post(self.run(self.embed(pixels))[:, 0])
 
     def _run_bfloat16(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N R D"]:
         for i, block in enumerate(self.blocks, start=1):

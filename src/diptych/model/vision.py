@@ -32,9 +32,13 @@ class VisionTransformer(nn.Module):
         self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None
     ) -> Float[Tensor, "N E"]:
         """`patches` names the K patches of each picture that are seen; by default all are (FLIP, Li et al. 2023)."""
+        return self.pool(image, patches) @ self.proj
+
+    def pool(self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None) -> Float[Tensor, "N D"]:
+        """What is projected: the features that the paper's linear probes are trained on (Appendix A.3)."""
         x = self.embed_patches(image, patches)
         class_tokens = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        return self.ln_post(self.transformer(x, class_tokens)) @ self.proj
+        return self.ln_post(self.transformer(x, class_tokens))
 
     def embed_patches(
         self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None

@@ -1,0 +1,431 @@
+"""What is done with a dataset's features, one function a protocol: each returns a Result and what is kept beside it.
+
+The functions are given splits that were opened, checked and embedded; they read and write nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diptych.errors import UsageError
+from diptych.evaluate import metrics, overlap
+from diptych.evaluate.classify import Scored, check_scores, score_multi, score_single
+from diptych.evaluate.config import EvaluateConfig
+from diptych.evaluate.features import Embedded
+from diptych.evaluate.labels import Numbered
+from diptych.evaluate.metrics import METRICS, wilson_interval
+from diptych.evaluate.prompts import (
+    BARE,
+    SIMPLE,
+    EmbedTexts,
+    build_weights,
+    embed_templates,
+    join_templates,
+    search_templates,
+)
+from diptych.evaluate.registry import Used
+from diptych.evaluate.results import Protocol, Result, load_result
+from diptych.evaluate.samples import Samples
+from diptych.evaluate.shifts import (
+    IMAGENET,
+    Groups,
+    ask_probe,
+    imagenet_groups,
+    pooled_scores,
+    probe_of_imagenet,
+)
+
+Arrays = Mapping[str, np.ndarray]
+KS = (1, 5, 10)
+POOLED = "acc1_pooled"
+"""Top 1 when all of ImageNet's classes are asked, and each class of a shift takes the best of its own."""
+SEARCH_PICTURES = 10_000
+"""Pictures that templates are chosen on, at most."""
+NATURAL: Mapping[str, Protocol] = {
+    "single": "zeroshot",
+    "multi": "zeroshot",
+    "captions": "retrieval",
+    "frames": "temporal",
+}
+"""What is done with a kind of dataset if nothing else is asked for."""
+ALLOWED: Mapping[str, tuple[Protocol, ...]] = {
+    "single": ("zeroshot", "prompts", "probe", "fewshot", "overlap"),
+    "multi": ("zeroshot", "prompts", "probe", "fewshot"),
+    "captions": ("retrieval",),
+    "frames": ("temporal", "probe"),
+}
+
+
+NO_CLASSES = Numbered(numbers=(), names=(), templates=())
+"""Of captions."""
+NOTHING = Embedded(kept=(), pooled=torch.empty(0, 0), joint=torch.empty(0, 0), skipped=Counter())
+"""What is embedded of a split before it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A split, embedded."""
+
+    samples: Samples
+    numbered: Numbered
+    embedded: Embedded
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.samples.keys[i] for i in self.embedded.kept]
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return dict(self.samples.skipped + self.embedded.skipped)
+
+    def labels(self, kind: str) -> Tensor:
+        """Class numbers [N], or 0 and 1 [N, C]."""
+        several = [self.numbered.numbers[i] for i in self.embedded.kept]
+        if kind != "multi":
+            return torch.tensor([numbers[0] for numbers in several], dtype=torch.int64)
+        targets = torch.zeros(len(several), len(self.numbered.names))
+        for row, numbers in enumerate(several):
+            targets[row, list(numbers)] = 1
+        return targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model, a dataset, and the splits that a protocol asked for."""
+
+    config: EvaluateConfig
+    model: str
+    logit_scale: float
+    """What the model multiplies cosines with."""
+    embed_texts: EmbedTexts
+    used: Used
+    splits: Mapping[str, Split]
+    earlier: Mapping[Protocol, Result] = field(default_factory=dict)
+    """Results of the same model and dataset, by protocol."""
+
+    @property
+    def test(self) -> Split:
+        return self.splits["test"]
+
+    @property
+    def scale(self) -> float:
+        """What cosines are multiplied with."""
+        return 100.0 if self.used.profile == "clip_benchmark" else self.logit_scale
+
+    def result(self, protocol: Protocol, metric: str, value: float, **fields: Any) -> Result:
+        """A Result of this task."""
+        test = self.test
+        warnings = (*test.warnings, *test.numbered.warnings, *fields.pop("warnings", ()))
+        return Result(
+            model=self.model,
+            dataset=self.used.dataset.id,
+            protocol=protocol,
+            metric=metric,
+            value=value,
+            images=len(test.embedded.kept),
+            profile=self.used.profile,
+            skipped=test.skipped,
+            warnings=warnings,
+            **fields,
+        )
+
+    def score(self, scores: Tensor, labels: Tensor, *, believed: bool) -> Scored:
+        """What scores of the test split are worth; `believed`: their softmax is what the model believes."""
+        check_scores(scores, self.used.dataset.id)
+        names = [names[0] for names in self.test.numbered.names]
+        seed = self.config.seed
+        if self.used.dataset.kind == "multi":
+            return score_multi(scores, labels, names, self.used.metric, seed=seed, softmax=believed)
+        return score_single(scores, labels, names, self.used.metric, seed=seed)
+
+
+def zero_shot(task: Task) -> tuple[Result, Arrays]:
+    """Section 3.1: names in templates, ensembled, against pictures."""
+    numbered = task.test.numbered
+    scores = zero_shot_scores(task)
+    labels = task.test.labels(task.used.dataset.kind)
+    scored = task.score(scores, labels, believed=True)
+    groups = imagenet_groups(task.used, numbered)
+    if groups and (pooled := pooled_scores(task.test.embedded.joint, task.embed_texts, task.used, groups)) is not None:
+        scored = replace(scored, metrics={**scored.metrics, POOLED: metrics.accuracy(pooled, labels)})
+    details = dict(scored.details) | {
+        "templates": list(numbered.templates),
+        "names": [list(names) for names in numbered.names],
+    }
+    return _from_scores(task, "zeroshot", scored, details), _arrays(task.test, scores, labels)
+
+
+def zero_shot_scores(task: Task) -> Tensor:
+    """Logits of the test split [N, C]."""
+    numbered = task.test.numbered
+    weights = build_weights(task.embed_texts, numbered.names, numbered.templates)
+    return (task.scale * task.test.embedded.joint) @ weights  # in the order that others multiply in
+
+
+def prompts(task: Task) -> tuple[Result, Arrays]:
+    """The bare name, a sentence, the ensemble, and a forward selection among the ensemble's templates (chosen on the
+    training pictures if there are any)."""
+    numbered, kind = task.test.numbered, task.used.dataset.kind
+    templates = list(dict.fromkeys((BARE, SIMPLE, *numbered.templates)))
+    table = embed_templates(task.embed_texts, numbered.names, templates)
+    labels, features = task.test.labels(kind), task.test.embedded.joint
+
+    def value(chosen: Sequence[str], features: Tensor = features, labels: Tensor = labels) -> float:
+        rows = table[[templates.index(template) for template in chosen]]
+        return METRICS[task.used.metric](_ranked(task, features @ join_templates(rows)), labels)
+
+    found = {"bare": value([BARE]), "simple": value([SIMPLE]), "ensemble": value(numbered.templates)}
+    warnings = []
+    on = task.splits.get("train")
+    if on is None:
+        on = task.test
+        warnings.append("templates were chosen on the pictures that they are measured on: there is no train split")
+    some = torch.randperm(len(on.embedded.kept), generator=torch.Generator().manual_seed(task.config.seed))
+    some = some[:SEARCH_PICTURES].sort().values
+    candidates = table[[templates.index(template) for template in numbered.templates]]
+    steps = search_templates(
+        on.embedded.joint[some],
+        on.labels(kind)[some],
+        candidates,
+        lambda scores, labels: METRICS[task.used.metric](_ranked(task, scores), labels),
+    )
+    chosen = [numbered.templates[number] for number, _ in steps]
+    search = [[template, value(chosen[: i + 1])] for i, template in enumerate(chosen)]
+    best = value(chosen)
+    details = {**found, "search": search, "search_pictures": len(some), "search_values": [v for _, v in steps]}
+    result = task.result(
+        "prompts",
+        task.used.metric,
+        best,
+        metrics={**found, "search": best, task.used.metric: best},
+        chance=metrics.chance(task.used.metric, len(numbered.names), labels),
+        warnings=warnings,
+        details=details,
+    )
+    return result, {}
+
+
+def _ranked(task: Task, cosines: Tensor) -> Tensor:
+    """Scores as the metric wants them."""
+    return (task.scale * cosines).double().softmax(dim=1) if task.used.metric == "map_11_point" else cosines
+
+
+def retrieve(task: Task) -> tuple[Result, Arrays]:
+    """Table 13: captions among pictures and pictures among captions."""
+    test = task.test
+    captions = [[str(one) for one in as_captions(test.samples.labels[i])] for i in test.embedded.kept]
+    texts = [task.used.prefix + caption for several in captions for caption in several]
+    of_text = torch.tensor([i for i, several in enumerate(captions) for _ in several])
+    features = task.embed_texts(texts)
+    found = dict(metrics.retrieval(test.embedded.joint, features, KS, image_of_text=of_text))
+    trials = {"image": len(texts), "text": len(captions)}
+    intervals = {name: wilson_interval(value, trials[name.split("_")[0]]) for name, value in found.items()}
+    found["mean_recall@1"] = (found["image_retrieval_recall@1"] + found["text_retrieval_recall@1"]) / 2
+    details = {"captions": len(texts), "prefix": task.used.prefix, "intervals": intervals}
+    result = task.result("retrieval", "mean_recall@1", found["mean_recall@1"], metrics=found, details=details)
+    return result, {}
+
+
+def as_captions(label: object) -> tuple[object, ...]:
+    """Captions of one picture."""
+    return label if isinstance(label, tuple) else (label,)
+
+
+def temporal(task: Task) -> tuple[Result, Arrays]:
+    """PM-0 and PM-10 of frames of videos."""
+    scores, more = zero_shot_scores(task), {}
+    groups = imagenet_groups(task.used, task.test.numbered)
+    if groups and (pooled := pooled_scores(task.test.embedded.joint, task.embed_texts, task.used, groups)) is not None:
+        more = {POOLED: _follow_frames(task, pooled)["pm0"]}
+    return _temporal(task, "temporal", scores, more, {"templates": list(task.test.numbered.templates)})
+
+
+def _temporal(
+    task: Task, protocol: Protocol, scores: Tensor, more: Mapping[str, float], details: Mapping[str, Any]
+) -> tuple[Result, Arrays]:
+    test = task.test
+    check_scores(scores, task.used.dataset.id)
+    found = _follow_frames(task, scores)
+    value, anchors = found[task.used.metric], len(test.samples.sets)
+    result = task.result(
+        protocol,
+        task.used.metric,
+        value,
+        ci95=wilson_interval(value, anchors),
+        chance=metrics.chance(task.used.metric, len(test.numbered.names)),
+        metrics={**found, **more},
+        details={"anchors": anchors, **details},
+    )
+    first = torch.tensor([test.numbered.numbers[i][0] for i in test.embedded.kept])
+    return result, _arrays(test, scores, first)
+
+
+def _follow_frames(task: Task, scores: Tensor) -> dict[str, float]:
+    """PM-0 and PM-10; a frame that could not be decoded is wrong."""
+    test = task.test
+    predictions = dict.fromkeys(test.samples.keys, -1)
+    predictions |= dict(zip(test.keys, scores.argmax(dim=1).tolist(), strict=True))
+    labels = dict(zip(test.samples.keys, test.numbered.numbers, strict=True))
+    pm0, pm10 = metrics.pm_k(predictions, labels, test.samples.sets)
+    return {"pm0": pm0, "pm10": pm10}
+
+
+def probe(task: Task) -> tuple[Result, Arrays]:
+    """The paper's linear probe, on features before the projection (Appendix A.3); of a shift without training pictures
+    ImageNet's."""
+    groups = imagenet_groups(task.used, task.test.numbered)
+    if groups and "train" not in task.splits:
+        return _probe_of_imagenet(task, groups)
+    from diptych.evaluate.probe import linear_probe  # pyright: ignore[reportMissingImports]
+
+    kind, train, val = task.used.dataset.kind, _train(task), task.splits.get("val")
+    labels = task.test.labels(kind)
+    report = linear_probe(
+        train.embedded.pooled,
+        train.labels(kind),
+        task.test.embedded.pooled,
+        labels,
+        classes=len(task.test.numbered.names),
+        val=(val.embedded.pooled, val.labels(kind)) if val is not None else None,
+        metric=METRICS[task.used.metric],
+        seed=task.config.seed,
+    )
+    scored = task.score(report.predictions, labels, believed=False)
+    details = dict(scored.details) | {
+        "l2": report.l2,
+        "validation": [list(pair) for pair in report.validation],
+        "validation_value": report.value,
+        "train_images": report.train_images,
+        "converged": report.converged,
+        "seconds": report.seconds,
+    }
+    kept = {"weight": report.weight.cpu().numpy(), "bias": report.bias.cpu().numpy()}
+    return _from_scores(task, "probe", scored, details), {**_arrays(task.test, report.predictions, labels), **kept}
+
+
+def _probe_of_imagenet(task: Task, groups: Groups) -> tuple[Result, Arrays]:
+    """The probe that was trained on ImageNet, asked about a set of ImageNet's classes (Figure 14)."""
+    path = probe_of_imagenet(task.config.out, task.model)
+    if not path.is_file():
+        raise UsageError(
+            f"{task.used.dataset.id} has no train split here, and {path} is not there: first evaluate imagenet with "
+            "--protocols probe into the same folder"
+        )
+    scores = ask_probe(path, task.test.embedded.pooled, groups, task.used.profile)
+    earlier = load_result(path.with_suffix(".json")).details
+    details = {name: earlier[name] for name in ("l2", "validation", "train_images", "converged")}
+    details["trained_on"] = IMAGENET
+    if task.used.dataset.kind == "frames":
+        return _temporal(task, "probe", scores, {}, details)
+    labels = task.test.labels(task.used.dataset.kind)
+    scored = task.score(scores, labels, believed=False)
+    return _from_scores(task, "probe", scored, {**scored.details, **details}), _arrays(task.test, scores, labels)
+
+
+def few_shot(task: Task) -> tuple[Result, Arrays]:
+    """Probes on a few pictures a class, and how many the zero-shot classifier is worth (Figures 6 and 7)."""
+    from diptych.evaluate import fewshot  # pyright: ignore[reportAttributeAccessIssue]
+
+    kind, train = task.used.dataset.kind, _train(task)
+    classes = len(task.test.numbered.names)
+    report = fewshot.few_shot(
+        train.embedded.pooled,
+        train.labels(kind),
+        task.test.embedded.pooled,
+        task.test.labels(kind),
+        classes=classes,
+        shots=task.config.shots,
+        seeds=task.config.seeds,
+        metric=METRICS[task.used.metric],
+    )
+    means = report.means()
+    most = max(means)
+    zero, full = task.earlier.get("zeroshot"), task.earlier.get("probe")
+    efficiency = None
+    if zero is not None:
+        each = (full.details["train_images"] / classes, full.value) if full is not None else None
+        efficiency = fewshot.data_efficiency(zero.value, means, each)
+    warnings = [
+        f"{count} shots were left out: {few} classes have fewer training pictures"
+        for count, few in report.skipped.items()
+    ]
+    result = task.result(
+        "fewshot",
+        task.used.metric,
+        means[most],
+        metrics={f"{count}_shot": mean for count, mean in means.items()} | {task.used.metric: means[most]},
+        chance=metrics.chance(task.used.metric, classes, task.test.labels(kind)),
+        warnings=warnings,
+        details={
+            "shots": {str(count): list(values) for count, values in report.values.items()},
+            "train_images": {str(count): images for count, images in report.train_images.items()},
+            "efficiency": efficiency,
+            "l2": report.l2,
+            "seconds": report.seconds,
+        },
+    )
+    return result, {}
+
+
+def measure_overlap(task: Task, overlapping: Sequence[str]) -> tuple[Result, Arrays]:
+    """Section 5: accuracy with and without the pictures that were seen in training."""
+    scores, labels = zero_shot_scores(task), task.test.labels(task.used.dataset.kind)
+    check_scores(scores, task.used.dataset.id)
+    right = metrics.is_among(scores, labels, 1).tolist()
+    present = set(task.test.samples.keys)
+    if strangers := sorted(set(overlapping) - present):
+        raise UsageError(
+            f"{len(strangers)} keys of the overlap are not in {task.used.dataset.id} ({strangers[0]}, ...); take the "
+            "overlap of the set that is evaluated"
+        )
+    answers = dict(zip(task.test.keys, right, strict=True))
+    found = overlap.measure_overlap(answers, [key for key in overlapping if key in answers])
+    details = {name: value for name, value in vars(found).items() if name != "interval"}
+    details["interval"] = list(found.interval)
+    result = task.result(
+        "overlap",
+        "acc1",
+        found.acc_all,
+        ci95=wilson_interval(found.acc_all, found.images),
+        chance=metrics.chance("acc1", len(task.test.numbered.names)),
+        metrics={"acc1": found.acc_all, "acc_clean": found.acc_clean, "acc_overlap": found.acc_overlap},
+        details=details,
+    )
+    return result, {}
+
+
+def _train(task: Task) -> Split:
+    train = task.splits.get("train")
+    if train is None:
+        raise UsageError(f"{task.used.dataset.id} has no train split here")
+    return train
+
+
+def _from_scores(task: Task, protocol: Protocol, scored: Scored, details: Mapping[str, Any]) -> Result:
+    return task.result(
+        protocol,
+        scored.metric,
+        scored.value,
+        ci95=scored.ci95,
+        chance=task.used.dataset.chance or scored.chance,
+        metrics=scored.metrics,
+        per_class=scored.per_class,
+        warnings=scored.warnings,
+        details=details,
+    )
+
+
+def _arrays(split: Split, scores: Tensor, labels: Tensor) -> Arrays:
+    """What numbers were made of, for a file beside the result."""
+    return {
+        "scores": scores.float().numpy(),
+        "labels": labels.numpy(),
+        "keys": np.array(split.keys),
+        "names": np.array([names[0] for names in split.numbered.names]),
+    }

@@ -1,0 +1,166 @@
+"""Models x datasets x protocols into a results folder; `Step` is what is done with one model and one dataset.
+
+Datasets are looked for, or fetched if that is asked for. What is not there, or refused by its `Step`, is said and
+passed over.
+"""
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diptych import ranks
+from diptych.embed.cache import FeatureCache
+from diptych.errors import DatasetError, DiptychError, NotFoundError, RunLockedError, UsageError
+from diptych.evaluate.config import EvaluateConfig
+from diptych.evaluate.features import Embedder
+from diptych.evaluate.models import OpenedModel, model_names, open_model
+from diptych.evaluate.places import can_download, candidates, download, locate, where_to_get
+from diptych.evaluate.registry import Dataset, Place, load_suite
+from diptych.evaluate.results import Result, save_model
+from diptych.evaluate.sources import open_samples
+from diptych.evaluate.step import NEEDED, OnProgress, Refused, Step, everywhere
+from diptych.ranks import Ranks
+
+_TIMEOUT = 6 * 3600.0
+"""Seconds that ranks wait for the first one while it measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReport:
+    """What came out."""
+
+    results: tuple[Result, ...]
+    """Of this suite, those that were there included."""
+    resumed: int
+    """Results that were there."""
+    missing: Mapping[str, str]
+    """Dataset that is not there -> where it can be had."""
+    refused: tuple[Refused, ...]
+    out: Path
+    seconds: float
+
+
+def run(config: EvaluateConfig, *, on_progress: OnProgress | None = None) -> EvaluateReport:
+    """Evaluate; raises NotFoundError if none of the datasets is there."""
+    us = ranks.connect(_TIMEOUT, config.device)
+    try:
+        with ranks.lost_ranks_named(us), _locked(config.out, us):
+            return _Run(config, us, on_progress).run()
+    finally:
+        ranks.disconnect(us)
+
+
+@contextlib.contextmanager
+def _locked(out: Path, us: Ranks) -> Iterator[None]:
+    """Two processes may fill one folder, not at once."""
+    if not us.is_first:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunLockedError(
+                f"{out} is being filled by another process; wait for it, or name another --out"
+            ) from None
+        yield
+
+
+def _is_whole(entry: Dataset, place: tuple[Place, Path] | None) -> bool:
+    """Whether a dataset is there, and not the part of a transfer that broke off."""
+    try:
+        return place is not None and len(open_samples(*place, "test", entry.kind)) > 0
+    except (DatasetError, NotFoundError):
+        return False
+
+
+@dataclass
+class _Run:
+    config: EvaluateConfig
+    us: Ranks
+    on_progress: OnProgress | None
+    results: list[Result] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
+
+    def run(self) -> EvaluateReport:
+        started = time.monotonic()
+        names = model_names(self.config.models)
+        datasets = load_suite(self.config.suite)
+        self._check_overlap(datasets)
+        places = self._find(datasets)
+        cache = FeatureCache(self.config.cache or self.config.out / ".features", self.config.cache_bytes)
+        try:
+            for name, source in names.items():
+                self._run_model(open_model(name, source, self.config, cache, self.us), datasets, places, cache)
+        finally:
+            cache.close()
+        return EvaluateReport(
+            results=tuple(self.results),
+            resumed=self.resumed,
+            missing=self.missing,
+            refused=tuple(self.refused),
+            out=self.config.out,
+            seconds=time.monotonic() - started,
+        )
+
+    def _check_overlap(self, datasets: Sequence[Dataset]) -> None:
+        if self.config.overlap is not None and len(datasets) != 1:
+            raise UsageError(f"--overlap is of one dataset, the suite has {len(datasets)}; name it: --suite cifar10")
+
+    def _find(self, datasets: Sequence[Dataset]) -> dict[str, tuple[Place, Path]]:
+        """Where each dataset is; those that are not there are fetched or noted."""
+        found: dict[str, tuple[Place, Path]] = {}
+        for entry in datasets:
+            place = locate(entry, self.config.data)
+            if self.config.download and can_download(entry) and not _is_whole(entry, place):
+                problem = everywhere(self.us, lambda entry=entry: self._download(entry), only_first=True)
+                if problem:
+                    self.missing[entry.id] = f"{where_to_get(entry)} ({problem})"
+                    continue
+                place = locate(entry, self.config.data)
+            if place is None:
+                self.missing[entry.id] = where_to_get(entry)
+            else:
+                found[entry.id] = place
+        if not found:
+            lines = "".join(f"\n  {name}: {where}" for name, where in self.missing.items())
+            hint = (
+                "--download fetches what has a repository" if not self.config.download else "nothing could be fetched"
+            )
+            looked = ", ".join(str(path) for path in candidates(datasets[0], self.config.data)[:2]) if datasets else ""
+            raise NotFoundError(
+                f"none of the {len(datasets)} datasets is in {self.config.data} (looked for {looked}, ...); "
+                f"{hint}:{lines}"
+            )
+        return found
+
+    def _download(self, entry: Dataset) -> None:
+        download(entry, self.config.data, "test")
+        for protocol in self.config.protocols:
+            for split in NEEDED[protocol][1:]:
+                with contextlib.suppress(DiptychError):
+                    download(entry, self.config.data, split)
+
+    def _run_model(
+        self,
+        model: OpenedModel,
+        datasets: Sequence[Dataset],
+        places: Mapping[str, tuple[Place, Path]],
+        cache: FeatureCache,
+    ) -> None:
+        if self.us.is_first:
+            save_model(self.config.out, model.facts)
+        embedder = Embedder(model.loaded, self.config.precision, cache, self.config.batch_size, self.us)
+        for entry in datasets:
+            if entry.id in places:
+                step = Step(self.config, self.us, model, embedder, entry, *places[entry.id], self.on_progress)
+                step.run()
+                self.results += step.results
+                self.resumed += step.resumed
+                self.refused += step.refused

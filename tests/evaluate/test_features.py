@@ -1,0 +1,129 @@
+import os
+import subprocess
+import sys
+
+import jobs
+import pytest
+import torch
+from exams import NAMES, pictures, write_shapes, write_wds
+
+from diptych.embed.cache import FeatureCache
+from diptych.embed.images import ImageTower, embed_images, image_space, project
+from diptych.errors import DatasetError
+from diptych.evaluate import features
+from diptych.evaluate.features import Embedder, cut_border
+from diptych.evaluate.registry import Place
+from diptych.evaluate.sources import open_samples
+from diptych.image import decode
+from samples import TINY_RESNET, TINY_VIT, draw, encode, make_loaded
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    return open_samples(Place(), write_shapes(tmp_path / "shapes"), "test", "single")
+
+
+def embedder(tmp_path, config=TINY_VIT, loaded=None):
+    return Embedder(loaded or make_loaded(config), "exact", FeatureCache(tmp_path / "cache"), 4)
+
+
+@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET])
+def test_joint_features_are_those_of_embed_images(tmp_path, shapes, config):
+    found = embedder(tmp_path, config).embed(shapes)
+    expected = embed_images(make_loaded(config), [data for *_, data in pictures()])
+    torch.testing.assert_close(found.joint, expected, atol=2e-6, rtol=0)
+    assert found.kept == tuple(range(24))
+
+
+def test_pooled_features_are_what_is_projected():
+    """A ViT's are those behind the last norm, a ResNet's the output of attention pooling."""
+    for config, width in ((TINY_VIT, 32), (TINY_RESNET, 24)):
+        loaded = make_loaded(config)
+        pixels = torch.stack([torch.from_numpy(loaded.preprocess.pixels(draw("red", shape))) for shape in NAMES])
+        pooled = ImageTower(loaded, "exact", pooled=True)
+        assert pooled.embed_dim == width
+        features = pooled.encode(pixels)
+        assert features.shape == (4, width)
+        plain = ImageTower(loaded, "exact").encode(pixels)
+        torch.testing.assert_close(project(loaded, features), plain, atol=2e-6, rtol=0)
+        assert image_space(loaded, "exact") != image_space(loaded, "exact", pooled=True)
+
+
+def test_nothing_is_computed_twice(tmp_path, shapes, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 10)
+    first = embedder(tmp_path).embed(shapes)
+    second = embedder(tmp_path)
+    monkeypatch.setattr(second.tower, "encode", None)
+    again = second.embed(shapes)
+    assert torch.equal(first.pooled, again.pooled)
+
+
+def test_broken_pictures_are_counted_and_the_others_computed_once(tmp_path, monkeypatch):
+    samples = [(key, str(number).encode(), data) for key, number, data in pictures()]
+    for i, data in ((2, b""), (9, b"not a picture"), (17, samples[17][2][:300]), (18, b"not a picture")):
+        samples[i] = (*samples[i][:2], data)
+    opened = open_samples(Place(), write_wds(tmp_path / "broken", samples), "test", "single")
+    ours, seen = embedder(tmp_path), []
+    encode_pixels = ours.tower.encode
+    monkeypatch.setattr(ours.tower, "encode", lambda pixels: (seen.append(len(pixels)), encode_pixels(pixels))[1])
+    found = ours.embed(opened)
+    assert found.skipped == {"empty": 1, "not_a_picture": 2, "truncated": 1}
+    assert found.kept == tuple(i for i in range(24) if i not in (2, 9, 17, 18))
+    assert sum(seen) == 20
+    whole = embed_images(ours.loaded, [samples[i][2] for i in found.kept])
+    torch.testing.assert_close(found.joint, whole, atol=2e-6, rtol=0)
+
+
+def test_features_that_are_no_numbers_are_refused_by_name(tmp_path, shapes):
+    loaded = make_loaded(TINY_VIT)
+    with torch.no_grad():
+        loaded.model.visual.ln_post.weight[3] = float("nan")
+    with pytest.raises(DatasetError, match=r"NaN or infinity for 24 of 24 pictures \(first: red-circle\)"):
+        embedder(tmp_path, loaded=loaded).embed(shapes)
+
+
+def test_a_border_is_cut_before_preprocessing(tmp_path, shapes):
+    ours = embedder(tmp_path)
+    plain, cut = ours.embed(shapes), ours.embed(shapes, border=5)
+    assert not torch.equal(plain.pooled, cut.pooled)
+    expected = embed_images(ours.loaded, [cut_border(decode(data), 5) for *_, data in pictures()])
+    torch.testing.assert_close(cut.joint, expected, atol=2e-6, rtol=0)
+    small = [("a", b"0", encode(draw("red", "dot", 8))), ("b", b"0", encode(draw("red", "dot", 40)))]
+    opened = open_samples(Place(), write_wds(tmp_path / "small", small), "test", "single")
+    assert ours.embed(opened, border=5).skipped == {"too_small": 1}
+
+
+def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
+    """Two processes over loopback give what one gives, each with the pictures of its chunks alone."""
+    alone = embedder(tmp_path).embed(shapes)
+    code = (
+        "import sys, torch; sys.path[:0] = ['tests', 'tests/evaluate']\n"
+        "from pathlib import Path\n"
+        "from diptych import ranks\n"
+        "from diptych.embed.cache import FeatureCache\n"
+        "from diptych.evaluate import features\n"
+        "from diptych.evaluate.registry import Place\n"
+        "from diptych.evaluate.sources import open_samples\n"
+        "from samples import TINY_VIT, make_loaded\n"
+        "features.CHUNK = 5\n"
+        "root, us = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"
+        "cache = FeatureCache(root / f'cache{us.rank}')\n"
+        "ours = features.Embedder(make_loaded(TINY_VIT), 'exact', cache, 4, us)\n"
+        "seen = []\n"
+        "found = ours.embed(open_samples(Place(), root / 'shapes', 'test', 'single'), on_pictures=seen.append)\n"
+        "torch.save((found.pooled, found.kept, sum(seen)), root / f'rank{us.rank}.pt')\n"
+        "ranks.disconnect(us)\n"
+    )
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    counts = []
+    for rank in range(2):
+        pooled, kept, seen = torch.load(tmp_path / f"rank{rank}.pt")
+        torch.testing.assert_close(pooled, alone.pooled, atol=1e-6, rtol=0)
+        assert kept == alone.kept
+        counts.append(seen)
+    assert counts == [14, 10]

@@ -1,0 +1,117 @@
+"""Sets whose classes are ImageNet's: pooled classes, and what a probe of ImageNet says of them."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from exams import COLOURS, SHAPES, write_wds
+
+from diptych.checkpoint import layouts
+from diptych.embed.images import ImageTower, embed_images
+from diptych.embed.texts import embed_texts
+from diptych.evaluate.config import EvaluateConfig
+from diptych.evaluate.features import cut_border
+from diptych.evaluate.metrics import accuracy
+from diptych.evaluate.prompts import build_weights
+from diptych.evaluate.registry import load_dataset
+from diptych.evaluate.results import Result, save_result
+from diptych.evaluate.run import run
+from diptych.evaluate.shifts import pool_classes
+from diptych.image import decode
+from samples import TINY_VIT, draw, encode, make_loaded
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    layouts.save(make_loaded(TINY_VIT), path, "diptych")
+    return path
+
+
+def drawn():
+    return [encode(draw(colour, shape)) for colour in COLOURS for shape in SHAPES][:30]
+
+
+def evaluate(model, tmp_path, name, *protocols):
+    config = EvaluateConfig(
+        models=(str(model),),
+        suite=(name,),
+        data=tmp_path,
+        out=tmp_path / "out",
+        on_mismatch="warn",
+        protocols=protocols,
+    )
+    return run(config)
+
+
+def test_the_best_of_a_group_counts_and_an_empty_group_never_wins():
+    scores = torch.tensor([[0.1, 0.9, 0.3, -2], [5, 1, 2, 7]])
+    pooled = pool_classes(scores, ((0, 1), (), (2, 3)))
+    assert pooled[:, 0].tolist() == pytest.approx([0.9, 5])
+    assert pooled[:, 2].tolist() == pytest.approx([0.3, 7])
+    assert (pooled[:, 1] < scores.min()).all()
+
+
+def objectnet(folder):
+    """A copy whose classes stand in another order than the registry's."""
+    names = [str(name) for name in load_dataset("objectnet").classes][::-1]
+    samples = [(f"p{i}", str(i % 113).encode(), data) for i, data in enumerate(drawn())]
+    write_wds(folder / "objectnet", samples, classnames=names, templates=None)
+    return torch.tensor([112 - i % 113 for i in range(30)])
+
+
+def save_probe(tmp_path, weight, bias, names):
+    folder = tmp_path / "out" / "tiny" / "imagenet"
+    folder.mkdir(parents=True)
+    np.savez(folder / "probe.npz", weight=weight.numpy(), bias=bias.numpy(), names=np.array(names))
+    details = {"l2": 1.0, "validation": [], "train_images": 5, "converged": True}
+    earlier = Result(
+        model="tiny", dataset="imagenet", protocol="probe", metric="acc1", value=0.5, images=3, details=details
+    )
+    save_result(tmp_path / "out", earlier)
+
+
+def test_zero_shot_has_the_accuracy_of_pooled_classes_too(model, tmp_path):
+    labels = objectnet(tmp_path)
+    (result,) = evaluate(model, tmp_path, "objectnet").results
+    imagenet, entry, loaded = load_dataset("imagenet"), load_dataset("objectnet"), make_loaded(TINY_VIT)
+    images = embed_images(loaded, [cut_border(decode(data), 2) for data in drawn()])
+    weights = build_weights(partial(embed_texts, loaded), imagenet.names, imagenet.as_used("paper").templates)
+    pooled = pool_classes(images @ weights, entry.imagenet_groups)
+    assert result.metrics["acc1_pooled"] == accuracy(pooled, labels)
+
+
+def test_a_probe_of_imagenet_is_asked_about_a_shift(model, tmp_path):
+    labels = objectnet(tmp_path)
+    report = evaluate(model, tmp_path, "objectnet", "probe")
+    assert "first evaluate imagenet with --protocols probe" in report.refused[0].reason
+    entry = load_dataset("objectnet")
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(1000, 32, generator=generator), torch.randn(1000, generator=generator)
+    save_probe(tmp_path, weight, bias, [names[0] for names in load_dataset("imagenet").names])
+    (result,) = evaluate(model, tmp_path, "objectnet", "probe").results
+    loaded = make_loaded(TINY_VIT)
+    pixels = [loaded.preprocess.pixels(cut_border(decode(data), 2)) for data in drawn()]
+    pooled = ImageTower(loaded, "exact", pooled=True).encode(torch.from_numpy(np.stack(pixels)))
+    expected = accuracy(pool_classes(pooled @ weight.T + bias, entry.imagenet_groups), labels)
+    assert result.value == expected
+    assert (result.details["trained_on"], result.details["train_images"]) == ("imagenet", 5)
+
+
+def test_frames_are_asked_by_the_probe_of_imagenet(model, tmp_path):
+    folder = tmp_path / "ytbb_robust"
+    folder.mkdir()
+    for i, data in enumerate(drawn()):
+        (folder / f"{i}.jpg").write_bytes(data)
+    names = [str(name) for name in load_dataset("ytbb_robust").classes]
+    frames = {"classes": names, "labels": {"0.jpg": [1], "4.jpg": [19]}, "sets": {"0.jpg": ["1.jpg"], "4.jpg": []}}
+    (folder / "frames.json").write_text(json.dumps(frames))
+    bias = torch.zeros(1000)
+    bias[10] = 5.0  # a bird, as class 1 is
+    save_probe(tmp_path, torch.zeros(1000, 32), bias, [names[0] for names in load_dataset("imagenet").names])
+    temporal, probe = evaluate(model, tmp_path, "ytbb_robust", "temporal", "probe").results
+    assert (probe.metrics["pm0"], probe.metrics["pm10"]) == (0.5, 0.5)
+    assert probe.details["anchors"] == 2
+    assert 0 <= temporal.metrics["acc1_pooled"] <= 1

@@ -1,0 +1,431 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from exams import NAMES, npy, pictures, write_captions, write_own, write_shapes, write_wds
+
+from diptych.checkpoint import layouts
+from diptych.embed.sources import fetch
+from diptych.errors import DatasetError, DownloadError, NotFoundError, UsageError
+from diptych.evaluate.config import EvaluateConfig
+from diptych.evaluate.labels import number_labels
+from diptych.evaluate.places import fetch_wds, locate
+from diptych.evaluate.registry import Place, load_dataset, load_own
+from diptych.evaluate.run import run
+from diptych.evaluate.samples import Samples
+from diptych.evaluate.sources import find_layout, open_samples
+from samples import TINY_VIT, make_loaded, write_samples, write_tar
+
+
+def read(samples):
+    """Every picture's bytes."""
+    return [fetch(row) for row in samples.rows.read(range(len(samples)))]
+
+
+def reopen(path, kind="single", split="test", **place):
+    return open_samples(Place(**place), path, split, kind)
+
+
+def expected(samples):
+    return {key: (number, data) for key, number, data in pictures()} == {
+        key: (label, data) for key, label, data in zip(samples.keys, samples.labels, read(samples), strict=True)
+    }
+
+
+# --- layouts ---
+
+
+def test_wds_folders_are_read_in_place(tmp_path):
+    samples = reopen(write_shapes(tmp_path / "wds"))
+    assert samples.layout == "wds"
+    assert expected(samples)
+    assert samples.classnames == NAMES
+    assert samples.templates == ("a drawing of a {}.",)
+    with pytest.raises(NotFoundError, match="no split train"):
+        reopen(tmp_path / "wds", split="train")
+
+
+def test_wds_of_several_labels_and_of_captions(tmp_path):
+    several = [(key, npy([1, 0, 0, int(number == 3)]), data) for key, number, data in pictures()]
+    assert reopen(write_wds(tmp_path / "multi", several, "npy"), "multi").labels[3] == (0, 3)
+    captions = reopen(write_captions(tmp_path / "captions"), "captions")
+    assert captions.labels[0] == ("a red circle", "circle in red", "the first")
+    with pytest.raises(DatasetError, match="says retrieval, the dataset is of kind single"):
+        reopen(tmp_path / "captions")
+
+
+def test_keys_that_begin_anew_in_every_shard_stay_apart(tmp_path):
+    for number in range(2):
+        (tmp_path / "test").mkdir(exist_ok=True)
+        write_tar(tmp_path / "test" / f"{number}.tar", [("0.cls", b"1"), ("0.jpg", b"x")])
+    (tmp_path / "test" / "nshards.txt").write_text("2")
+    assert reopen(tmp_path).keys == ["0", "1/0"]
+
+
+def test_folders_of_classes(tmp_path):
+    for key, number, data in pictures():
+        folder = tmp_path / "set" / "test" / NAMES[number].title()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{key}.jpg").write_bytes(data)
+    samples = reopen(tmp_path / "set")
+    assert (samples.layout, len(samples)) == ("folders", 24)
+    assert samples.classnames == ("Circle", "Cross", "Square", "Triangle")
+    assert samples.keys[0] == "Circle/black-circle.jpg"
+    assert len(reopen(tmp_path / "set" / "test")) == 24  # without a folder for the split
+    with pytest.raises(NotFoundError, match="no split train"):
+        reopen(tmp_path / "set", split="train")
+
+
+def write_parquet(folder, rows, names=NAMES, shards=1, total=None, label=None):
+    """As Hugging Face datasets lay them on the hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if names else {}
+    size = -(-len(rows) // shards)
+    for shard in range(shards):
+        some = rows[shard * size : (shard + 1) * size]
+        table = pa.table(
+            {
+                "image": pa.array([{"bytes": data, "path": f"{key}.jpg"} for key, _, data in some]),
+                "label": pa.array([number if label is None else label(number) for _, number, _ in some]),
+            }
+        ).replace_schema_metadata(metadata)
+        pq.write_table(table, folder / f"test-{shard:05d}-of-{total or shards:05d}.parquet", row_group_size=5)
+
+
+def test_hugging_face_datasets_in_parquet(tmp_path):
+    write_parquet(tmp_path / "data", pictures(), shards=3)
+    samples = reopen(tmp_path)
+    assert (samples.layout, samples.classnames) == ("parquet", NAMES)
+    assert read(samples) == [data for *_, data in pictures()]
+    assert samples.labels == [number for _, number, _ in pictures()]
+    some = [fetch(row) for row in samples.rows.read([2, 3, 9, 23])]
+    assert some == [pictures()[i][2] for i in (2, 3, 9, 23)]
+
+
+def test_a_row_without_a_label_is_left_out_and_the_others_keep_their_pictures(tmp_path):
+    write_parquet(tmp_path, pictures(), shards=2, label=lambda number: None if number == 1 else number)
+    samples = reopen(tmp_path)
+    assert samples.skipped == {"no_label": 6}
+    assert read(samples) == [data for _, number, data in pictures() if number != 1]
+
+
+def test_parquet_of_names_and_of_captions(tmp_path):
+    write_parquet(tmp_path / "a", pictures(), names=(), label=lambda number: NAMES[number])
+    assert reopen(tmp_path / "a").labels[:4] == list(NAMES)
+    write_parquet(tmp_path / "b", pictures(), names=(), label=lambda number: ["one", f"two {number}"])
+    assert reopen(tmp_path / "b", "captions").labels[1] == ("one", "two 1")
+    with pytest.raises(DatasetError, match="no column 'img'; it has image, label"):
+        reopen(tmp_path / "a", image="img")
+
+
+def test_csv_of_paths_and_labels(tmp_path):
+    rows = []
+    for key, number, data in pictures():
+        (tmp_path / f"{key}.jpg").write_bytes(data)
+        rows.append({"file": f"{key}.jpg", "class": NAMES[number], "split": "test"})
+    rows.append({"file": "other.jpg", "class": "circle", "split": "train"})
+    with open(tmp_path / "labels.csv", "w", newline="") as handle:
+        writer = csv.DictWriter(handle, ["file", "class", "split"])
+        writer.writeheader()
+        writer.writerows(rows)
+    samples = reopen(tmp_path, image="file", label="class")
+    assert (samples.layout, samples.labels[:4]) == ("csv", list(NAMES))
+    assert read(samples) == [data for *_, data in pictures()]
+    assert len(reopen(tmp_path, image="file", label="class", split="train")) == 1
+    captions = reopen(tmp_path / "labels.csv", "captions", image="file", label="class")
+    assert captions.labels[0] == ("circle",)
+    with pytest.raises(NotFoundError, match="no split val"):
+        reopen(tmp_path, image="file", label="class", split="val")
+
+
+def test_our_shards(tmp_path):
+    samples = reopen(write_samples(tmp_path / "shards"))
+    assert (samples.layout, len(samples)) == ("shards", 64)
+    assert samples.labels[0] == "circle"
+    captions = reopen(tmp_path / "shards", "captions")
+    assert captions.labels[0] == ("a red circle",)
+
+
+def test_frames_of_videos(tmp_path):
+    for key, _, data in pictures():
+        (tmp_path / f"{key}.jpg").write_bytes(data)
+    frames = {
+        "classes": list(NAMES),
+        "labels": {"red-circle.jpg": [0], "red-cross.jpg": [3, 1]},
+        "sets": {"red-circle.jpg": ["green-circle.jpg"], "red-cross.jpg": []},
+    }
+    (tmp_path / "frames.json").write_text(json.dumps(frames))
+    samples = reopen(tmp_path, "frames")
+    assert samples.labels == [(0,), (0,), (3, 1)]
+    assert samples.sets["red-circle.jpg"] == ("green-circle.jpg",)
+    del frames["labels"]["red-circle.jpg"]
+    (tmp_path / "frames.json").write_text(json.dumps(frames))
+    with pytest.raises(DatasetError, match=r"red-circle\.jpg has no label"):
+        reopen(tmp_path, "frames")
+
+
+def test_what_is_no_dataset_says_so(tmp_path):
+    with pytest.raises(NotFoundError, match="no dataset of a known layout"):
+        find_layout(tmp_path, "single")
+    with pytest.raises(NotFoundError, match="no such dataset"):
+        reopen(tmp_path / "nothing")
+
+
+# --- damage ---
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_shapes(tmp_path, shards=3)
+    (tmp_path / "test" / "1.tar").unlink()
+    with pytest.raises(DatasetError, match=r"lacks 1 of 3 shards: 1\.tar"):
+        reopen(tmp_path)
+    write_shapes(tmp_path, shards=3)
+    (tmp_path / "test" / "nshards.txt").write_text("2")
+    with pytest.raises(DatasetError, match=r"says 2 shards, but there is 2\.tar too"):
+        reopen(tmp_path)
+    (tmp_path / "test" / "nshards.txt").unlink()
+    with pytest.raises(DatasetError, match=r"no nshards\.txt"):
+        reopen(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
+def test_a_truncated_shard_is_named(tmp_path, share):
+    write_shapes(tmp_path)
+    tar = tmp_path / "test" / "1.tar"
+    tar.write_bytes(tar.read_bytes()[: int(tar.stat().st_size * share)])
+    with pytest.raises(DatasetError, match=r"1\.tar is damaged at byte .*truncated"):
+        reopen(tmp_path)
+
+
+def test_a_missing_or_truncated_parquet_file_is_named(tmp_path):
+    write_parquet(tmp_path, pictures(), shards=2, total=3)
+    with pytest.raises(DatasetError, match=r"lacks 1 of 3 files of test: test-00002-of-00003"):
+        reopen(tmp_path)
+    write_parquet(tmp_path / "b", pictures())
+    file = tmp_path / "b" / "test-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DatasetError, match="no whole Parquet file"):
+        reopen(tmp_path / "b")
+
+
+def test_a_truncated_shard_of_ours_is_named(tmp_path):
+    write_samples(tmp_path)
+    tar = sorted(tmp_path.glob("*.tar"))[0]
+    for index in tmp_path.glob("*.arrow"):
+        index.unlink()
+    (tmp_path / "dataset.json").unlink()
+    tar.write_bytes(tar.read_bytes()[:5000])
+    with pytest.raises(DatasetError, match="truncated"):
+        reopen(tmp_path)
+
+
+@pytest.mark.parametrize("label", [b"4", b"-1", b"circle", b"", b"1.0"])
+def test_labels_that_are_none_are_counted(tmp_path, label):
+    samples = [(key, label if key == "red-cross" else str(number).encode(), data) for key, number, data in pictures()]
+    opened = reopen(write_wds(tmp_path, samples))
+    assert opened.skipped == {"bad_label": 1}
+    assert len(opened) == 23
+
+
+def test_vectors_that_are_none_are_counted(tmp_path):
+    bad = iter([b"", b"\x93NUMPY broken", npy([1, 0]), npy([2, 0, 0, 0]), npy([[1, 0, 0, 0]])])
+    samples = [(key, next(bad, npy([1, 0, 0, 0])), data) for key, _, data in pictures()]
+    assert reopen(write_wds(tmp_path, samples, "npy"), "multi").skipped == {"bad_label": 5}
+
+
+def test_a_member_that_is_there_twice_is_named(tmp_path):
+    write_shapes(tmp_path, shards=1)
+    write_tar(tmp_path / "test" / "0.tar", [("a.cls", b"0"), ("a.jpg", b"x"), ("a.cls", b"1")])
+    with pytest.raises(DatasetError, match=r"has a\.cls twice"):
+        reopen(tmp_path)
+
+
+# --- labels to classes ---
+
+
+def numbered(tmp_path, names, text, **place):
+    write_shapes(tmp_path / "shapes", names)
+    entry = load_own(write_own(tmp_path / "mine.toml", text))
+    samples = open_samples(entry.data, tmp_path, "test", entry.kind)
+    return samples, number_labels(entry.as_used("paper"), samples, entry.data)
+
+
+def test_a_source_in_another_order_gives_the_same_labels(tmp_path):
+    text = "classes = ['cross', ['circle', 'disc'], 'triangle', 'box']\naliases = {square = 'box'}"
+    samples, found = numbered(tmp_path, NAMES, text)
+    for key, numbers in zip(samples.keys, found.numbers, strict=True):
+        name = key.split("-")[1]
+        assert found.names[numbers[0]][0] == {"square": "box"}.get(name, name)
+
+
+def test_a_source_with_a_class_absent_or_another_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="4 classes, the registry 5; it lacks 'ring'"):
+        numbered(tmp_path, NAMES, "classes = ['cross', 'circle', 'triangle', 'square', 'ring']")
+    with pytest.raises(DatasetError, match="only the source has 'square'; it lacks 'ring'"):
+        numbered(tmp_path, NAMES, "classes = ['cross', 'circle', 'triangle', 'ring']")
+
+
+def test_numbers_without_names_need_a_word_on_their_order(tmp_path):
+    write_shapes(tmp_path / "shapes", classnames=None)
+    entry = load_own(write_own(tmp_path / "a.toml", "classes = ['circle', 'square', 'triangle', 'cross']"))
+    samples = open_samples(entry.data, tmp_path, "test", "single")
+    with pytest.raises(DatasetError, match='order = "registry"'):
+        number_labels(entry.as_used("paper"), samples, entry.data)
+    text = "classes = ['circle', 'square', 'triangle', 'cross']"
+    entry = load_own(write_own(tmp_path / "b.toml", text, "path = 'shapes'\norder = 'registry'"))
+    assert number_labels(entry.as_used("paper"), samples, entry.data).numbers[3] == (3,)
+    entry = load_own(write_own(tmp_path / "c.toml", "classes = ['a', 'b']", "path = 'shapes'\norder = 'registry'"))
+    with pytest.raises(DatasetError, match="2 is no number of one of 2 classes"):
+        number_labels(entry.as_used("paper"), samples, entry.data)
+    with pytest.raises(DatasetError, match="nothing says what they are called"):
+        number_labels(load_own(write_own(tmp_path / "d.toml")).as_used("paper"), samples, Place())
+
+
+def test_clip_benchmarks_profile_takes_what_lies_beside_the_pictures(tmp_path):
+    names = ["eight", "three", "four", "five", "six", "seven", "nine", "ten"]
+    entry = load_dataset("clevr_counts")
+    samples = Samples(tmp_path, "wds", ["a", "b"], [0, 2], classnames=tuple(names), templates=("{} things",))
+    theirs = number_labels(entry.as_used("clip_benchmark"), samples, Place())
+    assert (theirs.names[0], theirs.templates, theirs.numbers) == (("eight",), ("{} things",), ((0,), (2,)))
+    ours = number_labels(entry.as_used("paper"), samples, Place())
+    assert [ours.names[n[0]] for n in ours.numbers] == [("8",), ("4",)]
+    assert ours.templates == ("a photo of {} objects.",)
+    samples.classnames = (*names[:-1], "many")
+    assert "only the source has 'many'" in number_labels(entry.as_used("clip_benchmark"), samples, Place()).warnings[0]
+
+
+# --- places ---
+
+
+@pytest.fixture
+def server(tmp_path):
+    root = tmp_path / "served"
+    write_shapes(root / "shapes")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root))) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield root, f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_a_folder_at_a_url_is_fetched_whole(server, tmp_path):
+    root, url = server
+    fetch_wds(f"{url}/shapes/", tmp_path / "got", "test")
+    assert expected(reopen(tmp_path / "got"))
+    (root / "shapes" / "test" / "1.tar").unlink()
+    fetch_wds(f"{url}/shapes", tmp_path / "got", "test")  # it is there
+    with pytest.raises(DownloadError, match=r"1\.tar: 404"):
+        fetch_wds(f"{url}/shapes", tmp_path / "other", "test")
+    assert not (tmp_path / "other" / "test" / "1.tar").exists()
+    with pytest.raises(DownloadError, match="404"):
+        fetch_wds(f"{url}/shapes", tmp_path / "other", "train")
+
+
+def test_a_dataset_of_ones_own_may_lie_at_a_url(server, tmp_path):
+    _, url = server
+    layouts.save(make_loaded(TINY_VIT), tmp_path / "model", "diptych")
+    suite = write_own(tmp_path / "mine.toml", data=f"path = '{url}/shapes'")
+    config = EvaluateConfig(
+        models=(str(tmp_path / "model"),), suite=(str(suite),), data=tmp_path / "data", out=tmp_path / "out"
+    )
+    with pytest.raises(NotFoundError, match=rf"mine: {url}/shapes"):
+        run(config)
+    (tmp_path / "data" / "mine" / "test").mkdir(parents=True)  # a transfer that broke off
+    (tmp_path / "data" / "mine" / "test" / "nshards.txt").write_text("2")
+    (result,) = run(replace(config, download=True)).results
+    assert result.images == 24
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as its client speaks when it fetches files of a dataset."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        path = self.path.split("?")[0]
+        self.asked.append(path)
+        if path.startswith("/api/datasets/clip-benchmark/wds_mnist"):
+            if "/tree/" in path:
+                listed = [{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in self.files.items()]
+                return self.answer(json.dumps(listed).encode(), body)
+            siblings = [{"rfilename": name} for name in self.files]
+            info = {"id": "clip-benchmark/wds_mnist", "sha": "1" * 40, "siblings": siblings}
+            return self.answer(json.dumps(info).encode(), body)
+        name = path.partition("/resolve/" + "1" * 40 + "/")[2]
+        if name not in self.files:
+            return self.answer(b"", body, 404)
+        return self.answer(self.files[name], body)
+
+    def answer(self, data, body, status=200):
+        self.send_response(status)
+        for key, value in (("Content-Length", len(data)), ("ETag", f'"{len(data)}"'), ("X-Repo-Commit", "1" * 40)):
+            self.send_header(key, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_command_fetches_a_dataset_from_the_environments_hub(tmp_path):
+    layouts.save(make_loaded(TINY_VIT), tmp_path / "model", "diptych")
+    write_shapes(tmp_path / "source", classnames=[str(i) for i in range(10)])
+    files = {p.relative_to(tmp_path / "source").as_posix(): p for p in (tmp_path / "source").rglob("*") if p.is_file()}
+    Hub.files = {name: path.read_bytes() for name, path in files.items()} | {"train/0.tar": b"not wanted"}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{http.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-m", "diptych", "evaluate", "--model", str(tmp_path / "model"), "--suite", "mnist"]
+        command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--download", "--json"]
+        done = subprocess.run([*command, "--on-mismatch", "warn"], env=env, capture_output=True, text=True)
+        http.shutdown()
+        thread.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    assert (result["dataset"], result["images"], result["profile"]) == ("mnist", 24, "paper")
+    assert any("24 pictures, the profile paper says 10,000" in warning for warning in result["warnings"])
+    assert not any(path.endswith("train/0.tar") for path in Hub.asked)
+
+
+def test_datasets_are_found_by_id_and_by_repository(tmp_path):
+    entry = load_dataset("cifar100")
+    assert locate(entry, tmp_path) is None
+    write_shapes(tmp_path / "wds_vtab-cifar100")
+    assert locate(entry, tmp_path) == (Place(), tmp_path / "wds_vtab-cifar100")
+    write_parquet(tmp_path / "cifar100", pictures())
+    place, root = locate(entry, tmp_path)
+    assert (place.image, place.label, root) == ("img", "fine_label", tmp_path / "cifar100")
+    for name in ("train", "val"):
+        (tmp_path / "imagenet" / name / "n01440764").mkdir(parents=True)
+    place, _ = locate(load_dataset("imagenet"), tmp_path)
+    assert place.test == "val"
+
+
+def test_layouts_that_cannot_be_of_a_kind_say_so(tmp_path):
+    (tmp_path / "a" / "x").mkdir(parents=True)
+    with pytest.raises(UsageError, match="one label to each picture"):
+        reopen(tmp_path / "a", "captions", layout="folders")
