@@ -14,10 +14,11 @@ from diptych.cli.curate import Curate
 from diptych.cli.embed import Embed
 from diptych.cli.finetune import Finetune, WiseFT
 from diptych.cli.plan import Plan
+from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
 from diptych.errors import DiptychError
 
-Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Inspect | Convert | Verify
+Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Report | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "finetune": Finetune,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Command]] = {
     "curate": Curate,
     "classify": Classify,
     "embed": Embed,
+    "report": Report,
     "inspect": Inspect,
     "convert": Convert,
     "verify": Verify,

@@ -209,8 +209,8 @@ def _set_axis(axes: Axes, which: Literal["x", "y"], kind: Axis, panel: Plot) -> 
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
     elif kind == "shots":
-        shown = sorted({int(value) for value in values})
-        axes.set_xticks([_place("shots", value) for value in shown], [str(value) for value in shown])
+        shown = sorted(set(values))
+        axes.set_xticks([_place("shots", value) for value in shown], [f"{value:g}" for value in shown])
 
 
 def _set_ticks(axis, ticks: Sequence[float]) -> None:
