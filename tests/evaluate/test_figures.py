@@ -9,7 +9,7 @@ import pytest
 
 import made_up_results as made
 from diptych.errors import NotFoundError, UsageError
-from diptych.evaluate.charts import Bars, Chart, Missing, Plot
+from diptych.evaluate.charts import Bars, Chart, Missing, Plot, evaluate_command
 from diptych.evaluate.figures import FIGURES, build_charts
 from diptych.evaluate.figures_transfer import PAPER_EFFICIENCY
 from diptych.evaluate.references import KORNBLITH12, PAPER27, SHIFTS, reference
@@ -94,6 +94,21 @@ def test_figure_4_of_one_model_is_a_bar_a_dataset(study):
     details = study.results["mine", "dtd", "prompts"].details
     [dtd] = [bar for bar in panel.bars if bar.label == "dtd"]
     assert dtd.value == pytest.approx(details["ensemble"] - details["bare"])
+
+
+def test_models_of_one_size_are_not_drawn_over_size(study):
+    same = {name: replace(facts, gflops=8.0) for name, facts in study.models.items()}
+    changed = replace(study, models=same)
+    assert isinstance(chart(changed, "4").panels[0], Bars)
+    assert isinstance(FIGURES["9"](changed), Missing)
+
+
+def test_commands_name_the_suite_or_the_datasets():
+    assert evaluate_command(("dtd", "sun397"), "probe") == (
+        "diptych evaluate --model MODEL --suite paper27 --protocols probe"
+    )
+    assert evaluate_command(("digits",), several=True) == "diptych evaluate --model A --model B ... --suite made"
+    assert evaluate_command(("digits", "mine")) == "diptych evaluate --model MODEL --suite digits mine"
 
 
 def test_figure_5_subtracts_the_resnet_s_probe_and_shows_the_paper_s_delta(study):

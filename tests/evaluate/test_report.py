@@ -169,6 +169,21 @@ def test_names_from_data_cannot_become_markup(page):
     assert "<title>Results &lt;made up&gt;</title>" in page
 
 
+def test_the_page_names_no_place_of_the_machine(study):
+    facts = replace(study.models["mine"], source="/home/someone/runs/secret/mine")
+    about = {"torch": "2.13.0", "data": "/home/someone/data", "date": "2026-11-26", "settings": {"data": "/home"}}
+    case = ("mine", "food101", "zeroshot")
+    changed = replace(
+        study,
+        models={**study.models, "mine": facts},
+        results={**study.results, case: replace(study.results[case], about=about)},
+    )
+    shown = describe(changed, [], [], lambda chart: b"")
+    assert "/home" not in str(shown)
+    assert [model["source"] for model in shown["models"] if model["name"] == "mine"] == ["mine"]
+    assert dict(shown["environment"]) == {"torch": "2.13.0", "date": "2026-11-25 to 2026-11-26"}
+
+
 def test_unconfirmed_numbers_are_marked(page):
     assert re.search(r'<td class="unconfirmed">78\.80\?', page)
     assert re.search(r"<td>93\.80<", page)

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from diptych.evaluate.references import PAPER27
+
 Axis = Literal["percent", "logit", "log", "shots", "points", "share", "error"]
 """percent: 0..1 shown in percent. logit: the same, with logits as distances. log: a positive number. shots: examples a
 class, 0 at the left. points: a difference of percentages. share: of pictures, 0..1. error: 1 - value, both on a log."""
 Whose = Literal["ours", "baseline", "confirmed", "unconfirmed"]
 """Ours: a CLIP that was measured here. baseline: another model that was measured here. The rest is published."""
+MADE = ("digits", "rendered_text", "counting")
+"""The suite that is made here (made.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +141,16 @@ def list_few(names: Sequence[str], few: int = 8) -> str:
 def left_out(names: Sequence[str], why: str) -> str:
     """A sentence about what is not shown; nothing if all is."""
     return f"Left out: {list_few(names)} ({why})." if names else ""
+
+
+def evaluate_command(datasets: Sequence[str], *protocols: str, several: bool = False) -> str:
+    """What to type for these results: of the paper's datasets the suite, of others their names."""
+    if not datasets or set(datasets) <= set(PAPER27):
+        suite = "paper27"
+    elif set(datasets) <= set(MADE):
+        suite = "made"
+    else:
+        suite = " ".join(datasets)
+    models = "--model A --model B ..." if several else "--model MODEL"
+    chosen = f" --protocols {' '.join(protocols)}" if protocols else ""
+    return f"diptych evaluate {models} --suite {suite}{chosen}"

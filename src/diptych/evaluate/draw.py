@@ -202,9 +202,10 @@ def _set_axis(axes: Axes, which: Literal["x", "y"], kind: Axis, panel: Plot) -> 
         _set_ticks(axis, [tick for tick in _TICKS if low <= tick <= high] or [min(values)])
     elif kind in ("log", "error"):
         set_scale("log")
-        set_limits(min(values) / 1.3, max(values) * 1.3)
+        low, high = min(values) / 1.3, max(values) * 1.3
+        set_limits(low, min(1.0, high) if kind == "error" else high)
         if kind == "error":
-            _set_ticks(axis, [tick for tick in _TICKS if min(values) / 1.3 <= tick <= max(values) * 1.3] or values[:1])
+            _set_ticks(axis, [tick for tick in _TICKS if low <= tick <= high] or values[:1])
         else:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())

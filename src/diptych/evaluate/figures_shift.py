@@ -19,6 +19,7 @@ from diptych.evaluate.charts import (
     Plot,
     Series,
     Whose,
+    evaluate_command,
     list_few,
     mean,
     sentence,
@@ -40,7 +41,7 @@ SHIFTS_COMMAND = "diptych evaluate --model MODEL --suite shifts imagenet"
 def task_shift(study: Study) -> Chart | Missing:
     """Figure 12: probes on other datasets over the probe on ImageNet."""
     number, title = "12", "Probes on other tasks over the probe on ImageNet"
-    command = "diptych evaluate --model MODEL --suite paper27 --protocols probe (for each of several models)"
+    command = evaluate_command((), "probe", several=True)
     models = [model for model in study.having("probe") if study.get(model, IMAGENET, "probe")]
     others = [name for name in PAPER27 if name != IMAGENET]
     panels, used = [], set()
@@ -50,7 +51,11 @@ def task_shift(study: Study) -> Chart | Missing:
             used.update(shared)
             panels.append(_task_panel(study, models, shared, f"{name}: {len(shared)} of {len(suite)}"))
     if not panels:
-        why = f"{len(models)} models have a probe on ImageNet, and they share no probe on another dataset of the paper"
+        why = (
+            f"the models with a probe on ImageNet ({list_few(models)}) share no other probe on a dataset of the paper"
+            if models
+            else "no model has a probe on ImageNet"
+        )
         return Missing(number=number, title=title, why=why, command=command)
     caption = sentence(
         "Above the diagonal a model's features are worth more on other tasks than on ImageNet.",
@@ -317,7 +322,11 @@ def overlap(study: Study) -> Chart | Missing:
     found = [r for (model, _, p), r in sorted(study.results.items()) if p == "overlap" and model == study.shown]
     divided = [r for r in found if r.details["overlapping"] and r.details["overlapping"] < r.images]
     if not divided:
-        why = f"{study.shown} has {len(found)} overlap results, and none with seen and unseen pictures"
+        why = (
+            f"none of {study.shown}'s {len(found)} overlap results has both seen and unseen pictures"
+            if found
+            else f"{study.shown} has no overlap results"
+        )
         return Missing(number=number, title=title, why=why, command=command)
     p_values = [float(r.details["p_value"]) for r in divided]
     levels = list(zip(p_values, bonferroni(p_values), strict=True))

@@ -4,24 +4,35 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from diptych.evaluate.charts import Chart, Guide, Mark, Missing, Plot, Series, Whose, left_out, list_few, mean, sentence
+from diptych.evaluate.charts import (
+    Chart,
+    Guide,
+    Mark,
+    Missing,
+    Plot,
+    Series,
+    Whose,
+    evaluate_command,
+    left_out,
+    list_few,
+    mean,
+    sentence,
+)
 from diptych.evaluate.references import KORNBLITH12, PAPER27, PAPER_MODELS, reference
 from diptych.evaluate.results import Protocol
 from diptych.evaluate.study import GFLOPS, Study
 from diptych.model.config import get_preset
 from diptych.model.cost import image_tower
 
-EVALUATE = "diptych evaluate --model MODEL --suite paper27"
-
 
 def zero_shot_over_size(study: Study) -> Chart | Missing:
     """Figure 9: the error of zero-shot over operations, both as logarithms, with the line through them."""
     number, title = "9", "The error of zero-shot over size"
-    command = f"{EVALUATE} (for each of several models)"
     models = [m for m in study.having("zeroshot", baselines=False) if study.models[m].gflops]
     shared = study.shared("zeroshot", models)
-    if len(models) < 2 or not shared:
-        why = f"{len(models)} models of known size share {len(shared)} zero-shot datasets; two and one are needed"
+    command, sizes = evaluate_command(shared, several=True), len({study.models[m].gflops for m in models})
+    if sizes < 2 or not shared:
+        why = f"models of {sizes} sizes share {len(shared)} zero-shot datasets; two sizes and a dataset are needed"
         return Missing(number=number, title=title, why=why, command=command)
     marks = tuple(
         Mark(
@@ -53,8 +64,8 @@ def zero_shot_over_size(study: Study) -> Chart | Missing:
 def probe_over_size(study: Study) -> Chart | Missing:
     """Figure 10: average of probes over operations a picture, on 12 and on 27 datasets."""
     number, title = "10", "Linear probes over size, beside other models"
-    command = f"{EVALUATE} --protocols probe (for each of several models and baselines)"
     models = [m for m in study.having("probe") if study.models[m].gflops]
+    command = evaluate_command(study.shared("probe", models), "probe", several=True)
     unsized = [m for m in study.having("probe") if not study.models[m].gflops]
     if not models:
         why = "no model of known size has probe results"

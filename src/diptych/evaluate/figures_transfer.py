@@ -14,6 +14,7 @@ from diptych.evaluate.charts import (
     Plot,
     Series,
     Whose,
+    evaluate_command,
     left_out,
     list_few,
     mean,
@@ -22,7 +23,6 @@ from diptych.evaluate.charts import (
 from diptych.evaluate.references import PAPER27, PAPER_MODELS, reference
 from diptych.evaluate.study import GFLOPS, Study
 
-EVALUATE = "diptych evaluate --model MODEL --suite paper27"
 RESNET50 = ("resnet50", "rn50")
 """How names of baselines begin that can stand for Figure 5's ResNet-50."""
 PAPER_EFFICIENCY = {"median": 5.4, "mean": 20.8}
@@ -33,16 +33,18 @@ SEARCH_NOTE = "The forward search picks templates on training pictures where the
 def prompting(study: Study) -> Chart | Missing:
     """Figure 4: prompts and their ensembles against bare names."""
     number, title = "4", "Prompts and ensembles against bare names"
-    command = f"{EVALUATE} --protocols prompts"
     models = study.having("prompts")
     shared = study.shared("prompts", models)
+    command = evaluate_command(shared, "prompts", several=len(models) > 1)
     if not models:
         return Missing(number=number, title=title, why="no model has results of the protocol prompts", command=command)
     if not shared:
         return Missing(number=number, title=title, why="no dataset has prompts results of all models", command=command)
     sized = [model for model in models if study.models[model].gflops]
-    if len(sized) < 2:
-        panel, said = _prompt_gains(study, models[0]), f"Of {models[0]}; with several models this is drawn over size."
+    over_size = len({study.models[model].gflops for model in sized}) > 1
+    if not over_size:
+        one = study.shown if study.shown in models else models[0]
+        panel, said = _prompt_gains(study, one), f"Of {one}; with models of several sizes this is drawn over size."
     else:
         ways = {"bare names": "bare", "a photo of a ...": "simple", "ensemble": "ensemble", "forward search": "search"}
         panel = Plot(
@@ -69,7 +71,7 @@ def prompting(study: Study) -> Chart | Missing:
             ),
         )
         said = f"Mean over {list_few(shared)}."
-    left = [model for model in models if model not in sized and len(sized) > 1]
+    left = [model for model in models if model not in sized and over_size]
     caption = sentence(said, SEARCH_NOTE, left_out(left, "their operations are not known"))
     return Chart(number=number, name="prompts", title=title, caption=caption, panels=(panel,), command=command)
 
@@ -97,7 +99,8 @@ def _way(study: Study, model: str, dataset: str, way: str) -> float:
 def zero_shot_or_probe(study: Study) -> Chart | Missing:
     """Figure 5: zero-shot minus a probe on a ResNet-50, or on the model's own features if there is none."""
     number, title = "5", "Zero-shot against a linear probe"
-    model, command = study.shown, f"{EVALUATE} --protocols zeroshot probe"
+    model = study.shown
+    command = evaluate_command(study.datasets("zeroshot", model), "zeroshot", "probe")
     other = next((m for m in study.having("probe", baselines=True) if _is_resnet50(m)), None) or model
     shared = [d for d in study.datasets("zeroshot", model) if study.get(other, d, "probe")]
     shared = [d for d in shared if _same_metric(study, (model, d, "zeroshot"), (other, d, "probe"))]
@@ -149,9 +152,9 @@ def _published_gap(study: Study, dataset: str, *, own: bool) -> tuple[float, boo
 def few_shot(study: Study) -> Chart | Missing:
     """Figure 6: zero-shot against probes on a few examples a class."""
     number, title = "6", "Zero-shot against few-shot probes"
-    command = f"{EVALUATE} --protocols zeroshot fewshot"
     models = study.having("fewshot")
     measured = study.shared("fewshot", models)
+    command = evaluate_command(measured, "zeroshot", "fewshot", several=len(models) > 1)
     if not measured:
         why = "no dataset has few-shot results of all models" if models else "no model has few-shot results"
         return Missing(number=number, title=title, why=why, command=command)
@@ -204,7 +207,8 @@ def _shot_mark(study: Study, model: str, datasets: Sequence[str], shots: int) ->
 def data_efficiency(study: Study) -> Chart | Missing:
     """Figure 7: how many examples a class a probe needs to be as good as zero-shot."""
     number, title = "7", "Examples of each class that zero-shot is worth"
-    model, command = study.shown, f"{EVALUATE} --protocols zeroshot fewshot probe"
+    model = study.shown
+    command = evaluate_command(study.datasets("zeroshot", model), "zeroshot", "fewshot", "probe")
     found = {d: study.results[model, d, "fewshot"].details.get("efficiency") for d in study.datasets("fewshot", model)}
     known = {dataset: float(value) for dataset, value in found.items() if value is not None}
     if not known:
@@ -235,7 +239,8 @@ def data_efficiency(study: Study) -> Chart | Missing:
 def zero_shot_with_probe(study: Study) -> Chart | Missing:
     """Figure 8: zero-shot over the probe on the same features, with their correlation."""
     number, title = "8", "Zero-shot over the probe on the same features"
-    model, command = study.shown, f"{EVALUATE} --protocols zeroshot probe"
+    model = study.shown
+    command = evaluate_command(study.datasets("zeroshot", model), "zeroshot", "probe")
     shared = [d for d in study.datasets("zeroshot", model) if study.get(model, d, "probe")]
     shared = [d for d in shared if _same_metric(study, (model, d, "zeroshot"), (model, d, "probe"))]
     if len(shared) < 2:

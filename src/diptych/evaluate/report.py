@@ -4,7 +4,6 @@ load_study -> describe (plain values, tested) -> the template -> report.html
 """
 
 import base64
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +25,8 @@ NEAR = 0.01
 SHOWN_CLASSES = 5
 """Best and worst classes of a set that are listed."""
 SUITES: Mapping[str, Sequence[str]] = {"kornblith12": KORNBLITH12, "paper27": PAPER27}
+NOT_SHOWN = ("source", "data", "seconds", "settings")
+"""Of what results say about themselves: places on a machine, clocks and hashes."""
 ABOUT: Mapping[str, str] = {
     "zeroshot": "Class names in templates, no labelled picture (section 3.1).",
     "prompts": "Templates found by forward selection; figure 4 has bare names and the whole ensemble.",
@@ -111,13 +112,13 @@ def _model(study: Study, name: str) -> dict[str, Any]:
     facts = study.models[name]
     return {
         "name": name,
-        "source": facts.source,
+        "source": without_folder(facts.source),
         "published": study.names.get(name),
         "baseline": facts.baseline,
         "image_size": facts.image_size,
         "embed_dim": facts.embed_dim,
         "parameters": "" if facts.parameters is None else f"{facts.parameters / 1e6:,.1f} M",
-        "gflops": "" if facts.gflops is None else f"{facts.gflops:,.1f}",
+        "gflops": "" if facts.gflops is None else f"{facts.gflops:.4g}",
     }
 
 
@@ -152,7 +153,9 @@ def _sections(study: Study) -> Iterator[dict[str, Any]]:
         found = [result for (_, _, p), result in study.results.items() if p == protocol]
         if found:
             found.sort(key=lambda result: (result.dataset, result.model))
-            yield {"protocol": protocol, "about": ABOUT[protocol], "rows": [_row(study, result) for result in found]}
+            rows = [_row(study, result) for result in found]
+            published = any(row["published"] for row in rows)
+            yield {"protocol": protocol, "about": ABOUT[protocol], "rows": rows, "published": published}
 
 
 def _row(study: Study, result: Result) -> dict[str, Any]:
@@ -231,18 +234,28 @@ def _caveats(study: Study) -> list[Any]:
 
 
 def _environment(study: Study) -> list[tuple[str, str]]:
-    """What the results say of how they were made; values that differ stand side by side."""
+    """What the results say of how they were made; values that differ stand side by side.
+
+    Where data and models lay is left out, since a report travels.
+    """
     values: dict[str, dict[str, None]] = {}
     for _, result in sorted(study.results.items()):
         for name, value in result.about.items():
-            text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-            values.setdefault(name, {})[text] = None
+            if name not in NOT_SHOWN and isinstance(value, str | int | float | bool):
+                values.setdefault(name, {})[str(value)] = None
     rows = []
     for name, some in values.items():
-        texts = list(some)
+        texts = sorted(some)
+        if name == "date":
+            texts = list(dict.fromkeys((texts[0], texts[-1])))
         more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
-        rows.append((name, "; ".join(texts[:5]) + more))
+        rows.append((name, (" to " if name == "date" else ", ").join(texts[:5]) + more))
     return rows
+
+
+def without_folder(source: str) -> str:
+    """A place on this machine by its name only; anything else as it is."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def percent(share: float) -> str:
