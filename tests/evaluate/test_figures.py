@@ -124,6 +124,16 @@ def test_figure_5_subtracts_the_resnet_s_probe_and_shows_the_paper_s_delta(study
     assert [bar.confirmed for bar in panel.bars].count(True) == 12
 
 
+def test_figure_5_knows_a_resnet_by_its_source_under_any_name(study):
+    models = {
+        **study.models,
+        "resnet50": replace(study.models["resnet50"], name="other", source="timm:resnet50.a1_in1k"),
+    }
+    assert "resnet50" in bars(replace(study, models=models), "5").title
+    models["resnet50"] = replace(models["resnet50"], source="timm:convnext_base")
+    assert "its own features" in bars(replace(study, models=models), "5").title
+
+
 def test_figure_5_without_a_resnet_takes_the_model_s_own_probe_and_says_so(study):
     without = replace(study, models={name: f for name, f in study.models.items() if name != "resnet50"})
     built = chart(without, "5")

@@ -14,6 +14,7 @@ import pytest
 
 import made_up_results as made
 from diptych.cli import main
+from diptych.errors import UsageError
 from diptych.evaluate.figures import FIGURES, build_charts
 from diptych.evaluate.references import PAPER27
 from diptych.evaluate.report import describe, write_report
@@ -137,6 +138,20 @@ def test_tables_of_single_protocols_are_there(shown):
     assert robust["imagenet_v2", "l336"][5] == "-3.00"
 
 
+def test_published_recalls_stand_below_ours(study, shown):
+    lines = list(shown["tables"][1].rows)
+    place = next(i for i, line in enumerate(lines) if line[:2] == ("flickr30k", "l336"))
+    assert (
+        lines[place][2]
+        == f"{100 * study.results['l336', 'flickr30k', 'retrieval'].metrics['text_retrieval_recall@1']:.2f}"
+    )
+    paper, openclip = lines[place + 1 : place + 3]
+    assert paper[1:4] == ("ViT-L-14-336/openai, published by the paper", "88.00", "98.70")
+    assert openclip[1:3] == ("ViT-L-14-336/openai, published by OpenCLIP", "87.70")
+    of_mine = next(i for i, line in enumerate(lines) if line[:2] == ("flickr30k", "mine"))
+    assert lines[of_mine + 1][0] == "mscoco", "nothing is published of it"
+
+
 def test_the_overlap_s_p_values_are_corrected_over_a_model_s_sets(study, shown):
     lines = {line[0]: line for line in shown["tables"][3].rows}
     p = study.results["l336", "food101", "overlap"].details["p_value"]
@@ -211,6 +226,12 @@ def test_the_command_writes_report_and_figures_and_names_what_is_missing(tmp_pat
     assert Path(printed["out"]) == folder / "report.html"
     assert "Figures that are not drawn" in (folder / "report.html").read_text("utf-8")
     assert sorted(path.suffix for path in (tmp_path / "figures").iterdir()) == [".png"] * 3 + [".svg"] * 3
+
+
+def test_without_the_extra_its_name_is_said(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UsageError, match=r"needs jinja2.*diptych\[report\]"):
+        write_report(study, tmp_path / "r.html", title="", command="")
 
 
 @pytest.mark.parametrize(

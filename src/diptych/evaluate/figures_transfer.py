@@ -21,6 +21,7 @@ from diptych.evaluate.charts import (
     sentence,
 )
 from diptych.evaluate.references import PAPER27, PAPER_MODELS, reference
+from diptych.evaluate.results import ModelFacts
 from diptych.evaluate.study import GFLOPS, Study
 
 RESNET50 = ("resnet50", "rn50")
@@ -101,7 +102,7 @@ def zero_shot_or_probe(study: Study) -> Chart | Missing:
     number, title = "5", "Zero-shot against a linear probe"
     model = study.shown
     command = evaluate_command(study.datasets("zeroshot", model), "zeroshot", "probe")
-    other = next((m for m in study.having("probe", baselines=True) if _is_resnet50(m)), None) or model
+    other = next((m for m in study.having("probe", baselines=True) if _is_resnet50(study.models[m])), None) or model
     shared = [d for d in study.datasets("zeroshot", model) if study.get(other, d, "probe")]
     shared = [d for d in shared if _same_metric(study, (model, d, "zeroshot"), (other, d, "probe"))]
     if not shared:
@@ -294,8 +295,10 @@ def _same_metric(study: Study, *cases: tuple[str, str, str]) -> bool:
     return len(found) == 1
 
 
-def _is_resnet50(model: str) -> bool:
-    return model.lower().replace("-", "").replace("_", "").replace("timm:", "").startswith(RESNET50)
+def _is_resnet50(facts: ModelFacts) -> bool:
+    """By what it was loaded from, or by its name."""
+    names = (facts.source.removeprefix("timm:"), facts.name)
+    return any(name.lower().replace("-", "").replace("_", "").startswith(RESNET50) for name in names)
 
 
 def _sorted(bars: Sequence[Bar]) -> tuple[Bar, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 from diptych.evaluate.bias import PROBE
 from diptych.evaluate.figures_shift import NATURAL
 from diptych.evaluate.overlap import bonferroni
-from diptych.evaluate.references import SHIFTS
+from diptych.evaluate.references import SHIFTS, Reference, reference
 from diptych.evaluate.results import Result
 from diptych.evaluate.robustness import IMAGENET, effective_robustness, fit_shift, relative_robustness
 from diptych.evaluate.study import Study
@@ -55,11 +55,19 @@ def calibration(study: Study) -> Table:
 
 
 def retrieval(study: Study) -> Table:
-    """All recalls."""
-    rows = [
-        (result.dataset, result.model, *(_percent(result.metrics.get(way)) for way in WAYS))
-        for result in _of(study, "retrieval")
-    ]
+    """All recalls, and below each model what is published of it."""
+    rows: list[tuple[str, ...]] = []
+    for result in _of(study, "retrieval"):
+        rows.append((result.dataset, result.model, *(_percent(result.metrics.get(way)) for way in WAYS)))
+        for profile, whose in (("paper", "the paper"), ("clip_benchmark", "OpenCLIP")):
+            name = study.names.get(result.model, "")
+            found = {r.metric: r for r in reference(result.dataset, name, "retrieval", profile=profile)}
+            if any(way in found for way in WAYS):
+                cells = [
+                    (_percent(found[way].value), found[way].confirmed) if way in found else ("", True) for way in WAYS
+                ]
+                marked = (text if confirmed else f"{text}?" for text, confirmed in cells)
+                rows.append(("", f"{name}, published by {whose}", *marked))
     heads = [f"{way} R@{k}" for way in ("picture to text", "text to picture") for k in (1, 5, 10)]
     return Table(title="Retrieval", heads=("dataset", "model", *heads), rows=rows)
 
@@ -186,6 +194,11 @@ def _of(study: Study, protocol: str) -> list[Result]:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f}"
+
+
+def _published(found: Reference) -> str:
+    """Its percent, with a question mark if it is not confirmed."""
+    return _percent(found.value) + ("" if found.confirmed else "?")
 
 
 def _number(value: float | None) -> str:
