@@ -68,7 +68,7 @@ def test_every_recipe_and_target_that_is_named_exists():
 
 def test_every_function_that_is_named_is_in_its_file():
     found = 0
-    for file, functions in re.findall(r"`([\w/]+\.py)` \(((?:`\w+`(?:, )?)+)\)", PAGE):
+    for file, functions in re.findall(r"`([\w/]+\.py)` \(((?:`\w+`(?:, )?)+)[:)]", PAGE):
         if file in PENDING:
             continue
         text = (ROOT / "src" / "diptych" / file).read_text("utf-8")

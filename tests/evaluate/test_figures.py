@@ -306,6 +306,13 @@ def test_figure_15_goes_from_zero_shot_to_all_examples(study, table):
     assert robust["zero-shot"] == pytest.approx(expected)
 
 
+def test_figure_15_without_few_shots_has_its_ends(study):
+    ends = {case: result for case, result in study.results.items() if case[2] != "fewshot"}
+    changed = replace(study, results=ends)
+    assert [mark.label for mark in plot(changed, "15").series[0].marks] == ["zero-shot", "all"]
+    assert "Few-shot points are missing" in chart(changed, "15").caption
+
+
 def test_figure_17_has_intervals_and_corrected_levels(study):
     left, right = plot(study, "17"), plot(study, "17", 1)
     points = {mark.label: (one.name, mark) for one in left.series for mark in one.marks}

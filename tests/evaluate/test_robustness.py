@@ -74,7 +74,20 @@ def test_groups_take_the_highest_of_their_classes():
     assert torch.equal(map_classes(scores, [[0, 2], [3]]), torch.tensor([[0.3, 0.5], [0.7, 0.4]]))
 
 
-@pytest.mark.parametrize("groups", [[], [[]], [[0], [4]], [[-1]], [[0, 1], [1]]])
+def test_a_group_without_classes_is_never_the_best_and_groups_may_share_classes():
+    scores = torch.tensor([[-5.0, -7.0], [3.0, 2.0]])
+    mapped = map_classes(scores, [[], [1], [0, 1]])
+    assert mapped.argmax(dim=1).tolist() == [2, 2]
+    assert mapped.argmin(dim=1).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("classes", [[], [4], [-1], [1, 1]])
+def test_subsets_that_cannot_be_are_refused(classes):
+    with pytest.raises(UsageError, match=r"class"):
+        select_classes(torch.zeros(2, 4), torch.tensor([0, 1]), classes)
+
+
+@pytest.mark.parametrize("groups", [[], [[]], [[0], [4]], [[-1]]])
 def test_groups_that_cannot_be_are_refused(groups):
     with pytest.raises(UsageError, match=r"class|group"):
         map_classes(torch.zeros(2, 4), groups)

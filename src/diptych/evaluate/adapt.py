@@ -1,7 +1,7 @@
-"""Adapting to ImageNet (Figures 14 and 15): probes that learned ImageNet's classes, asked about its shifts.
+"""Adapting to ImageNet with few pictures (Figure 15): few-shot probes of its classes, asked about its shifts.
 
 A shift has no training pictures. Its classes are ImageNet's, or groups of them; of a group the highest score counts.
-The probes come in as functions, `probe.linear_probe` and `fewshot.few_shot`.
+The few-shot probe (`fewshot.few_shot`) comes in as a function.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.errors import UsageError
-from diptych.evaluate.metrics import accuracy, wilson_interval
+from diptych.evaluate.metrics import accuracy
 from diptych.evaluate.results import Result
 from diptych.evaluate.robustness import IMAGENET, map_classes
 
 Metric = Callable[[Tensor, Tensor], float]
-
-
-class HasPredictions(Protocol):
-    """What a probe returns, as far as it is used here."""
-
-    @property
-    def predictions(self) -> Tensor:
-        """Scores of the test pictures, [M, classes]."""
-        ...
 
 
 class HasValues(Protocol):
@@ -55,26 +46,6 @@ class Shift:
         return self.metric(map_classes(scores, self.groups), self.labels)
 
 
-def adapt_probe(
-    probe: Callable[..., HasPredictions],
-    train: Float[Tensor, "N D"],
-    train_labels: Int[Tensor, " N"],
-    shifts: Mapping[str, Shift],
-    *,
-    classes: int,
-    val: tuple[Tensor, Tensor] | None = None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Learn ImageNet once, and ask about all shifts: name -> value."""
-    _check(shifts)
-    parts = list(shifts.values())
-    features = torch.cat([shift.features for shift in parts])
-    known = torch.cat([_as_imagenet(shift) for shift in parts])
-    report = probe(train, train_labels, features, known, classes=classes, val=val, seed=seed)
-    split = report.predictions.split([len(shift.features) for shift in parts])
-    return {name: shift.measure(scores) for (name, shift), scores in zip(shifts.items(), split, strict=True)}
-
-
 def adapt_few_shot(
     few_shot: Callable[..., HasValues],
     train: Float[Tensor, "N D"],
@@ -85,7 +56,10 @@ def adapt_few_shot(
     shots: Sequence[int],
     seeds: int = 10,
 ) -> dict[str, dict[int, tuple[float, ...]]]:
-    """The same with few pictures of each class: name -> shots -> a value for each draw, the same draws for all."""
+    """Learn ImageNet from few pictures of each class, and ask about shifts.
+
+    Returns name -> shots -> a value for each draw; `few_shot` draws the same pictures for every shift.
+    """
     _check(shifts)
     found = {}
     for name, shift in shifts.items():
@@ -98,21 +72,6 @@ def adapt_few_shot(
         report = few_shot(train, train_labels, shift.features, known, **arguments)
         found[name] = {count: tuple(values) for count, values in report.values.items()}
     return found
-
-
-def probe_result(model: str, shift: str, value: float, *, metric: str, images: int, train_images: int) -> Result:
-    """A probe's value under a shift, as figures look for it."""
-    return Result(
-        model=model,
-        dataset=shift,
-        protocol="probe",
-        metric=metric,
-        value=value,
-        images=images,
-        ci95=wilson_interval(value, images),
-        metrics={metric: value},
-        details={"trained_on": IMAGENET, "train_images": train_images},
-    )
 
 
 def few_shot_result(
@@ -137,18 +96,17 @@ def few_shot_result(
 
 
 def _as_imagenet(shift: Shift) -> Int[Tensor, " labels"]:
-    """Labels among ImageNet's classes: the first of each group."""
-    return torch.tensor([group[0] for group in shift.groups])[shift.labels]
+    """Labels among ImageNet's classes: the first of each group, or any for a group without classes."""
+    return torch.tensor([group[0] if group else 0 for group in shift.groups])[shift.labels]
 
 
 def _check(shifts: Mapping[str, Shift]) -> None:
     if not shifts:
         raise UsageError("no shift was given; give at least one")
     for name, shift in shifts.items():
-        if not all(shift.groups) or len(shift.labels) != len(shift.features):
+        if len(shift.labels) != len(shift.features):
             raise UsageError(
-                f"{name} has {len(shift.features)} features, {len(shift.labels)} labels, groups {shift.groups[:3]}...; "
-                "every picture needs a label, and every class at least one of ImageNet's"
+                f"{name} has {len(shift.features)} features and {len(shift.labels)} labels; every picture needs a label"
             )
         if len(shift.labels) and not 0 <= int(shift.labels.min()) <= int(shift.labels.max()) < len(shift.groups):
             raise UsageError(f"{name} has labels beyond its {len(shift.groups)} classes")

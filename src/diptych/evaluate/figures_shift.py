@@ -35,7 +35,7 @@ NATURAL: dict[str, Protocol] = {
 }
 """How a shift is measured without training."""
 POOLED = "acc1_pooled"
-SHIFTS_COMMAND = "diptych evaluate --model MODEL --suite shifts imagenet"
+SHIFTS_COMMAND = "diptych evaluate --model MODEL --suite imagenet shifts"
 
 
 def task_shift(study: Study) -> Chart | Missing:
@@ -255,25 +255,18 @@ def _change(study: Study, shift: str, change: float, protocol: str) -> Bar:
 def adaptation_by_shots(study: Study) -> Chart | Missing:
     """Figure 15: how robustness goes while a probe sees more of ImageNet."""
     number, title = "15", "Robustness of few-shot probes on ImageNet"
-    command = f"{SHIFTS_COMMAND} --protocols zeroshot temporal probe fewshot"
+    command = f"{SHIFTS_COMMAND} --protocols zeroshot temporal probe; few-shot points: diptych.evaluate.adapt"
     model = study.shown
-    shifts = [s for s in SHIFTS if _adapted(study, model, s, "fewshot") and _natural(study, model, s)]
-    on_imagenet = study.get(model, IMAGENET, "fewshot")
-    if not shifts or on_imagenet is None:
-        why = f"{model} has no few-shot probes of ImageNet that were asked about a shift"
-        return Missing(number=number, title=title, why=why, command=command)
-    few = {s: study.results[model, s, "fewshot"].details["shots"] for s in shifts}
-    shots = [k for k in on_imagenet.details["shots"] if all(k in of_shift for of_shift in few.values())]
-    path = [
-        (f"{k}-shot", mean(on_imagenet.details["shots"][k]), mean([mean(few[s][k]) for s in shifts]))
-        for k in sorted(shots, key=int)
+    measured: list[Protocol] = [
+        p
+        for p in ("fewshot", "probe")
+        if any(_adapted(study, model, s, p) for s in SHIFTS) and study.get(model, IMAGENET, p)
     ]
-    if (zero := study.value(model, IMAGENET, "zeroshot")) is not None:
-        path.insert(0, ("zero-shot", zero, mean([_natural(study, model, s) or 0.0 for s in shifts])))
-    full = [study.value(model, s, "probe") for s in (IMAGENET, *shifts) if _adapted(study, model, s, "probe")]
-    if len(full) == 1 + len(shifts):
-        values = [value for value in full if value is not None]
-        path.append(("all", values[0], mean(values[1:])))
+    shifts = [s for s in SHIFTS if _natural(study, model, s) and all(_adapted(study, model, s, p) for p in measured)]
+    if not shifts or not measured:
+        why = f"{model} has no probes of ImageNet, on few or all pictures, that were asked about the same shift"
+        return Missing(number=number, title=title, why=why, command=command)
+    path = _path(study, model, shifts, measured)
     panels: list[Plot | Bars] = [
         Plot(
             title=f"{model}: average of {len(shifts)} shifts",
@@ -291,11 +284,30 @@ def adaptation_by_shots(study: Study) -> Chart | Missing:
         panels.append(Bars(title="Effective robustness", x_label="points", axis="points", bars=tuple(robust)))
     caption = sentence(
         f"Shifts: {list_few(shifts)}.",
+        "" if "fewshot" in measured else "Few-shot points are missing.",
         "" if len(panels) > 1 else "No table of ImageNet models was given, so there is no effective robustness.",
     )
     return Chart(
         number=number, name="adaptation-shots", title=title, caption=caption, panels=tuple(panels), command=command
     )
+
+
+def _path(
+    study: Study, model: str, shifts: Sequence[str], measured: Sequence[Protocol]
+) -> list[tuple[str, float, float]]:
+    """From zero-shot over few shots to all pictures: what it is, accuracy on ImageNet, average under the shifts."""
+    path = []
+    if (zero := study.value(model, IMAGENET, "zeroshot")) is not None:
+        path.append(("zero-shot", zero, mean([_natural(study, model, s) or 0.0 for s in shifts])))
+    if "fewshot" in measured:
+        on_imagenet = study.results[model, IMAGENET, "fewshot"].details["shots"]
+        few = [study.results[model, s, "fewshot"].details["shots"] for s in shifts]
+        for k in sorted((k for k in on_imagenet if all(k in of_shift for of_shift in few)), key=int):
+            path.append((f"{k}-shot", mean(on_imagenet[k]), mean([mean(of_shift[k]) for of_shift in few])))
+    if "probe" in measured:
+        under = mean([_value(study, model, s, "probe") for s in shifts])
+        path.append(("all", _value(study, model, IMAGENET, "probe"), under))
+    return path
 
 
 def _adapted(study: Study, model: str, shift: str, protocol: Protocol) -> bool:

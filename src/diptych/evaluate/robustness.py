@@ -96,17 +96,25 @@ def select_classes(
 
 
 def map_classes(scores: Float[Tensor, "N C"], groups: Sequence[Sequence[int]]) -> Float[Tensor, "N G"]:
-    """Scores of coarser classes: of each group of classes the highest; classes in no group are not asked."""
-    for number, group in enumerate(groups):
-        if not group:
-            raise UsageError(f"group {number} of {len(groups)} is empty; name at least one class for each")
-    _check_classes([one for group in groups for one in group], scores.shape[1])
-    return torch.stack([scores[:, list(group)].amax(dim=1) for group in groups], dim=1)
+    """Scores of coarser classes: of each group of classes the highest; classes in no group are not asked.
+
+    A group without classes is never the best: a shift may have a class that ImageNet lacks.
+    """
+    for group in groups:
+        _check_range(group, scores.shape[1])
+    if not any(groups):
+        raise UsageError(f"none of {len(groups)} groups has a class; name at least one")
+    lowest = scores.amin(dim=1) - 1
+    return torch.stack([scores[:, list(group)].amax(dim=1) if group else lowest for group in groups], dim=1)
+
+
+def _check_range(classes: Sequence[int], count: int) -> None:
+    if wrong := [one for one in classes if not 0 <= one < count]:
+        raise UsageError(f"class {wrong[0]} is not among the {count} that were scored; use 0 to {count - 1}")
 
 
 def _check_classes(classes: Sequence[int], count: int) -> None:
-    if wrong := [one for one in classes if not 0 <= one < count]:
-        raise UsageError(f"class {wrong[0]} is not among the {count} that were scored; use 0 to {count - 1}")
+    _check_range(classes, count)
     if len(set(classes)) < len(classes):
         twice = next(one for one in classes if list(classes).count(one) > 1)
         raise UsageError(f"class {twice} is named twice; a class belongs to one place only")
