@@ -15,10 +15,11 @@ from diptych.cli.embed import Embed
 from diptych.cli.evaluate import Evaluate
 from diptych.cli.finetune import Finetune, WiseFT
 from diptych.cli.plan import Plan
+from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
 from diptych.errors import DiptychError
 
-Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Inspect | Convert | Verify
+Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "finetune": Finetune,
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type[Command]] = {
     "classify": Classify,
     "embed": Embed,
     "evaluate": Evaluate,
+    "report": Report,
     "inspect": Inspect,
     "convert": Convert,
     "verify": Verify,

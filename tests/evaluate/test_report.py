@@ -1,0 +1,261 @@
+"""The report: every number beside what is published, whole in one file; and its command."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import made_up_results as made
+from diptych.cli import main
+from diptych.errors import UsageError
+from diptych.evaluate.figures import FIGURES, build_charts
+from diptych.evaluate.references import PAPER27
+from diptych.evaluate.report import describe, write_report
+from diptych.evaluate.results import PROTOCOLS
+from diptych.evaluate.robustness import TableRow
+from diptych.evaluate.study import load_study
+
+pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
+pytest.importorskip("jinja2", reason="the extra `report` is not installed")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = made.write(tmp_path_factory.mktemp("results"))
+    table = [
+        TableRow(model=f"net{i}", accuracies={"imagenet": 0.5 + i / 10, "imagenet_v2": 0.4 + i / 10}) for i in (0, 3)
+    ]
+    return load_study(folder, table=table)
+
+
+@pytest.fixture(scope="module")
+def shown(study):
+    charts, missing = build_charts(study)
+    return describe(study, charts[:1], missing, lambda chart: chart.name.encode())
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    written = write_report(study, out, title="Results <made up>", command="diptych report results")
+    assert written.html == out
+    return out.read_text("utf-8")
+
+
+def row(shown, protocol, dataset, model="l336"):
+    section = next(section for section in shown["sections"] if section["protocol"] == protocol)
+    return next(row for row in section["rows"] if (row["dataset"], row["model"]) == (dataset, model))
+
+
+def test_every_result_has_its_row(study, shown):
+    assert [section["protocol"] for section in shown["sections"]] == list(PROTOCOLS)
+    assert sum(len(section["rows"]) for section in shown["sections"]) == len(study.results)
+
+
+def test_a_row_has_the_number_its_interval_chance_and_the_published_one(study, shown):
+    cars = row(shown, "zeroshot", "stanford_cars")
+    value = study.results["l336", "stanford_cars", "zeroshot"].value
+    assert cars["value"] == f"{100 * value:.2f}"
+    assert cars["chance"] == "1.00"
+    assert cars["interval"].startswith(f"{100 * study.results['l336', 'stanford_cars', 'zeroshot'].ci95[0]:.2f} to ")
+    assert (cars["published"], cars["confirmed"]) == ("78.80", False)
+    assert cars["delta"] == f"{100 * (value - 0.788):+.2f}"
+    assert cars["skipped"] == "truncated 2"
+    food = row(shown, "zeroshot", "food101")
+    assert (food["published"], food["confirmed"], food["source"]) == ("93.80", True, "Radford et al. 2021, Table 11")
+
+
+def test_differences_within_a_point_are_near(study):
+    case = ("l336", "food101", "zeroshot")
+    for value, tone in ((0.939, "near"), (0.9285, "near"), (0.92, "far"), (0.95, "far")):
+        changed = replace(study, results={case: replace(study.results[case], value=value, metrics={})})
+        [section] = describe(changed, [], [], lambda chart: b"")["sections"]
+        assert section["rows"][0]["tone"] == tone, value
+
+
+def test_another_profile_s_number_is_in_brackets(study):
+    case = ("b32", "imagenet", "zeroshot")
+    laion = replace(study, names={"b32": "ViT-B-32/laion2b_s34b_b79k"}, results={case: study.results[case]})
+    [section] = describe(laion, [], [], lambda chart: b"")["sections"]
+    [only] = section["rows"]
+    assert (only["published"], only["tone"]) == ("66.60", "other")
+    assert re.fullmatch(r"\([+-]\d+\.\d\d\)", only["delta"])
+    assert "clip_benchmark's prompts and splits" in only["source"]
+
+
+def test_models_without_a_published_name_are_not_compared(shown):
+    mine = row(shown, "zeroshot", "food101", "mine")
+    assert (mine["published"], mine["delta"], mine["caveats"]) == ("", "", [])
+
+
+def test_rows_that_nobody_reproduces_say_so(shown):
+    assert "below Table 11 for everyone" in row(shown, "zeroshot", "mnist")["caveats"][0]
+    assert {c.dataset for c in shown["caveats"] if c.kind == "nobody"} >= {"mnist", "cifar100", "fgvc_aircraft"}
+
+
+def test_averages_are_over_the_suite_with_the_published_one_over_the_same(study, shown):
+    [average] = [
+        a for a in shown["averages"] if (a["model"], a["protocol"], a["suite"]) == ("l336", "zeroshot", "paper27")
+    ]
+    value = sum(study.results["l336", d, "zeroshot"].value for d in PAPER27) / 27
+    assert (average["there"], average["all"], average["value"]) == (27, 27, f"{100 * value:.2f}")
+    assert float(average["published"]) == pytest.approx(67.6, abs=0.05)
+    assert average["confirmed"] is False
+
+
+def test_best_and_worst_classes_are_listed(shown):
+    [food] = [c for c in shown["classes"] if (c["dataset"], c["model"]) == ("food101", "l336")]
+    assert [one["value"] for one in food["best"]] == ["100.00", "90.00", "80.00", "80.00", "70.00"]
+    assert [one["name"] for one in food["worst"]][-1] == "class <11>"
+    assert food["best"][0]["interval"].endswith("100.00")
+
+
+def test_tables_of_single_protocols_are_there(shown):
+    titles = [table.title for table in shown["tables"]]
+    assert titles[:5] == [
+        "Calibration of zero-shot",
+        "Retrieval",
+        "Linear probes",
+        "Overlap with the training pictures",
+        "Robustness to natural shifts",
+    ]
+    assert titles[5:] == [
+        "Probe of bias: non human, l336 on fairface",
+        "Probe of bias: crime, l336 on fairface",
+    ]
+    assert all("not a reproduction" in table.note for table in shown["tables"][5:])
+    assert all(len(line) == len(table.heads) for table in shown["tables"] for line in table.rows)
+    robust = {(line[0], line[1]): line for line in shown["tables"][4].rows}
+    assert robust["imagenet_v2", "l336"][4] != ""
+    assert robust["imagenet_a", "l336"][4] == "", "the table has no line for it"
+    assert robust["imagenet_v2", "l336"][5] == "-3.00"
+
+
+def test_published_recalls_stand_below_ours(study, shown):
+    lines = list(shown["tables"][1].rows)
+    place = next(i for i, line in enumerate(lines) if line[:2] == ("flickr30k", "l336"))
+    assert (
+        lines[place][2]
+        == f"{100 * study.results['l336', 'flickr30k', 'retrieval'].metrics['text_retrieval_recall@1']:.2f}"
+    )
+    paper, openclip = lines[place + 1 : place + 3]
+    assert paper[1:4] == ("ViT-L-14-336/openai, published by the paper", "88.00", "98.70")
+    assert openclip[1:3] == ("ViT-L-14-336/openai, published by OpenCLIP", "87.70")
+    of_mine = next(i for i, line in enumerate(lines) if line[:2] == ("flickr30k", "mine"))
+    assert lines[of_mine + 1][0] == "mscoco", "nothing is published of it"
+
+
+def test_the_overlap_s_p_values_are_corrected_over_a_model_s_sets(study, shown):
+    lines = {line[0]: line for line in shown["tables"][3].rows}
+    p = study.results["l336", "food101", "overlap"].details["p_value"]
+    assert lines["food101"][-2:] == (f"{p:.3g}", f"{min(1, 4 * p):.3g}")
+    assert lines["mnist"][6] == "", "nothing was seen, so there is no accuracy of it"
+
+
+def test_the_page_is_whole_and_asks_for_nothing(page):
+    found = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.extend(value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action"))
+            assert tag not in ("script", "link", "iframe")
+
+    Links().feed(page)
+    assert len(found) == len(FIGURES)
+    for link in found:
+        head, _, data = link.partition(",")
+        assert head == "data:image/svg+xml;base64"
+        svg = base64.b64decode(data).decode()
+        assert "<svg" in svg
+        assert "@import" not in svg
+    assert "@import" not in page
+
+
+def test_names_from_data_cannot_become_markup(page):
+    assert "class &lt;0&gt;" in page
+    assert "<b>10 %" not in page
+    assert "<title>Results &lt;made up&gt;</title>" in page
+
+
+def test_the_page_names_no_place_of_the_machine(study):
+    facts = replace(study.models["mine"], source="/home/someone/runs/secret/mine")
+    about = {"torch": "2.13.0", "data": "/home/someone/data", "date": "2026-11-26", "settings": {"data": "/home"}}
+    case = ("mine", "food101", "zeroshot")
+    changed = replace(
+        study,
+        models={**study.models, "mine": facts},
+        results={**study.results, case: replace(study.results[case], about=about)},
+    )
+    shown = describe(changed, [], [], lambda chart: b"")
+    assert "/home" not in str(shown)
+    assert [model["source"] for model in shown["models"] if model["name"] == "mine"] == ["mine"]
+    assert dict(shown["environment"]) == {"torch": "2.13.0", "date": "2026-11-25 to 2026-11-26"}
+
+
+def test_unconfirmed_numbers_are_marked(page):
+    assert re.search(r'<td class="unconfirmed">78\.80\?', page)
+    assert re.search(r"<td>93\.80<", page)
+
+
+def test_the_same_results_give_the_same_bytes(study, page, tmp_path):
+    write_report(study, tmp_path / "r.html", title="Results <made up>", command="diptych report results")
+    assert (tmp_path / "r.html").read_text("utf-8") == page
+
+
+def test_the_command_writes_report_and_figures_and_names_what_is_missing(tmp_path, capsys):
+    folder = tmp_path / "results"
+    made.save_model(folder, made.facts("mine", "runs/mine", 1.0))
+    for dataset, value in (("digits", 0.4), ("counting", 0.2)):
+        for protocol in ("zeroshot", "probe"):
+            details = {"train_images": 100} if protocol == "probe" else {}
+            made.save(folder, "mine", dataset, protocol, value, details=details)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(folder), "--figures", str(tmp_path / "figures"), "--json"])
+    assert ended.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["results"] == 4
+    assert printed["drawn"] == ["5", "8", "10"]
+    assert {one["number"] for one in printed["missing"]} == {"4", "6", "7", "9", "12", "13", "14", "15", "17"}
+    assert Path(printed["out"]) == folder / "report.html"
+    assert "Figures that are not drawn" in (folder / "report.html").read_text("utf-8")
+    assert sorted(path.suffix for path in (tmp_path / "figures").iterdir()) == [".png"] * 3 + [".svg"] * 3
+
+
+def test_without_the_extra_its_name_is_said(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UsageError, match=r"needs jinja2.*diptych\[report\]"):
+        write_report(study, tmp_path / "r.html", title="", command="")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "no results folder nowhere"),
+        (["nowhere", "--published", "mine"], "write MODEL=NAME"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_matplotlib():
+    script = (
+        "import sys\nfrom diptych.cli import main\ntry:\n    main(['report', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.rstrip().endswith("[]")
