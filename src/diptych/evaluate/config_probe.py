@@ -26,3 +26,15 @@ def check_strength(l2: float | None) -> None:
         raise UsageError(
             f"l2 {l2} is not a strength; without a penalty there may be no optimum: give a positive number, say 0.316"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotConfig:
+    """How classifiers are trained on a few pictures a class."""
+
+    l2: float | None = None
+    """Strength of the penalty. The paper does not say which, and one picture a class leaves none to choose it on; None:
+    a thousandth of the training features' mean squared distance from their mean, so that their scale does not count."""
+
+    def __post_init__(self) -> None:
+        check_strength(self.l2)

@@ -17,7 +17,7 @@ objective and gradient are float64 of the features as given, so the optimum is. 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,13 +29,13 @@ from diptych.model.precision import has_fast_bfloat16
 TOLERANCE = 1e-8
 """How far above the optimum's the objective of a fit may be, relative to the part of it that is the penalty.
 
-The bound is proven (`_Search._bound`). That part is what counts: where the penalty is strong W is small, and yet it alone
-tells classes apart. At 5e-7 of the whole up to 3 of 7,500 pictures got another label than at the optimum, enough to
-choose another strength.
+The bound is proven (`_Search._bound`). That part is what counts: where the penalty is strong W is small, and yet it
+alone tells classes apart. At 5e-7 of the whole up to 3 of 7,500 pictures got another label than at the optimum, enough
+to choose another strength.
 """
 
 _FINE, _ROUGH = 0.05, 0.3
-"""Conjugate gradients end when the gradient they leave is this small a part: the less, the straighter the last steps."""
+"""Conjugate gradients end when the gradient they leave is this small a part; which of the two, the last step tells."""
 
 MAX_STEPS = 200
 MAX_PRODUCTS = 250
@@ -58,6 +58,9 @@ class Point:
 
     def along(self, step: Tensor | float, direction: "Point") -> "Point":
         return Point(self.weight + step * direction.weight, self.bias + step * direction.bias)
+
+
+Inverse = Callable[[Point], Point]
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,17 @@ class Fit:
         blocks = [(block.double() @ self.weight + self.bias[:, None]).float() for block in features.split(rows, dim=1)]
         return torch.cat(blocks, dim=1)
 
+    def problems(self) -> Iterator["Fit"]:
+        """The problems of the batch, one by one."""
+        for i in range(len(self.weight)):
+            of_one = {name: vars(self)[name][i : i + 1] for name in ("weight", "bias", "objective", "gap")}
+            yield replace(self, **of_one)
+
 
 class Problem:
-    """Features and labels, prepared once for all strengths of the penalty."""
+    """Features and labels, prepared once for all strengths of the penalty; each class needs a picture (and a column
+    of its own also one that does not show it), else its bias has no optimum.
+    """
 
     def __init__(
         self,
@@ -229,7 +240,7 @@ class Problem:
             bent_bias += change.sum(dim=1, keepdim=True)
         return Point(bent, bent_bias)
 
-    def preconditioner(self, shares: Tensor, penalty: Tensor) -> Callable[[Point], Point]:
+    def preconditioner(self, shares: Tensor, penalty: Tensor) -> Inverse:
         """Inverse of (Hessian by class) x (variance by axis) + penalty, as a function of residuals."""
         if not self.coupled:
             curve = shares.sum(dim=1, keepdim=True, dtype=torch.float64)
@@ -344,7 +355,7 @@ class _Search:
         """How near is near enough; the floor is for features that tell nothing, where W is 0."""
         return (self.tolerance * self.penalty / 2 * state.size).maximum(1e-20 * state.objective)
 
-    def _bound(self, state: State, precondition: Callable[[Point], Point], goal: Tensor) -> Tensor:
+    def _bound(self, state: State, precondition: Inverse, goal: Tensor) -> Tensor:
         """How far the optimum can be below: the penalty alone bends the objective as much as `penalty`.
 
         That holds for the weight, once the bias is at its best for it. The way there is known from the Hessian of the
@@ -362,10 +373,8 @@ class _Search:
         change = self.problem.bend(state.shares, Point(nothing.float(), best.float()), self.precisions[0]).weight
         return torch.maximum(bound, self.problem.total((gradient.weight + change) ** 2) / (2 * self.penalty) + gain)
 
-    def _solve(
-        self, state: State, precondition: Callable[[Point], Point], goal: Tensor
-    ) -> tuple[Point, Tensor, Tensor]:
-        """Conjugate gradients for the Newton direction; what the quadratic model promises: the gain, what is left."""
+    def _solve(self, state: State, precondition: Inverse, goal: Tensor) -> tuple[Point, Tensor, Tensor]:
+        """Conjugate gradients: a direction, its gain by the quadratic model, and what it leaves of the gradient."""
         problem, dtype = self.problem, self.precisions[0]
         work = torch.float64 if dtype == torch.float64 else torch.float32
         residual = Point(-state.gradient.weight.to(work), -state.gradient.bias.to(work))

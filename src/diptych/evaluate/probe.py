@@ -80,8 +80,8 @@ def linear_probe(
         val = as_features(val[0], "validation"), val[1]
         check_labels(*val, classes, "validation")
         check_width(train, val[0], "validation")
+        held_out = torch.arange(len(train) + len(val[0])) >= len(train)
         train, train_labels = torch.cat([train, val[0]]), torch.cat([train_labels, val[1]])
-        held_out = torch.arange(len(train)) >= len(train) - len(val[0])
     elif config.l2 is None:
         held_out = hold_out(train_labels, config.val_share, seed)
     else:
@@ -89,8 +89,9 @@ def linear_probe(
     held_out = held_out.to(train.device)
     path: list[Fit] = []
     validation: list[tuple[float, float]] = []
+    check_taught(train_labels[~held_out], classes)
     if config.l2 is None:
-        problem = build_problem(train[~held_out], train_labels[~held_out], classes)
+        problem = Problem(train[~held_out][None], train_labels[~held_out][None], classes)
 
         def try_strength(l2: float) -> float:
             path.append(problem.fit(l2, path))
@@ -98,7 +99,7 @@ def linear_probe(
 
         validation = search(try_strength)
     l2 = config.l2 or best_of(validation)
-    last = build_problem(train, train_labels, classes).fit(l2, [fit for fit in path if fit.l2 == l2])
+    last = Problem(train[None], train_labels[None], classes).fit(l2, [fit for fit in path if fit.l2 == l2])
     predictions = last.scores(test[None])[0]
     return ProbeReport(
         l2=l2,
@@ -129,24 +130,6 @@ def search(try_strength: Callable[[float], float]) -> list[tuple[float, float]]:
 def best_of(tried: list[tuple[float, float]]) -> float:
     """The strength with the highest value; of equals the strongest, which is the simplest classifier."""
     return max(tried, key=lambda pair: (pair[1], pair[0]))[0]
-
-
-def build_problem(features: Tensor, labels: Tensor, classes: int) -> Problem:
-    """A logistic regression; UsageError if a class cannot be learnt from these pictures."""
-    if labels.ndim == 1:
-        counts = torch.bincount(labels, minlength=classes)
-        missing, why = (counts == 0).nonzero()[:, 0].tolist(), "no training picture"
-    else:
-        counts = (labels > 0.5).sum(dim=0)
-        missing = ((counts == 0) | (counts == len(labels))).nonzero()[:, 0].tolist()
-        why = "no training picture that shows it, or none that does not"
-    if missing:
-        some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise UsageError(
-            f"{len(missing)} of {classes} classes have {why} (class {some}); a probe needs both for each class: "
-            "check the labels, add pictures, or leave those classes out"
-        )
-    return Problem(features[None], labels[None], classes)
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
@@ -201,6 +184,23 @@ def check_labels(features: Tensor, labels: Tensor, classes: int, what: str) -> N
         raise UsageError(
             f"{what} labels go from {int(labels.min())} to {int(labels.max())}; {classes} classes are 0 to "
             f"{classes - 1}: check the labels or the number of classes"
+        )
+
+
+def check_taught(labels: Tensor, classes: int) -> None:
+    """UsageError if a class cannot be learnt from these labels."""
+    if labels.ndim == 1:
+        counts = torch.bincount(labels, minlength=classes)
+        missing, why = (counts == 0).nonzero()[:, 0].tolist(), "no training picture"
+    else:
+        counts = (labels > 0.5).sum(dim=0)
+        missing = ((counts == 0) | (counts == len(labels))).nonzero()[:, 0].tolist()
+        why = "no training picture that shows it, or none that does not"
+    if missing:
+        some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise UsageError(
+            f"{len(missing)} of {classes} classes have {why} (class {some}); a probe needs both for each class: "
+            "check the labels, add pictures, or leave those classes out"
         )
 
 
