@@ -37,6 +37,9 @@ to choose another strength.
 _FINE, _ROUGH = 0.05, 0.3
 """Conjugate gradients end when the gradient they leave is this small a part; which of the two, the last step tells."""
 
+_FAR = 1e-3
+"""A step that promises to lower the objective by more, relative, is not the last: float32 will do to judge it."""
+
 MAX_STEPS = 200
 MAX_PRODUCTS = 250
 MAX_HALVINGS = 40
@@ -73,6 +76,8 @@ class State:
     gradient: Point
     shares: Tensor
     """float32 [S, N, K]: probabilities; for separate columns p (1 - p)."""
+    exact: bool
+    """Whether the products with the features were float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +154,8 @@ class Problem:
         for first in range(0, self.pictures, rows):
             yield slice(first, first + rows)
 
-    def _centred(self, rows: slice) -> Tensor:
-        return self.features[:, rows].double() - self.mean
+    def _centred(self, rows: slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.features[:, rows].to(dtype) - self.mean.to(dtype)
 
     def rough(self, dtype: torch.dtype) -> Tensor:
         """Features along the axes, for products with the Hessian."""
@@ -173,8 +178,8 @@ class Problem:
         return l2 / self.unit**2
 
     def total(self, of: Tensor) -> Tensor:
-        """Sum over what belongs to one problem, in float64."""
-        return of.sum(dim=self._of_problem, keepdim=True, dtype=torch.float64)
+        """Sum over what belongs to one problem."""
+        return of.sum(dim=self._of_problem, keepdim=True).double()
 
     def dot(self, a: Point, b: Point) -> Tensor:
         return self.total(a.weight * b.weight) + self.total(a.bias * b.bias)
@@ -191,37 +196,38 @@ class Problem:
             bias = (counts / self.pictures).log()[:, None]
         return Point(self.mean.new_zeros(len(self.features), self.axes.shape[2], self.columns), bias)
 
-    def evaluate(self, point: Point, penalty: Tensor) -> State:
-        """Objective and gradient, in float64."""
-        weight = self.axes @ point.weight
-        loss: Tensor | float = 0.0
-        slope, slope_bias = torch.zeros_like(weight), torch.zeros_like(point.bias)
-        shares = torch.empty(len(weight), self.pictures, self.columns, dtype=torch.float32, device=self.features.device)
+    def evaluate(self, point: Point, penalty: Tensor, *, exact: bool = True) -> State:
+        """Objective and gradient in float64, or from products in float32, which is nearly twice as fast."""
+        dtype = torch.float64 if exact else torch.float32
+        weight, bias = (self.axes @ point.weight).to(dtype), point.bias.to(dtype)
+        loss, slope, slope_bias = torch.zeros_like(penalty), torch.zeros_like(weight), torch.zeros_like(bias)
+        shares = torch.empty(len(weight), self.pictures, self.columns, device=weight.device)
         for rows in self._blocks():
-            block = self._centred(rows)
-            logits = (block @ weight).add_(point.bias)
-            losses, residual, share = self._judge(logits, rows)
+            block = self._centred(rows, dtype)
+            losses, residual = self._judge((block @ weight).add_(bias), rows, shares)
             loss = loss + self.total(losses)
-            shares[:, rows] = share
             slope += block.mT @ residual
             slope_bias += residual.sum(dim=1, keepdim=True)
-        gradient = Point((self.axes.mT @ slope).addcmul_(penalty, point.weight), slope_bias)
+        gradient = Point((self.axes.mT @ slope.double()).addcmul_(penalty, point.weight), slope_bias.double())
         size = self.total(point.weight**2)
-        return State(loss + penalty / 2 * size, size, gradient, shares)
+        return State(loss + penalty / 2 * size, size, gradient, shares, exact)
 
-    def _judge(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, their slope by logit, and what of the Hessian belongs to a picture; `logits` is used up."""
+    def _judge(self, logits: Tensor, rows: slice, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and their slope by logit; fills `shares`. Small losses keep their digits. `logits` is used up."""
         if self.labels is None:
             signs = self.signs[:, rows]  # pyright: ignore[reportOptionalSubscript]
             margin = logits * signs
             wrong = torch.sigmoid(-margin)
-            return -torch.nn.functional.logsigmoid(margin), -signs * wrong, wrong * torch.sigmoid(margin)
+            shares[:, rows] = wrong * torch.sigmoid(margin)
+            return -torch.nn.functional.logsigmoid(margin), (-signs * wrong).to(logits.dtype)
         labels = self.labels[:, rows]
-        logits -= logits.gather(2, labels)  # so that a small loss keeps its digits
+        logits -= logits.gather(2, labels)
         top = logits.amax(dim=2, keepdim=True)
-        total = logits.sub_(top).exp_().sum(dim=2, keepdim=True)
-        share = logits.div_(total).float()
-        return top + total.log(), logits.scatter_add_(2, labels, -torch.ones_like(total)), share
+        parts = logits.sub_(top).exp_()
+        total = parts.sum(dim=2, keepdim=True, dtype=torch.float64)
+        wrong = 1 - parts.gather(2, labels) / total
+        shares[:, rows] = parts.div_(total)
+        return top + total.log(), parts.scatter_(2, labels, -wrong.to(parts.dtype))
 
     def bend(self, shares: Tensor, direction: Point, dtype: torch.dtype) -> Point:
         """The Hessian of the losses times a direction; `dtype` is the precision of the two large products."""
@@ -296,25 +302,23 @@ class Problem:
 
     def _guess(self, l2: float, penalty: Tensor, path: Sequence[Fit]) -> tuple[Point, State]:
         """Where the path of optima leads, as a polynomial of log(l2), unless its nearest point is better."""
+        exact = len(self.precisions) == 1
         near = sorted(path, key=lambda fit: abs(math.log(fit.l2 / l2)))[:3]
-        if not near:
-            point = self.start()
-            return point, self.evaluate(point, penalty)
-        nearest = self._locate(near[0])
-        if len(near) == 1:
-            return nearest, self.evaluate(nearest, penalty)
+        nearest = self._locate(near[0]) if near else self.start()
+        if len(near) < 2:
+            return nearest, self.evaluate(nearest, penalty, exact=exact)
         where = [math.log(fit.l2 / l2) for fit in near]
         shares = [math.prod(b / (b - a) for b in where if b != a) for a in where]
         guess = Point(torch.zeros_like(nearest.weight), torch.zeros_like(nearest.bias))
         for share, fit in zip(shares, near, strict=True):
             guess = guess.along(share, self._locate(fit))
-        state = self.evaluate(guess, penalty)
+        state = self.evaluate(guess, penalty, exact=exact)
         more = (penalty - self.penalty(near[0].l2)) / 2 * self.total(nearest.weight**2)
         better = state.objective <= near[0].objective[:, None] + more
         if better.all():
             return guess, state
         guess = Point(guess.weight.where(better, nearest.weight), guess.bias.where(better, nearest.bias))
-        return guess, self.evaluate(guess, penalty)
+        return guess, self.evaluate(guess, penalty, exact=exact)
 
 
 class _Search:
@@ -336,11 +340,15 @@ class _Search:
             goal = self._goal(state)
             self.gap = torch.where(settled, self.gap, self._bound(state, precondition, goal))
             self.done = settled | (self.gap <= goal)
+            if self.done.all() and not state.exact:
+                state = problem.evaluate(point, self.penalty)
+                continue
             if self.done.all() or self.steps == MAX_STEPS:
                 return point, state
             before = problem.total(state.gradient.weight**2)
             direction, decrease, left = self._solve(state, precondition, goal)
-            point, state, stuck = self._descend(point, state, direction)
+            far = (decrease > _FAR * state.objective).any() and not state.exact
+            point, state, stuck = self._descend(point, state, direction, exact=not far)
             after = problem.total(state.gradient.weight**2)
             self.rough = ((after.sqrt() - left.sqrt()).abs() / before.sqrt()).clamp(_FINE, _ROUGH)
             self.steps += 1
@@ -404,18 +412,19 @@ class _Search:
             energy = left
         return Point(direction.weight.double(), direction.bias.double()), decrease, size
 
-    def _descend(self, point: Point, state: State, direction: Point) -> tuple[Point, State, Tensor]:
+    def _descend(self, point: Point, state: State, direction: Point, *, exact: bool) -> tuple[Point, State, Tensor]:
         """Go the whole step, or half of it, ..., until the objective falls; says where it does not."""
         problem = self.problem
         slope = problem.dot(state.gradient, direction)
-        noise = 1e-14 * (state.objective + 1e-3 * problem.pictures)
+        both = exact and state.exact
+        noise = 1e-14 * (state.objective + 1e-3 * problem.pictures) if both else 1e-5 * state.objective
         step = torch.ones_like(slope)
         there, found = point, state
         for _ in range(MAX_HALVINGS):
             there = point.along(step, direction)
-            found = problem.evaluate(there, self.penalty)
+            found = problem.evaluate(there, self.penalty, exact=exact)
             fell = found.objective <= state.objective + 1e-4 * step * slope + noise
             if fell.all():
                 break
             step = torch.where(fell, step, step / 2)
-        return there, found, found.objective >= state.objective - noise
+        return there, found, (found.objective >= state.objective - noise) & both
