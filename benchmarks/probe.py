@@ -1,7 +1,7 @@
 """The paper's search for a linear probe's penalty, ours beside scikit-learn: 15 fits of 10,000 x 512 with 100 classes.
 
     .venv/bin/python benchmarks/probe.py            (make bench NAME=probe)
-    .venv/bin/python benchmarks/probe.py --rounds 1
+    .venv/bin/python benchmarks/probe.py --rounds 1 --only tight
 
 Features are made up like those of a network: classes around centres that overlap (the best probe gets about 75 % of the
 test pictures right), a spectrum that falls off by a power, a mean that all share, norm 10 (as ViT-B/32's embeddings).
@@ -14,6 +14,8 @@ Beside the seconds the record says what either side chose, and how far scikit-le
 """
 
 import argparse
+import json
+import sys
 import time
 import warnings
 from typing import Any
@@ -139,20 +141,26 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tight-rounds", type=int, default=1)
+    parser.add_argument("--only", choices=SETTINGS, help="one of the two rows; the other stays as it was measured last")
     given = parser.parse_args()
-    rows, more = [], {}
-    for kind, rounds in (("default", given.rounds), ("tight", given.tight_rounds)):
+    path = harness.RESULTS / "probe.json"
+    searches = json.loads(path.read_bytes())["searches"] if given.only and path.exists() else {}
+    for kind in [given.only] if given.only else SETTINGS:
         contestants = [
             harness.Contestant(name, [harness.OURS_PYTHON, __file__, "--worker", what])
             for name, what in (("ours", "ours"), ("peer", kind))
         ]
-        done = harness.run_rounds(contestants, rounds, fresh=True)
+        done = harness.run_rounds(contestants, given.rounds, fresh=True)
         case = f"search {TRAIN}x{COLUMNS}x{CLASSES}" + (" (tight)" if kind == "tight" else "")
-        rows.append({**done.pick("s").row(case, "s", "peer", peer_name="scikit-learn"), "rounds": rounds})
-        more[kind] = {**SETTINGS[kind], "rounds": rounds, **compare(done.values["ours"][-1], done.values["peer"][-1])}
-        versions = {name: done.about[name] for name in done.about}
-    harness.report("probe", rows, about=versions, searches=more)
+        searches[kind] = {
+            "row": done.pick("s").row(case, "s", "peer", peer_name="scikit-learn"),
+            "rounds": given.rounds,
+            **SETTINGS[kind],
+            **done.about["ours"],
+            **done.about["peer"],
+            **compare(done.values["ours"][-1], done.values["peer"][-1]),
+        }
+    harness.report("probe", [searches[kind]["row"] for kind in SETTINGS if kind in searches], searches=searches)
 
 
 def work(what: str) -> None:
@@ -166,8 +174,6 @@ def work(what: str) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     if sys.argv[1:2] == ["--worker"]:
         work(sys.argv[2])
     else:
