@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import os
@@ -304,7 +305,36 @@ def test_clip_benchmarks_profile_takes_what_lies_beside_the_pictures(tmp_path):
     assert "only the source has 'many'" in number_labels(entry.as_used("clip_benchmark"), samples, Place()).warnings[0]
 
 
+def test_labels_count_in_the_order_of_the_profile(tmp_path):
+    """EuroSAT from class folders in CLIP_benchmark's profile, whose list begins elsewhere than the paper's."""
+    samples = Samples(tmp_path, "folders", ["a", "b"], [0, 9], classnames=EUROSAT)
+    entry = load_dataset("eurosat")
+    for profile, numbers in (("paper", ((7,), (5,))), ("clip_benchmark", ((0,), (9,)))):
+        found = number_labels(entry.as_used(profile), samples, Place())
+        assert found.numbers == numbers
+        assert [found.names[n[0]] for n in found.numbers] == [("annual crop land",), ("lake or sea",)]
+
+
+EUROSAT = (
+    *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture"),
+    *("PermanentCrop", "Residential", "River", "SeaLake"),
+)
+
+
 # --- places ---
+
+
+@contextlib.contextmanager
+def serve(handler):
+    """A server on loopback, which stops whatever happens."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}"
+        finally:
+            http.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -316,12 +346,8 @@ def server(tmp_path):
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root))) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield root, f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with serve(partial(Quiet, directory=str(root))) as url:
+        yield root, url
 
 
 def test_a_folder_at_a_url_is_fetched_whole(server, tmp_path):
@@ -335,6 +361,24 @@ def test_a_folder_at_a_url_is_fetched_whole(server, tmp_path):
     assert not (tmp_path / "other" / "test" / "1.tar").exists()
     with pytest.raises(DownloadError, match="404"):
         fetch_wds(f"{url}/shapes", tmp_path / "other", "train")
+
+
+def test_a_transfer_that_breaks_off_leaves_nothing_under_its_name(tmp_path):
+    class Short(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rsplit("/", 1)[1]
+            data = {"nshards.txt": b"1", "0.tar": b"half"}.get(name, b"")
+            self.send_response(200 if data else 404)
+            self.send_header("Content-Length", str(len(data) * (2 if name == "0.tar" else 1)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    with serve(Short) as url, pytest.raises(DownloadError, match=r"0\.tar: 4 bytes came, 8 were announced"):
+        fetch_wds(url, tmp_path / "got", "test")
+    assert [path.name for path in (tmp_path / "got" / "test").iterdir()] == ["nshards.txt"]
 
 
 def test_a_dataset_of_ones_own_may_lie_at_a_url(server, tmp_path):
@@ -394,16 +438,12 @@ def test_the_command_fetches_a_dataset_from_the_environments_hub(tmp_path):
     write_shapes(tmp_path / "source", classnames=[str(i) for i in range(10)])
     files = {p.relative_to(tmp_path / "source").as_posix(): p for p in (tmp_path / "source").rglob("*") if p.is_file()}
     Hub.files = {name: path.read_bytes() for name, path in files.items()} | {"train/0.tar": b"not wanted"}
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{http.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with serve(Hub) as url:
+        env = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_DISABLE_TELEMETRY": "1"}
         env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         command = [sys.executable, "-m", "diptych", "evaluate", "--model", str(tmp_path / "model"), "--suite", "mnist"]
         command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--download", "--json"]
         done = subprocess.run([*command, "--on-mismatch", "warn"], env=env, capture_output=True, text=True)
-        http.shutdown()
-        thread.join()
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads(done.stdout)["results"]
     assert (result["dataset"], result["images"], result["profile"]) == ("mnist", 24, "paper")
