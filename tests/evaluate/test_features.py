@@ -11,7 +11,7 @@ from diptych.embed.cache import FeatureCache
 from diptych.embed.images import ImageTower, embed_images, image_space, project
 from diptych.errors import DatasetError
 from diptych.evaluate import features
-from diptych.evaluate.features import Embedder, cut_border
+from diptych.evaluate.features import Embedder, cut_border, eyes_of
 from diptych.evaluate.registry import Place
 from diptych.evaluate.sources import open_samples
 from diptych.image import decode
@@ -24,7 +24,7 @@ def shapes(tmp_path):
 
 
 def embedder(tmp_path, config=TINY_VIT, loaded=None):
-    return Embedder(loaded or make_loaded(config), "exact", FeatureCache(tmp_path / "cache"), 4)
+    return Embedder(eyes_of(loaded or make_loaded(config), "exact"), FeatureCache(tmp_path / "cache"), 4)
 
 
 @pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET])
@@ -108,7 +108,7 @@ def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
         "features.CHUNK = 5\n"
         "root, us = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"
         "cache = FeatureCache(root / f'cache{us.rank}')\n"
-        "ours = features.Embedder(make_loaded(TINY_VIT), 'exact', cache, 4, us)\n"
+        "ours = features.Embedder(features.eyes_of(make_loaded(TINY_VIT), 'exact'), cache, 4, us)\n"
         "seen = []\n"
         "found = ours.embed(open_samples(Place(), root / 'shapes', 'test', 'single'), on_pictures=seen.append)\n"
         "torch.save((found.pooled, found.kept, sum(seen)), root / f'rank{us.rank}.pt')\n"

@@ -17,8 +17,8 @@ from diptych.evaluate.metrics import accuracy
 from diptych.evaluate.prompts import build_weights
 from diptych.evaluate.registry import load_dataset
 from diptych.evaluate.results import Result, save_result
+from diptych.evaluate.robustness import map_classes
 from diptych.evaluate.run import run
-from diptych.evaluate.shifts import pool_classes
 from diptych.image import decode
 from samples import TINY_VIT, draw, encode, make_loaded
 
@@ -48,7 +48,7 @@ def evaluate(model, tmp_path, name, *protocols):
 
 def test_the_best_of_a_group_counts_and_an_empty_group_never_wins():
     scores = torch.tensor([[0.1, 0.9, 0.3, -2], [5, 1, 2, 7]])
-    pooled = pool_classes(scores, ((0, 1), (), (2, 3)))
+    pooled = map_classes(scores, ((0, 1), (), (2, 3)))
     assert pooled[:, 0].tolist() == pytest.approx([0.9, 5])
     assert pooled[:, 2].tolist() == pytest.approx([0.3, 7])
     assert (pooled[:, 1] < scores.min()).all()
@@ -79,7 +79,7 @@ def test_zero_shot_has_the_accuracy_of_pooled_classes_too(model, tmp_path):
     imagenet, entry, loaded = load_dataset("imagenet"), load_dataset("objectnet"), make_loaded(TINY_VIT)
     images = embed_images(loaded, [cut_border(decode(data), 2) for data in drawn()])
     weights = build_weights(partial(embed_texts, loaded), imagenet.names, imagenet.as_used("paper").templates)
-    pooled = pool_classes(images @ weights, entry.imagenet_groups)
+    pooled = map_classes(images @ weights, entry.imagenet_groups)
     assert result.metrics["acc1_pooled"] == accuracy(pooled, labels)
 
 
@@ -95,7 +95,7 @@ def test_a_probe_of_imagenet_is_asked_about_a_shift(model, tmp_path):
     loaded = make_loaded(TINY_VIT)
     pixels = [loaded.preprocess.pixels(cut_border(decode(data), 2)) for data in drawn()]
     pooled = ImageTower(loaded, "exact", pooled=True).encode(torch.from_numpy(np.stack(pixels)))
-    expected = accuracy(pool_classes(pooled @ weight.T + bias, entry.imagenet_groups), labels)
+    expected = accuracy(map_classes(pooled @ weight.T + bias, entry.imagenet_groups), labels)
     assert result.value == expected
     assert (result.details["trained_on"], result.details["train_images"]) == ("imagenet", 5)
 

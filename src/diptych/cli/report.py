@@ -36,6 +36,7 @@ class Report:
     def __call__(self) -> int:
         from diptych.evaluate.report import write_report
         from diptych.evaluate.robustness import read_table
+        from diptych.evaluate.shifts import imagenet_subsets
         from diptych.evaluate.study import load_study
 
         study = load_study(
@@ -43,6 +44,7 @@ class Report:
             names=dict(_split(given) for given in self.published),
             shown=self.model,
             table=read_table(self.imagenet_models) if self.imagenet_models else (),
+            subsets=imagenet_subsets(),
         )
         written = write_report(
             study,

@@ -175,7 +175,8 @@ def embed_baseline(
     rows: list[Tensor] = []
     for numbers, batch in _batches(found, pictures, batch_size, skipped):
         kept += numbers
-        rows.append(_compute(found, batch, numbers, device))
+        rows.append(_compute(found, batch, device))
+        _check_finite(found, rows[-1], numbers)
     if len({features.shape[1] for features in rows}) > 1:
         raise UsageError(f"{found.name} gives features of different widths; one width for all pictures is needed")
     return Embedded(kept=tuple(kept), features=torch.cat(rows) if rows else torch.empty(0, 0), skipped=skipped)
@@ -198,8 +199,28 @@ def _batches(
         yield [number for number, _ in some], torch.stack([pixels for _, pixels in some])
 
 
+class BaselineTower:
+    """A baseline as `diptych evaluate` uses towers: one batch at a time, in the precision that it computes in."""
+
+    precision = "exact"
+    streams = 1
+
+    def __init__(self, found: Baseline, device: str) -> None:
+        self.found, self.device = found, torch.device(device)
+        blank = Image.new("RGB", (found.image_size, found.image_size))
+        self.embed_dim = self.encode(found.preprocess(blank).unsqueeze(0)).shape[1]
+
+    def read(self, picture: Picture) -> NDArray[np.float32]:
+        """Decode and preprocess; PictureError for what is no usable picture."""
+        return self.found.preprocess(open_picture(picture)).numpy()
+
+    def encode(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
+        """Features; UsageError if the model gives anything but one row a picture."""
+        return _compute(self.found, pixels, str(self.device))
+
+
 @torch.inference_mode()
-def _compute(found: Baseline, batch: Tensor, numbers: list[int], device: str) -> Float[Tensor, "N D"]:
+def _compute(found: Baseline, batch: Tensor, device: str) -> Float[Tensor, "N D"]:
     computed = found.features(batch.to(device))
     features = torch.as_tensor(np.asarray(computed) if not isinstance(computed, Tensor) else computed).float().cpu()
     if features.ndim != 2 or len(features) != len(batch):
@@ -207,13 +228,16 @@ def _compute(found: Baseline, batch: Tensor, numbers: list[int], device: str) ->
             f"{found.name} gives an array {list(features.shape)} for {len(batch)} pictures; it has to be "
             f"[{len(batch)}, width]"
         )
+    return features
+
+
+def _check_finite(found: Baseline, features: Float[Tensor, "N D"], numbers: list[int]) -> None:
     if len(broken := (~features.isfinite().all(dim=1)).nonzero()):
         first = numbers[int(broken[0, 0])]
         raise UsageError(
-            f"{found.name} gives NaN or infinity for {len(broken)} of {len(batch)} pictures (first: number {first}); "
+            f"{found.name} gives NaN or infinity for {len(broken)} of {len(numbers)} pictures (first: number {first}); "
             "its weights are broken, or its precision too low"
         )
-    return features
 
 
 def _load_timm(name: str, device: str, pretrained: bool) -> Baseline:

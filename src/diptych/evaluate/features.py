@@ -7,6 +7,8 @@ away. A picture that cannot be used is counted and left out.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from diptych.embed.images import ImageTower, compute_ahead, count_cores, image_s
 from diptych.embed.sources import Row, fetch
 from diptych.errors import DatasetError, PictureError
 from diptych.evaluate.samples import Samples
-from diptych.image import open_picture
+from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
 from diptych.ranks import Ranks
 
@@ -43,15 +45,65 @@ class Embedded:
     """Reason -> pictures that could not be used."""
 
 
+@runtime_checkable
+class Tower(Protocol):
+    """Pictures to features before a projection; `ImageTower` is one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """How."""
+        ...
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers of a feature."""
+        ...
+
+    @property
+    def streams(self) -> int:
+        """Batches that are best computed at the same time."""
+        ...
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """Decode and preprocess; PictureError for what is no usable picture."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """A batch of what `read` made -> features, float32 on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eyes:
+    """What a model sees with."""
+
+    tower: Tower
+    space: str
+    """Equal for equal weights, preprocessing and precision."""
+    project: Callable[[Float[Tensor, "N D"]], Float[Tensor, "N E"]]
+    """Into the space that texts lie in, normalised."""
+
+
+def eyes_of(loaded: Loaded, precision: Precision) -> Eyes:
+    """Those of a CLIP."""
+    return Eyes(
+        tower=ImageTower(loaded, precision, pooled=True),
+        space=image_space(loaded, precision, pooled=True),
+        project=partial(project, loaded),
+    )
+
+
 class Embedder:
     """A model, ready to compute features of pictures."""
 
-    def __init__(
-        self, loaded: Loaded, precision: Precision, cache: FeatureCache, batch_size: int, us: Ranks | None = None
-    ) -> None:
-        self.loaded, self.cache, self.batch_size, self.us = loaded, cache, batch_size, us or Ranks()
-        self.tower = ImageTower(loaded, precision, pooled=True)
-        self.space = image_space(loaded, precision, pooled=True)
+    def __init__(self, eyes: Eyes, cache: FeatureCache, batch_size: int, us: Ranks | None = None) -> None:
+        self.tower, self.space, self.project = eyes.tower, eyes.space, eyes.project
+        self.cache, self.batch_size, self.us = cache, batch_size, us or Ranks()
 
     def embed(self, samples: Samples, border: int = 0, on_pictures: Callable[[int], None] | None = None) -> Embedded:
         """Features of all samples, on every rank. `border` pixels are cut off each side of a picture.
@@ -80,7 +132,7 @@ class Embedder:
                 f"(first: {samples.keys[kept[broken[0, 0]]]}); its weights are broken or its precision too low"
             )
         counts = sum((Counter(part) for part in self.us.gather_objects(dict(skipped))), Counter[str]())
-        return Embedded(kept=tuple(kept), pooled=pooled, joint=project(self.loaded, pooled), skipped=counts)
+        return Embedded(kept=tuple(kept), pooled=pooled, joint=self.project(pooled), skipped=counts)
 
     def _embed_chunk(
         self, space: str, samples: Samples, wanted: Sequence[int], border: int, skipped: Counter[str]
@@ -124,7 +176,7 @@ class _BrokenPictures(Exception):
 class _Work:
     """Computes what the cache lacks."""
 
-    tower: ImageTower
+    tower: Tower
     contents: Sequence[bytes]
     keys: Sequence[bytes]
     computed: dict[bytes, Tensor]

@@ -2,20 +2,23 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diptych.checkpoint.layouts import load
-from diptych.checkpoint.loaded import Loaded
 from diptych.checkpoint.sources import HUB
 from diptych.embed.cache import FeatureCache, content_key
 from diptych.embed.images import image_space
 from diptych.embed.texts import embed_texts, text_space
 from diptych.errors import UsageError
+from diptych.evaluate.baselines import BaselineTower, describe, is_baseline, load_baseline
 from diptych.evaluate.config import EvaluateConfig
+from diptych.evaluate.features import Eyes, eyes_of
 from diptych.evaluate.prompts import EmbedTexts
 from diptych.evaluate.results import ModelFacts
 from diptych.model.cost import image_tower
@@ -29,11 +32,14 @@ class OpenedModel:
     """A model that is ready."""
 
     name: str
-    loaded: Loaded
     facts: ModelFacts
+    eyes: Eyes
+    logit_scale: float
+    """Of its zero-shot logits, already exp(t)."""
     text_space: str
+    """Empty: it reads no texts."""
     embed_texts: EmbedTexts
-    """Through the cache."""
+    """Through the cache; UsageError for a model without texts."""
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
@@ -52,6 +58,8 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 def _name_of(source: str) -> str:
     """runs/demo -> demo, ViT-B-32/openai -> ViT-B-32-openai, hf-hub:owner/name -> owner-name."""
     path = Path(source)
+    if is_baseline(source):
+        return re.sub(r"[^\w.-]+", "-", source.partition(":")[2].removeprefix(HUB)).strip("-.")
     if path.exists():
         return path.resolve().stem if path.is_file() else path.resolve().name
     return re.sub(r"[^\w.-]+", "-", source.removeprefix(HUB)).strip("-.")
@@ -62,6 +70,8 @@ def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCac
     device = config.device
     if device == "auto":
         device = f"cuda:{us.local_rank}" if torch.cuda.is_available() else "cpu"
+    if is_baseline(source):
+        return _open_baseline(name, source, device)
     loaded = load(source, device=device, activation=config.activation, preset=config.preset)
     facts = ModelFacts(
         name=name,
@@ -81,4 +91,23 @@ def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCac
             lambda missing: embed_texts(loaded, [texts[i] for i in missing], precision=config.precision),
         )
 
-    return OpenedModel(name=name, loaded=loaded, facts=facts, text_space=space, embed_texts=embed)
+    eyes, scale = eyes_of(loaded, config.precision), loaded.model.logit_scale.exp().item()
+    return OpenedModel(name=name, facts=facts, eyes=eyes, logit_scale=scale, text_space=space, embed_texts=embed)
+
+
+def _open_baseline(name: str, source: str, device: str) -> OpenedModel:
+    """A model that is no CLIP: to be probed, and that is all."""
+    found = load_baseline(source, device=device)
+    tower = BaselineTower(found, device)
+
+    def refuse(_: Sequence[str]) -> Tensor:
+        raise UsageError(f"{name} reads no texts; it can be probed: --protocols probe fewshot")
+
+    return OpenedModel(
+        name=name,
+        facts=replace(describe(found, source, tower.embed_dim), name=name),
+        eyes=Eyes(tower=tower, space=found.space, project=partial(F.normalize, dim=-1)),
+        logit_scale=1.0,
+        text_space="",
+        embed_texts=refuse,
+    )

@@ -282,7 +282,7 @@ def probe(task: Task) -> tuple[Result, Arrays]:
     groups = imagenet_groups(task.used, task.test.numbered)
     if groups and "train" not in task.splits:
         return _probe_of_imagenet(task, groups)
-    from diptych.evaluate.probe import linear_probe  # pyright: ignore[reportMissingImports]
+    from diptych.evaluate.probe import linear_probe
 
     kind, train, val = task.used.dataset.kind, _train(task), task.splits.get("val")
     labels = task.test.labels(kind)

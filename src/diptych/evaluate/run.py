@@ -156,7 +156,7 @@ class _Run:
     ) -> None:
         if self.us.is_first:
             save_model(self.config.out, model.facts)
-        embedder = Embedder(model.loaded, self.config.precision, cache, self.config.batch_size, self.us)
+        embedder = Embedder(model.eyes, cache, self.config.batch_size, self.us)
         for entry in datasets:
             if entry.id in places:
                 step = Step(self.config, self.us, model, embedder, entry, *places[entry.id], self.on_progress)

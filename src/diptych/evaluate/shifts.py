@@ -15,10 +15,11 @@ from torch import Tensor
 from diptych.errors import UsageError
 from diptych.evaluate.labels import Numbered
 from diptych.evaluate.prompts import EmbedTexts, build_weights
+from diptych.evaluate.references import SHIFTS
 from diptych.evaluate.registry import Used, load_dataset
 from diptych.evaluate.results import result_path
+from diptych.evaluate.robustness import IMAGENET, map_classes
 
-IMAGENET = "imagenet"
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -37,14 +38,15 @@ def imagenet_groups(used: Used, numbered: Numbered) -> Groups | None:
     return tuple(groups[number] for number in used.order)
 
 
-def pool_classes(scores: Float[Tensor, "N C"], groups: Groups) -> Float[Tensor, "N G"]:
-    """The best score of each group; one without classes is never the best."""
-    lowest = scores.min().item() - 1 if scores.numel() else 0.0
-    columns = [
-        scores[:, list(group)].amax(dim=1) if group else torch.full((len(scores),), lowest, device=scores.device)
-        for group in groups
-    ]
-    return torch.stack(columns, dim=1)
+def imagenet_subsets() -> dict[str, list[int]]:
+    """Shift -> the classes of ImageNet that it covers, of the shifts that do not have all of them."""
+    found = {}
+    for shift in SHIFTS:
+        entry = load_dataset(shift)
+        classes = sorted({number for group in entry.imagenet_groups for number in group}) or list(entry.subset)
+        if classes:
+            found[shift] = classes
+    return found
 
 
 def pooled_scores(
@@ -55,7 +57,7 @@ def pooled_scores(
     if all(len(group) == 1 for group in groups):
         return None
     imagenet = load_dataset(IMAGENET).as_used(used.profile)
-    return pool_classes(joint @ build_weights(embed, imagenet.names, imagenet.templates), groups)
+    return map_classes(joint @ build_weights(embed, imagenet.names, imagenet.templates), groups)
 
 
 def probe_of_imagenet(out: Path, model: str) -> Path:
@@ -72,4 +74,4 @@ def ask_probe(path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile:
         names = kept["names"].tolist()
     if names != [several[0] for several in load_dataset(IMAGENET).as_used(profile).names]:
         raise UsageError(f"{path} has classes in another order than the registry; evaluate imagenet in profile paper")
-    return pool_classes(pooled.double() @ weight.T + bias, groups).float()
+    return map_classes(pooled.double() @ weight.T + bias, groups).float()

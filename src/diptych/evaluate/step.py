@@ -145,7 +145,7 @@ class Step:
         task = Task(
             config=self.config,
             model=self.model.name,
-            logit_scale=self.model.loaded.model.logit_scale.exp().item(),
+            logit_scale=self.model.logit_scale,
             embed_texts=self.model.embed_texts,
             used=used,
             splits=splits,
