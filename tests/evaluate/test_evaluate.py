@@ -15,6 +15,7 @@ from diptych.cli import main
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, UsageError
+from diptych.evaluate.baselines import baseline
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.metrics import accuracy, retrieval
 from diptych.evaluate.results import iter_results, load_models
@@ -178,11 +179,25 @@ def test_a_kill_loses_one_dataset_at_most(model, tmp_path):
 
 
 def see(images: torch.Tensor) -> torch.Tensor:
-    """A baseline that sees average colours of nine fields."""
+    """Average colours of nine fields."""
     return torch.nn.functional.adaptive_avg_pool2d(images, 3).flatten(1)
 
 
 def colours():
-    from diptych.evaluate.baselines import baseline
-
     return baseline("colours", see, image_size=32, gflops=0.001)
+
+
+def test_a_baseline_is_probed_and_refused_where_texts_are_needed(tmp_path):
+    source = f"python:{__name__}:colours"
+    for split in ("train", "test"):
+        write_shapes(tmp_path / "shapes", split=split)
+    suite = write_own(tmp_path / "mine.toml")
+    report = evaluate(source, tmp_path, suite, protocols=("zeroshot", "probe"))
+    (result,) = report.results
+    assert (result.protocol, result.images) == ("probe", 24)
+    assert result.value > 0.5  # shapes fill fields differently
+    (refused,) = report.refused
+    assert refused.protocol == "zeroshot"
+    assert "reads no texts" in refused.reason
+    facts = load_models(tmp_path / "results")[result.model]
+    assert (facts.baseline, facts.embed_dim, facts.gflops) == (True, 27, 0.001)

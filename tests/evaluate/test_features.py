@@ -53,7 +53,7 @@ def test_nothing_is_computed_twice(tmp_path, shapes, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 10)
     first = embedder(tmp_path).embed(shapes)
     second = embedder(tmp_path)
-    monkeypatch.setattr(second.tower, "encode", None)
+    monkeypatch.setattr(second.tower, "encode", lambda _: pytest.fail("computed again"))
     again = second.embed(shapes)
     assert torch.equal(first.pooled, again.pooled)
 
@@ -70,7 +70,7 @@ def test_broken_pictures_are_counted_and_the_others_computed_once(tmp_path, monk
     assert found.skipped == {"empty": 1, "not_a_picture": 2, "truncated": 1}
     assert found.kept == tuple(i for i in range(24) if i not in (2, 9, 17, 18))
     assert sum(seen) == 20
-    whole = embed_images(ours.loaded, [samples[i][2] for i in found.kept])
+    whole = embed_images(make_loaded(TINY_VIT), [samples[i][2] for i in found.kept])
     torch.testing.assert_close(found.joint, whole, atol=2e-6, rtol=0)
 
 
@@ -86,7 +86,7 @@ def test_a_border_is_cut_before_preprocessing(tmp_path, shapes):
     ours = embedder(tmp_path)
     plain, cut = ours.embed(shapes), ours.embed(shapes, border=5)
     assert not torch.equal(plain.pooled, cut.pooled)
-    expected = embed_images(ours.loaded, [cut_border(decode(data), 5) for *_, data in pictures()])
+    expected = embed_images(make_loaded(TINY_VIT), [cut_border(decode(data), 5) for *_, data in pictures()])
     torch.testing.assert_close(cut.joint, expected, atol=2e-6, rtol=0)
     small = [("a", b"0", encode(draw("red", "dot", 8))), ("b", b"0", encode(draw("red", "dot", 40)))]
     opened = open_samples(Place(), write_wds(tmp_path / "small", small), "test", "single")
