@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.evaluate import logistic
-from diptych.evaluate.logistic import Problem
+from diptych.evaluate.logistic import Point, Problem
 from reference import probe as plain
 
 PATH = [10.0**decade for decade in range(6, -7, -1)]
@@ -178,3 +178,15 @@ def test_a_fit_that_is_cut_short_says_so(monkeypatch):
     fit = Problem(features[None], labels[None], 6).fit(1e-4)
     assert not fit.converged
     assert fit.gap.item() > logistic.TOLERANCE
+
+
+def test_a_constant_added_to_all_biases_is_not_sought():
+    """It changes nothing; rounding gave it a tiny curvature once, and a step of any length."""
+    torch.manual_seed(0)
+    problem = Problem(torch.randn(1, 799, 16), torch.arange(799)[None] % 10, 10)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        shares = (0.001 * torch.randn(1, 799, 10)).softmax(dim=2)
+        inverse = problem.preconditioner(shares, problem.penalty(1e6))
+        found = inverse(Point(torch.zeros(1, 16, 10), torch.ones(1, 1, 10)))
+        assert found.bias.abs().max() < 1e-3

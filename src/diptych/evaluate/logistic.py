@@ -255,6 +255,7 @@ class Problem:
             scale, scale_bias = 1 / (self.variance * curve + penalty), 1 / curve.clamp(min=1e-30)
             return lambda r: Point(r.weight * scale.to(r.weight.dtype), r.bias * scale_bias.to(r.weight.dtype))
         together = _product(shares.mT, shares).double()
+        together = (together + together.mT) / 2  # rounding is not symmetric, and a constant must cost nothing
         together.diagonal(dim1=1, dim2=2).zero_()  # the diagonal follows from the rest, without cancellation
         curve, turn = torch.linalg.eigh(together.sum(dim=2).diag_embed() - together)
         curve = curve[:, None].clamp(min=0)
