@@ -187,7 +187,7 @@ def main() -> None:
     peers = ["open_clip float32", "open_clip amp_bf16", "open_clip pure_bf16", "transformers float32"]
     peers += ["onnxruntime float32", "onnxruntime int8", "openvino float32", "openvino bfloat16"]
     plans = {
-        "ViT-B-32-quickgelu": (["bfloat16", "int8", "exact"], peers),
+        "ViT-B-32-quickgelu": (["bfloat16", "int8", "float32", "exact"], peers),
         "RN50-quickgelu": (["bfloat16"], ["open_clip float32", "open_clip pure_bf16"]),
         "ViT-L-14-quickgelu": (["bfloat16", "int8"], ["open_clip float32", "open_clip pure_bf16"]),
     }

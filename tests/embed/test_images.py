@@ -1,4 +1,7 @@
+import gc
 import threading
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from diptych.embed.images import ImageTower, embed_images, encode_each
 from diptych.errors import PictureError
 from diptych.model.precision import choose_precision
 from samples import TINY_RESNET, TINY_VIT, encode, make_loaded, noise
+
+CONV_STEM = replace(TINY_VIT, vision=replace(TINY_VIT.vision, stem="conv"))
 
 
 def smooth(size: tuple[int, int], seed: int = 0):
@@ -45,7 +50,6 @@ def test_a_tower_is_made_ready_once_and_again_when_its_weights_change():
     loaded = make_loaded(TINY_VIT)
     first, second = ImageTower(loaded, "bfloat16"), ImageTower(loaded, "bfloat16")
     assert first._encode is second._encode
-    assert ImageTower(loaded, "float32")._encode is not first._encode
     with torch.no_grad():
         loaded.model.visual.conv1.weight.mul_(2)
     third = ImageTower(loaded, "bfloat16")
@@ -53,6 +57,17 @@ def test_a_tower_is_made_ready_once_and_again_when_its_weights_change():
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     exact = ImageTower(loaded, "exact").encode(pixels)
     assert (exact * third.encode(pixels)).sum(dim=1).min() > 0.999
+
+
+@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET, CONV_STEM], ids=["vit", "resnet", "conv stem"])
+@pytest.mark.parametrize("precision", ["exact", "float32", "bfloat16"])
+def test_what_was_made_ready_goes_with_its_model(config, precision):
+    loaded = make_loaded(config)
+    embed_images(loaded, [noise()], precision=precision)
+    model = weakref.ref(loaded.model)
+    del loaded
+    gc.collect()
+    assert model() is None
 
 
 def test_a_broken_picture_among_many_is_raised_and_stops_the_threads():

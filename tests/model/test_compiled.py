@@ -15,12 +15,12 @@ import sys, time, torch
 from torch.nn import functional as F
 from diptych.model import int8
 from diptych.model.clip import CLIP
-from diptych.model.quick_vision import build_encoder
+from diptych.model.quick_vision import get_encoder
 from samples import TINY_VIT
 torch.manual_seed(0)
 model = CLIP(TINY_VIT).eval()
 pixels = torch.randint(0, 256, (3, 3, TINY_VIT.vision.image_size, TINY_VIT.vision.image_size), dtype=torch.uint8)
-build = lambda: build_encoder(model.visual, "int8", (0.5,) * 3, (0.3,) * 3)
+build = lambda: get_encoder(model.visual, "int8", (0.5,) * 3, (0.3,) * 3)
 with torch.inference_mode():
     began = time.perf_counter()
     encode = build()

@@ -24,8 +24,8 @@ from diptych.embed.space import hash_tower, name_space
 from diptych.errors import PictureError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
-from diptych.model.precision import Resolved, choose_precision, make_once
-from diptych.model.quick_vision import Encode, build_encoder
+from diptych.model.precision import Resolved, choose_precision
+from diptych.model.quick_vision import Encode, get_encoder
 from diptych.model.vision import VisionTransformer
 
 Batch = TypeVar("Batch")
@@ -67,11 +67,7 @@ class ImageTower:
         if pooled and isinstance(model.visual, VisionTransformer):
             self.embed_dim = model.visual.proj.shape[0]
         self._project = None if pooled else partial(project, loaded)
-        self._encode: Encode = make_once(
-            model.visual,
-            (self.precision, self.preprocess.mean, self.preprocess.std),
-            partial(build_encoder, model.visual, self.precision, self.preprocess.mean, self.preprocess.std),
-        )
+        self._encode: Encode = get_encoder(model.visual, self.precision, self.preprocess.mean, self.preprocess.std)
 
     def read(self, picture: Picture) -> UInt8[np.ndarray, "3 H W"]:
         """Decode and resize; raises PictureError for what is no usable picture."""

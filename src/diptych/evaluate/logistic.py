@@ -29,7 +29,7 @@ from diptych.model.precision import has_fast_bfloat16
 TOLERANCE = 1e-8
 """How far above the optimum's the objective of a fit may be, relative to the part of it that is the penalty.
 
-The bound is proven (`_Search._bound`). That part is what counts: where the penalty is strong W is small, and yet it
+`_Search._bound` says how that is known. That part is what counts: where the penalty is strong W is small, and yet it
 alone tells classes apart. At 5e-7 of the whole up to 3 of 7,500 pictures got another label than at the optimum, enough
 to choose another strength.
 """

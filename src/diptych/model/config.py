@@ -12,9 +12,9 @@ from diptych.errors import UsageError, unknown_name
 Activation = Literal["quick_gelu", "gelu"]
 Precision = Literal["auto", "exact", "float32", "bfloat16", "int8"]
 """How exactly a model is used. exact: float32 and Pillow's preprocessing, the numbers of the library reference.
-float32: the same weights on quickly preprocessed pictures (of texts: exact). bfloat16: that with products in half the
-bits. int8: of pictures, products in 8 bits with a scale for each token and each output (of texts: what auto is). auto:
-bfloat16 where the device multiplies it fast (a GPU, a CPU with AVX512-BF16 or AMX), else float32."""
+float32: the same in another order of addition, on quickly preprocessed pictures. bfloat16: that with products in half
+the bits. int8: of pictures, products in 8 bits with a scale for each token and each output (of texts: what auto is).
+auto: bfloat16 where the device multiplies it fast (a GPU, a CPU with AVX512-BF16 or AMX), else float32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 

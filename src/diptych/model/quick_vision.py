@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diptych.errors import UsageError
 from diptych.model.int8 import Int8Transformer, check_processor
-from diptych.model.precision import PackedLinear, Resolved, can_pack, has_fast_bfloat16, to_bfloat16
+from diptych.model.precision import PackedLinear, Resolved, can_pack, has_fast_bfloat16, lower_block, make_once
 from diptych.model.resnet import ModifiedResNet
 from diptych.model.vision import VisionTransformer
 
@@ -27,32 +27,42 @@ LONG = 128
 """Tokens from which PyTorch's fused attention is faster than three plain products."""
 
 
-@torch.no_grad()
-def build_encoder(visual: nn.Module, precision: Resolved, mean: Sequence[float], std: Sequence[float]) -> Encode:
-    """Build the function from pixels to features before the projection, float32, in a precision.
+def get_encoder(visual: nn.Module, precision: Resolved, mean: Sequence[float], std: Sequence[float]) -> Encode:
+    """The function from pixels to features before the projection, float32, in a precision.
 
-    `mean` and `std` are the preprocessing's, of pixels from 0 to 1.
+    `mean` and `std` are the preprocessing's, of pixels from 0 to 1. Weights are converted once, and again when they
+    have changed. Raises UsageError for int8 where there is none.
     """
-    device = next(visual.parameters()).device
+    own = next(visual.parameters())
+    normalize = _Normalize(mean, std, own.device)
     if precision == "int8":
-        check_processor(device)
+        check_processor(own.device)
         if not isinstance(visual, VisionTransformer):
             raise UsageError("int8 is for Vision Transformers; choose bfloat16 or float32 for a ResNet, or auto")
-    normalize = _Normalize(mean, std, device)
-    if precision in ("exact", "float32") or next(visual.parameters()).dtype != torch.float32:
-        dtype = next(visual.parameters()).dtype
-        pool = visual.pool if isinstance(visual, VisionTransformer) else visual
-        return lambda pixels: pool(normalize(pixels.to(device)).to(dtype)).float()
+    is_quick = own.device.type == "cpu" and isinstance(visual, VisionTransformer)
+    if precision == "exact" or own.dtype != torch.float32 or (precision == "float32" and not is_quick):
+        pool = _pool_of(visual)
+        return lambda pixels: pool(normalize(pixels.to(own.device)).to(own.dtype)).float()
+    return make_once(visual, (precision, tuple(mean), tuple(std)), lambda: _convert(visual, precision, normalize))
+
+
+@torch.no_grad()
+def _convert(visual: nn.Module, precision: Resolved, normalize: "_Normalize") -> Encode:
+    """Copies of the weights in a precision. What is returned must not hold the tower, which it is kept with."""
+    device = next(visual.parameters()).device
     if device.type == "cpu" and isinstance(visual, VisionTransformer):
         return _QuickViT(visual, precision, normalize)
-    if isinstance(visual, ModifiedResNet):
-        visual = _fuse_resnet(visual)
-    lowered = copy.deepcopy(visual).eval().requires_grad_(False).to(torch.bfloat16)
+    lowered = _fuse_resnet(visual) if isinstance(visual, ModifiedResNet) else copy.deepcopy(visual)
+    lowered = lowered.eval().requires_grad_(False).to(torch.bfloat16)
     lowered.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    pool = lowered.pool if isinstance(lowered, VisionTransformer) else lowered
+    pool = _pool_of(lowered)
     return lambda pixels: pool(
         normalize(pixels.to(device)).to(torch.bfloat16, memory_format=torch.channels_last)
     ).float()
+
+
+def _pool_of(visual: nn.Module) -> Callable[[Tensor], Tensor]:
+    return visual.pool if isinstance(visual, VisionTransformer) else visual
 
 
 class _Normalize:
@@ -68,30 +78,29 @@ class _Normalize:
 
 
 class _QuickViT:
-    """A Vision Transformer in bfloat16 or int8 on a CPU."""
+    """A Vision Transformer on a CPU, in any precision but exact."""
 
     def __init__(self, visual: VisionTransformer, precision: Resolved, normalize: _Normalize) -> None:
-        self.visual = visual
         blocks = visual.transformer.blocks()
-        self.dtype = (
-            torch.bfloat16 if precision == "bfloat16" or has_fast_bfloat16(torch.device("cpu")) else torch.float32
-        )
+        is_half = precision == "bfloat16" or (precision == "int8" and has_fast_bfloat16(torch.device("cpu")))
+        self.dtype = torch.bfloat16 if is_half else torch.float32
         self.embed = _PatchEmbedding(visual, normalize, self.dtype)
+        self.ln_post = visual.ln_post
         if precision == "int8":
             self.run: Callable[[Tensor], Tensor] = Int8Transformer(blocks, self.dtype, READ, attend)
         else:
-            self.run = self._run_bfloat16
-            self.blocks = [to_bfloat16(block) for block in blocks]
+            self.run = self._run
+            self.blocks = [lower_block(block, self.dtype) for block in blocks]
 
     def __call__(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
-        return self.visual.ln_post(self.run(self.embed(pixels))[:, 0])
+        return self.ln_post(self.run(self.embed(pixels))[:, 0])
 
-    def _run_bfloat16(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N R D"]:
+    def _run(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N R D"]:
         for i, block in enumerate(self.blocks, start=1):
             read = READ if i == len(self.blocks) else x.shape[1]
-            attended = attend(block.attn.in_proj(block.ln_1(x).bfloat16()), block.attn.heads, read)
+            attended = attend(block.attn.in_proj(block.ln_1(x).to(self.dtype)), block.attn.heads, read)
             x = x[:, :read] + block.attn.out_proj(attended)
-            x.add_(block.mlp(block.ln_2(x).bfloat16()))
+            x.add_(block.mlp(block.ln_2(x).to(self.dtype)))
         return x
 
 
@@ -99,7 +108,7 @@ def attend(qkv: Float[Tensor, "N L D3"], heads: int, read: int) -> Float[Tensor,
     """Attention of the first `read` tokens over all. Scores are rounded as their factors are, the softmax is not."""
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [N, A, L, D / A]
     q = q[:, :, :read]
-    if qkv.shape[1] < LONG:
+    if qkv.dtype == torch.bfloat16 and qkv.shape[1] < LONG:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         attended = scores.float().softmax(dim=-1).to(qkv.dtype) @ v
     else:
@@ -108,35 +117,42 @@ def attend(qkv: Float[Tensor, "N L D3"], heads: int, read: int) -> Float[Tensor,
 
 
 class _PatchEmbedding:
-    """Pixels -> what the blocks begin with. Patches do not overlap, so their convolution is one product."""
+    """Pixels -> what the blocks begin with."""
 
     def __init__(self, visual: VisionTransformer, normalize: _Normalize, dtype: torch.dtype) -> None:
-        self.visual, self.normalize, self.dtype = visual, normalize, dtype
+        self.normalize, self.dtype = normalize, dtype
+        self.ln_pre = visual.ln_pre
+        self.first = (visual.class_embedding + visual.positional_embedding[0]).detach()
+        self.positions = visual.positional_embedding[1:].detach()
+        self.stem = visual.conv1
         self.product: Callable[[Tensor], Tensor] | None = None
         if isinstance(visual.conv1, nn.Conv2d):
             self.patch = visual.conv1.kernel_size[0]
             weight = visual.conv1.weight.detach()  # [D, 3, p, p]
             bias = torch.einsum("dcij,c->d", weight, normalize.shift)
             weight = (weight * normalize.scale.view(3, 1, 1)).flatten(1)
-            if dtype == torch.bfloat16 and can_pack():
-                self.product = PackedLinear(weight, bias)
+            if can_pack(dtype):
+                self.product = PackedLinear(weight, bias, dtype)
             else:
                 weight, bias = weight.to(dtype), bias.to(dtype)
                 self.product = lambda patches: F.linear(patches, weight, bias)
-            self.first = (visual.class_embedding + visual.positional_embedding[0]).detach()
-            self.positions = visual.positional_embedding[1:].detach()
 
     def __call__(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N L D"]:
-        if self.product is None:  # a stem of several convolutions
-            return self.visual.embed_patches(self.normalize(pixels))
+        if self.product is None:  # several convolutions
+            patches = self.stem(self.normalize(pixels)).flatten(2).transpose(1, 2)
+        else:
+            patches = self.product(self._cut(pixels)).view(len(pixels), len(self.positions), -1)
+        x = torch.empty(len(pixels), 1 + len(self.positions), len(self.first))
+        x[:, 0] = self.first
+        torch.add(patches, self.positions, out=x[:, 1:])
+        return self.ln_pre(x)
+
+    def _cut(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "M P"]:
+        """Patches do not overlap, so their convolution is one product. The bytes are moved, then widened."""
         n, _, height, width = pixels.shape
         p = self.patch
         patches = pixels.view(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(-1, 3 * p * p).to(self.dtype)  # the bytes are moved, then widened
-        x = torch.empty(n, 1 + len(self.positions), len(self.first))
-        x[:, 0] = self.first
-        torch.add(self.product(patches).view(n, len(self.positions), -1), self.positions, out=x[:, 1:])
-        return self.visual.ln_pre(x)
+        return patches.reshape(-1, 3 * p * p).to(self.dtype)
 
 
 def _fuse_resnet(visual: ModifiedResNet) -> ModifiedResNet:
