@@ -114,14 +114,14 @@ sys.exit(str(heavy) if heavy else 0)
 
 
 def test_a_model_rates_pairs(tmp_path):
-    from diptych import embed, save
+    from diptych import embed_images, embed_texts, save
 
     loaded = make_loaded(TINY_VIT)
     save(loaded, tmp_path / "model")
     pictures, texts = [encode(noise(seed=i)) for i in range(3)], ["a red dot", "a cat", "a"]
     scores = ClipScore(str(tmp_path / "model"))(pictures, texts)
-    images = embed.embed_images(loaded, pictures)
-    assert scores == pytest.approx((images * embed.embed_texts(loaded, texts)).sum(-1).tolist(), abs=1e-5)
+    images = embed_images(loaded, pictures)
+    assert scores == pytest.approx((images * embed_texts(loaded, texts)).sum(-1).tolist(), abs=1e-5)
 
 
 def test_the_engine_of_the_command_line_is_the_one_that_stages_take():
