@@ -25,7 +25,7 @@ from diptych.embed.texts import BATCH_SIZE, embed_texts
 from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
 from diptych.model.config import Precision
-from diptych.model.precision import choose_precision
+from diptych.model.precision import choose_text_precision
 
 Classnames = Sequence[str | Sequence[str]]
 """One entry a class: its name, or several names for it."""
@@ -153,7 +153,7 @@ def _cached_classifier(
     loaded: Loaded, classnames: Classnames, templates: Sequence[str], precision: Precision
 ) -> Float[Tensor, "E C"]:
     """Classifiers of this process by what they are made of, weights of the text tower included."""
-    precision = choose_precision(precision, loaded.model.logit_scale.device)
+    precision = choose_text_precision(precision, loaded.model.logit_scale.device)
     key = name_space(
         prompts=[classnames, templates],
         weights=hash_tower(loaded.model.text),

@@ -116,10 +116,11 @@ def test_a_full_cache_forgets_what_was_not_used_for_longest(tmp_path, monkeypatc
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2 << 20
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path):
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     cache = FeatureCache(tmp_path / "file" / "cache")
     assert ask(cache, 1) == ask(cache, 1) == keys(1)
+    assert [record.getMessage()[:34] for record in caplog.records] == ["features are computed and not kept"]
     with pytest.raises(UsageError, match="holds nothing"):
         FeatureCache(tmp_path, limit=5)
 
@@ -202,6 +203,15 @@ def test_evaluation_runs_on_remembered_features(tmp_path):
         next(loaded.model.visual.parameters()).add_(1e-3)
     recalls()
     assert len(computed) == 48 + 24  # other weights of one tower
+
+
+def test_texts_in_int8_are_those_of_auto_and_named_so():
+    loaded = make_loaded(TINY_VIT)
+    assert text_space(loaded, "int8") == text_space(loaded, "auto")
+    texts = ["a cat", "a dog"]
+    torch.testing.assert_close(
+        embed_texts(loaded, texts, precision="int8"), embed_texts(loaded, texts, precision="auto")
+    )
 
 
 def test_spaces_differ_in_whatever_changes_a_feature():

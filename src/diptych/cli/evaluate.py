@@ -45,7 +45,7 @@ class Evaluate:
     profile: ProfileName = EvaluateConfig.profile
     """Whose class names, templates, splits and metric."""
     precision: Precision = EvaluateConfig.precision
-    """Of the towers: exact, float32, bfloat16; auto: bfloat16 where the device multiplies it fast."""
+    """Of the towers: exact, float32, bfloat16, int8 (of pictures); auto: bfloat16 where it is fast."""
     activation: Activation | None = None
     """Of a bare file that does not show which activation it was trained with."""
     preset: str | None = None

@@ -59,6 +59,7 @@ class FeatureCache:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._process = 0
+        self._said = ""
 
     def features(
         self, space: str, keys: Sequence[bytes], compute: Callable[[list[int]], Float[Tensor, "n E"]]
@@ -146,7 +147,9 @@ class FeatureCache:
                 action(store)
                 store.commit()
             except (sqlite3.OperationalError, OSError) as error:  # locked too long, a full disk, no permission
-                LOG.warning("the cache %s is not used for now: %s", self.folder, error)
+                if str(error) != self._said:  # it is tried again at every call, and said once
+                    LOG.warning("features are computed and not kept, the cache %s fails: %s", self.folder, error)
+                    self._said = str(error)
                 self._give_up()
             except sqlite3.DatabaseError as error:
                 LOG.warning("the cache %s is damaged and begun anew: %s", self.folder, error)

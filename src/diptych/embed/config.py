@@ -38,8 +38,8 @@ class WorkConfig:
     """What columns of text and shards stand for: auto takes a column of text for paths if all the first ones end like
     pictures, else for captions; shards for their pictures."""
     precision: Precision = "auto"
-    """Of the image tower: exact, float32, bfloat16; auto: bfloat16 where the device multiplies it fast. All but exact
-    preprocess quickly. Texts are computed in float32."""
+    """Of the towers: exact, float32, bfloat16, int8 (of pictures; texts then as with auto); auto: bfloat16 where the
+    device multiplies it fast, else float32. All but exact preprocess quickly."""
     batch_size: int = 32
     """Pictures that go through the tower at once."""
     threads: int | None = None

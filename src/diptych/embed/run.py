@@ -20,6 +20,7 @@ from diptych.embed.pipeline import compute_parts, open_pipeline
 from diptych.embed.sources import Source
 from diptych.embed.texts import text_space
 from diptych.errors import RunLockedError
+from diptych.model.precision import choose_text_precision
 
 _WINDOW = 15.0
 """Seconds over which the speed is averaged."""
@@ -105,7 +106,7 @@ def describe_model(config: EmbedConfig, loaded: Loaded, sources: Sequence[Source
         about["image_precision"] = config.work.precision
     if "text" in kinds:
         about["text_space"] = text_space(loaded, config.work.precision)
-        about["text_precision"] = config.work.precision
+        about["text_precision"] = choose_text_precision(config.work.precision, loaded.model.logit_scale.device)
         about["tokenizer"] = loaded.tokenizer.fingerprint
     return about
 

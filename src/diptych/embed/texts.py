@@ -11,7 +11,7 @@ from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.space import hash_tower, name_space
 from diptych.model.config import Precision
-from diptych.model.precision import choose_precision, get_ready
+from diptych.model.precision import choose_text_precision, get_ready
 from diptych.model.trie import encode_texts
 
 BATCH_SIZE = 16_384
@@ -44,5 +44,5 @@ def text_space(loaded: Loaded, precision: Precision) -> str:
         weights=hash_tower(loaded.model.text),
         model={key: config[key] for key in ("text", "embed_dim", "activation")},
         tokenizer=[loaded.tokenizer.fingerprint, loaded.tokenizer.context_length, loaded.tokenizer.special_tokens],
-        precision=choose_precision(precision, loaded.model.logit_scale.device),
+        precision=choose_text_precision(precision, loaded.model.logit_scale.device),
     )

@@ -47,6 +47,11 @@ def choose_precision(precision: Precision, device: torch.device) -> Resolved:
     return precision
 
 
+def choose_text_precision(precision: Precision, device: torch.device) -> Resolved:
+    """The same for texts: int8 is for pictures, so for texts it is what auto is."""
+    return choose_precision("auto" if precision == "int8" else precision, device)
+
+
 def make_once(tower: nn.Module, key: object, make: Callable[[], Made]) -> Made:
     """What is made of a tower's weights: kept as long as the tower, made again when a weight was changed, moved or
     replaced. A change through `.data`, which PyTorch does not count, is not seen."""
@@ -71,9 +76,9 @@ class Ready(NamedTuple):
 
 
 def get_ready(transformer: Transformer, precision: Precision) -> Ready:
-    """The blocks in a precision; int8, which is for pictures, is what auto is."""
+    """The blocks of a text tower in a precision."""
     own = next(transformer.parameters())
-    resolved = choose_precision("auto" if precision == "int8" else precision, own.device)
+    resolved = choose_text_precision(precision, own.device)
     dtype = torch.bfloat16 if resolved == "bfloat16" else torch.float32
     if resolved == "exact" or own.dtype != torch.float32 or (dtype == torch.float32 and own.device.type != "cpu"):
         return Ready(transformer.blocks(), own.dtype)
