@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -50,6 +50,39 @@ def embed_images(
             raise feature
         features.append(feature)
     return torch.stack(features) if features else torch.empty(0, loaded.model.config.embed_dim)
+
+
+@runtime_checkable
+class Tower(Protocol):
+    """Pictures to features; `ImageTower` is one, any model can be."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """How."""
+        ...
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers of a feature."""
+        ...
+
+    @property
+    def streams(self) -> int:
+        """Batches that are best computed at the same time."""
+        ...
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """Decode and preprocess; PictureError for what is no usable picture."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """A batch of what `read` made -> features, float32 on the CPU."""
+        ...
 
 
 class ImageTower:
@@ -98,32 +131,37 @@ def project(loaded: Loaded, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"
 
 
 def encode_each(
-    tower: ImageTower, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE
+    tower: Tower,
+    pictures: Iterable[Picture],
+    batch_size: int = BATCH_SIZE,
+    read: Callable[[Picture], np.ndarray] | None = None,
 ) -> Generator[Float[Tensor, " E"] | PictureError]:
     """The feature of each picture, or why it has none, in order; decoding goes on while the tower computes.
 
-    A single batch is computed by all cores together, several by one core each.
+    A single batch is computed by all cores together, several by one core each. `read` takes the place of the tower's.
     """
     remaining = iter(pictures)
     first = list(islice(remaining, batch_size))
     second = list(islice(remaining, 1))
 
-    def read(picture: Picture) -> UInt8[np.ndarray, "3 H W"] | PictureError:
+    read_one = read or tower.read
+
+    def attempt(picture: Picture) -> np.ndarray | PictureError:
         try:
-            return tower.read(picture)
+            return read_one(picture)
         except PictureError as error:
             return error
 
-    def encode(some: list[UInt8[np.ndarray, "3 H W"] | PictureError]) -> list[Tensor | PictureError]:
+    def encode(some: list[np.ndarray | PictureError]) -> list[Tensor | PictureError]:
         pixels = [torch.from_numpy(one) for one in some if not isinstance(one, PictureError)]
         features = iter(tower.encode(torch.stack(pixels)) if pixels else ())
         return [one if isinstance(one, PictureError) else next(features) for one in some]
 
     if not second:
-        yield from encode([read(picture) for picture in first])
+        yield from encode([attempt(picture) for picture in first])
         return
     threads, ahead = tower.streams, (tower.streams + 2) * batch_size
-    decoded = map_ahead(read, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=work_alone)
+    decoded = map_ahead(attempt, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=work_alone)
     with closing(decoded), closing(compute_ahead(encode, _split(decoded, batch_size), threads)) as batches:
         for batch in batches:
             yield from batch

@@ -6,9 +6,9 @@ away. A picture that cannot be used is counted and left out.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from diptych.ahead import map_ahead
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.cache import FeatureCache, content_key
-from diptych.embed.images import ImageTower, compute_ahead, count_cores, image_space, project, work_alone
+from diptych.embed.images import ImageTower, Tower, count_cores, encode_each, image_space, project
 from diptych.embed.sources import Row, fetch
 from diptych.errors import DatasetError, PictureError
 from diptych.evaluate.samples import Samples
@@ -43,39 +43,6 @@ class Embedded:
     """In the space that texts lie in, normalised."""
     skipped: Counter[str]
     """Reason -> pictures that could not be used."""
-
-
-@runtime_checkable
-class Tower(Protocol):
-    """Pictures to features before a projection; `ImageTower` is one."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
-
-    @property
-    def precision(self) -> str:
-        """How."""
-        ...
-
-    @property
-    def embed_dim(self) -> int:
-        """Numbers of a feature."""
-        ...
-
-    @property
-    def streams(self) -> int:
-        """Batches that are best computed at the same time."""
-        ...
-
-    def read(self, picture: Picture) -> np.ndarray:
-        """Decode and preprocess; PictureError for what is no usable picture."""
-        ...
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """A batch of what `read` made -> features, float32 on the CPU."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,47 +153,21 @@ class _Work:
     def __call__(self, missing: list[int]) -> Float[Tensor, "n D"]:
         todo = [i for i in missing if self.keys[i] not in self.computed]
         reasons: dict[int, str] = {}
-        streams = self.tower.streams
-        decoded = map_ahead(
-            self._decode, todo, threads=count_cores(), ahead=(streams + 2) * self.batch_size, prepare=work_alone
-        )
-        batches = compute_ahead(self._encode, self._stack(todo, decoded, reasons), streams)
-        try:
-            for places, features in batches:
-                self.computed.update({self.keys[i]: row for i, row in zip(places, features, strict=True)})
-        finally:
-            batches.close()
-            decoded.close()
+        pictures = (self.contents[i] for i in todo)
+        with closing(encode_each(self.tower, pictures, self.batch_size, self._read)) as features:
+            for i, feature in zip(todo, features, strict=True):
+                if isinstance(feature, PictureError):
+                    reasons[i] = feature.reason
+                else:
+                    self.computed[self.keys[i]] = feature
         if reasons:
             raise _BrokenPictures(reasons)
         if not missing:
             return torch.empty(0, self.tower.embed_dim)
         return torch.stack([self.computed[self.keys[i]] for i in missing])
 
-    def _stack(self, todo, decoded, reasons):
-        places, pixels = [], []
-        for i, picture in zip(todo, decoded, strict=True):
-            if isinstance(picture, str):
-                reasons[i] = picture
-                continue
-            places.append(i)
-            pixels.append(torch.from_numpy(picture))
-            if len(places) == self.batch_size:
-                yield places, torch.stack(pixels)
-                places, pixels = [], []
-        if places:
-            yield places, torch.stack(pixels)
-
-    def _encode(self, batch: tuple[list[int], Tensor]) -> tuple[list[int], Tensor]:
-        places, pixels = batch
-        return places, self.tower.encode(pixels)
-
-    def _decode(self, place: int) -> np.ndarray | str:
-        try:
-            picture = self.contents[place]
-            return self.tower.read(cut_border(open_picture(picture), self.border) if self.border else picture)
-        except PictureError as error:
-            return error.reason
+    def _read(self, picture: Picture) -> np.ndarray:
+        return self.tower.read(cut_border(open_picture(picture), self.border) if self.border else picture)
 
 
 def cut_border(image: Image.Image, border: int) -> Image.Image:
