@@ -11,6 +11,7 @@ from exams import COLOURS, SHAPES, write_wds
 from diptych.checkpoint import layouts
 from diptych.embed.images import ImageTower, embed_images
 from diptych.embed.texts import embed_texts
+from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.features import cut_border
 from diptych.evaluate.metrics import accuracy
@@ -62,13 +63,18 @@ def objectnet(folder):
     return torch.tensor([112 - i % 113 for i in range(30)])
 
 
-def save_probe(tmp_path, weight, bias, names):
-    folder = tmp_path / "out" / "tiny" / "imagenet"
-    folder.mkdir(parents=True)
-    np.savez(folder / "probe.npz", weight=weight.numpy(), bias=bias.numpy(), names=np.array(names))
+def save_probe(tmp_path, weight, bias):
     details = {"l2": 1.0, "validation": [], "train_images": 5, "converged": True}
+    save_of_imagenet(tmp_path, "probe", details, weight=weight.numpy(), bias=bias.numpy())
+
+
+def save_of_imagenet(tmp_path, protocol, details, **arrays):
+    folder = tmp_path / "out" / "tiny" / "imagenet"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [names[0] for names in load_dataset("imagenet").names]
+    np.savez(folder / f"{protocol}.npz", names=np.array(names), **arrays)
     earlier = Result(
-        model="tiny", dataset="imagenet", protocol="probe", metric="acc1", value=0.5, images=3, details=details
+        model="tiny", dataset="imagenet", protocol=protocol, metric="acc1", value=0.5, images=3, details=details
     )
     save_result(tmp_path / "out", earlier)
 
@@ -83,6 +89,12 @@ def test_zero_shot_has_the_accuracy_of_pooled_classes_too(model, tmp_path):
     assert result.metrics["acc1_pooled"] == accuracy(pooled, labels)
 
 
+def pooled_features():
+    loaded = make_loaded(TINY_VIT)
+    pixels = [loaded.preprocess.pixels(cut_border(decode(data), 2)) for data in drawn()]
+    return ImageTower(loaded, "exact", pooled=True).encode(torch.from_numpy(np.stack(pixels)))
+
+
 def test_a_probe_of_imagenet_is_asked_about_a_shift(model, tmp_path):
     labels = objectnet(tmp_path)
     report = evaluate(model, tmp_path, "objectnet", "probe")
@@ -90,14 +102,66 @@ def test_a_probe_of_imagenet_is_asked_about_a_shift(model, tmp_path):
     entry = load_dataset("objectnet")
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(1000, 32, generator=generator), torch.randn(1000, generator=generator)
-    save_probe(tmp_path, weight, bias, [names[0] for names in load_dataset("imagenet").names])
+    save_probe(tmp_path, weight, bias)
     (result,) = evaluate(model, tmp_path, "objectnet", "probe").results
-    loaded = make_loaded(TINY_VIT)
-    pixels = [loaded.preprocess.pixels(cut_border(decode(data), 2)) for data in drawn()]
-    pooled = ImageTower(loaded, "exact", pooled=True).encode(torch.from_numpy(np.stack(pixels)))
-    expected = accuracy(map_classes(pooled @ weight.T + bias, entry.imagenet_groups), labels)
+    expected = accuracy(map_classes(pooled_features() @ weight.T + bias, entry.imagenet_groups), labels)
     assert result.value == expected
     assert (result.details["trained_on"], result.details["train_images"]) == ("imagenet", 5)
+
+
+def test_probes_of_few_shots_of_imagenet_are_asked_about_a_shift(model, tmp_path):
+    labels = objectnet(tmp_path)
+    report = evaluate(model, tmp_path, "objectnet", "fewshot")
+    assert "first evaluate imagenet with --protocols fewshot" in report.refused[0].reason
+    generator = torch.Generator().manual_seed(0)
+    weights = {k: torch.randn(2, 1000, 32, generator=generator) for k in (1, 8)}
+    biases = {k: torch.randn(2, 1000, generator=generator) for k in (1, 8)}
+    arrays = {f"weight_{k}": weights[k].numpy() for k in weights} | {f"bias_{k}": biases[k].numpy() for k in biases}
+    details = {"l2": 1.0, "train_images": {"1": 1000, "8": 8000}}
+    save_of_imagenet(tmp_path, "fewshot", details, shots=np.array([1, 8]), **arrays)
+    (result,) = evaluate(model, tmp_path, "objectnet", "fewshot").results
+    groups = load_dataset("objectnet").imagenet_groups
+    expected = {
+        str(k): [
+            accuracy(map_classes(pooled_features() @ weights[k][i].T + biases[k][i], groups), labels) for i in (0, 1)
+        ]
+        for k in (1, 8)
+    }
+    assert result.details["shots"] == expected
+    assert len({tuple(values) for values in expected.values()}) == 2
+    assert (result.value, result.details["trained_on"]) == (result.metrics["8_shot"], "imagenet")
+    assert (evaluate(model, tmp_path, "objectnet", "fewshot").resumed) == 1
+    arrays["weight_1"] += 1  # another probe is another result
+    save_of_imagenet(tmp_path, "fewshot", details, shots=np.array([1, 8]), **arrays)
+    with pytest.raises(UsageError, match=r"other settings \(probe\)"):
+        evaluate(model, tmp_path, "objectnet", "fewshot")
+
+
+def test_few_shots_of_imagenet_leave_their_probes(model, tmp_path):
+    names = [str(name) for name in load_dataset("imagenet").names]
+    pictures = drawn()
+    for split, each in (("train", 2), ("test", 1)):
+        samples = [
+            (f"{split}{i}", str(i % 1000).encode(), pictures[i % len(pictures)]) for i in range(1000 * each)
+        ]
+        write_wds(tmp_path / "imagenet", samples, classnames=names, templates=None, split=split)
+    config = EvaluateConfig(
+        models=(str(model),),
+        suite=("imagenet",),
+        data=tmp_path,
+        out=tmp_path / "out",
+        on_mismatch="warn",
+        protocols=("fewshot",),
+        shots=(1, 2),
+        seeds=2,
+    )
+    (trained,) = run(config).results
+    objectnet(tmp_path)
+    (asked,) = evaluate(model, tmp_path, "objectnet", "fewshot").results
+    assert set(asked.details["shots"]) == set(trained.details["shots"]) == {"1", "2"}
+    assert asked.details["train_images"] == {"1": 1000, "2": 2000}
+    with np.load(tmp_path / "out" / "tiny" / "imagenet" / "fewshot.npz") as kept:
+        assert kept["weight_2"].shape == (2, 1000, 32)
 
 
 def test_frames_are_asked_by_the_probe_of_imagenet(model, tmp_path):
@@ -110,8 +174,13 @@ def test_frames_are_asked_by_the_probe_of_imagenet(model, tmp_path):
     (folder / "frames.json").write_text(json.dumps(frames))
     bias = torch.zeros(1000)
     bias[10] = 5.0  # a bird, as class 1 is
-    save_probe(tmp_path, torch.zeros(1000, 32), bias, [names[0] for names in load_dataset("imagenet").names])
+    save_probe(tmp_path, torch.zeros(1000, 32), bias)
     temporal, probe = evaluate(model, tmp_path, "ytbb_robust", "temporal", "probe").results
     assert (probe.metrics["pm0"], probe.metrics["pm10"]) == (0.5, 0.5)
     assert probe.details["anchors"] == 2
     assert 0 <= temporal.metrics["acc1_pooled"] <= 1
+    weights, biases = np.zeros((1, 1000, 32), np.float32), bias.numpy()[None]
+    details = {"l2": 1.0, "train_images": {"4": 4000}}
+    save_of_imagenet(tmp_path, "fewshot", details, shots=np.array([4]), weight_4=weights, bias_4=biases)
+    (few,) = evaluate(model, tmp_path, "ytbb_robust", "fewshot").results
+    assert (few.metrics["4_shot"], few.metric) == (0.5, "pm0")

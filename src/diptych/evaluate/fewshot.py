@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from diptych.errors import UsageError
@@ -44,6 +45,9 @@ class FewShotReport:
     """Shots that were left out -> classes that have fewer pictures."""
     l2: float
     converged: bool
+    weights: Mapping[int, Float[Tensor, "S C D"]]
+    """Shots -> float32 weights for each seed, and below their biases; empty unless they were asked for."""
+    biases: Mapping[int, Float[Tensor, "S C"]]
     seconds: float
 
     def means(self) -> dict[int, float]:
@@ -61,9 +65,11 @@ def few_shot(
     shots: Sequence[int] = SHOTS,
     seeds: int = 10,
     metric: Metric = accuracy,
+    keep: bool = False,
     config: FewShotConfig = FewShotConfig(),  # noqa: B008 - frozen
 ) -> FewShotReport:
-    """Train on `shots` pictures of each class, drawn `seeds` times, and measure on the test pictures.
+    """Train on `shots` pictures of each class, drawn `seeds` times, and measure on the test pictures; `keep` also
+    returns what was learnt.
 
     Features and labels as in `linear_probe`. Where a picture may show several things, shots are pictures that show a
     class; one that is drawn for two classes counts once. Raises UsageError as `linear_probe` does, and if no number of
@@ -90,6 +96,8 @@ def few_shot(
     l2 = config.l2 or _RELATIVE * mean_square(train)
     values: dict[int, tuple[float, ...]] = {}
     images: dict[int, int] = {}
+    weights: dict[int, Tensor] = {}
+    biases: dict[int, Tensor] = {}
     converged = True
     for k in sorted(set(shots) - skipped.keys()):
         rows = [draw(shows, k, seed) for seed in range(seeds)]
@@ -97,17 +105,24 @@ def few_shot(
             for drawn in rows:  # a class may be shown by all that were drawn
                 check_taught(train_labels[drawn], classes)
         found: list[float] = []
+        learnt: list[tuple[Tensor, Tensor]] = []
         for batch in batches(rows, train.shape[1], classes):
             fit = Problem(train[batch], train_labels[batch], classes).fit(l2)
             found += [metric(one.scores(test[None])[0], test_labels) for one in fit.problems()]
             converged &= fit.converged
+            if keep:
+                learnt.append((fit.weight.mT.float(), fit.bias.float()))
         values[k], images[k] = tuple(found), max(map(len, rows))
+        if keep:
+            weights[k], biases[k] = (torch.cat(parts) for parts in zip(*learnt, strict=True))
     return FewShotReport(
         values=values,
         train_images=images,
         skipped=skipped,
         l2=l2,
         converged=converged,
+        weights=weights,
+        biases=biases,
         seconds=time.perf_counter() - started,
     )
 

@@ -255,7 +255,7 @@ def _change(study: Study, shift: str, change: float, protocol: str) -> Bar:
 def adaptation_by_shots(study: Study) -> Chart | Missing:
     """Figure 15: how robustness goes while a probe sees more of ImageNet."""
     number, title = "15", "Robustness of few-shot probes on ImageNet"
-    command = f"{SHIFTS_COMMAND} --protocols zeroshot temporal probe; few-shot points: diptych.evaluate.adapt"
+    command = f"{SHIFTS_COMMAND} --protocols zeroshot temporal probe fewshot"
     model = study.shown
     measured: list[Protocol] = [
         p

@@ -6,6 +6,7 @@ The functions are given splits that were opened, checked and embedded; they read
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from diptych.evaluate.samples import Samples
 from diptych.evaluate.shifts import (
     IMAGENET,
     Groups,
+    ask_few_shots,
     ask_probe,
     imagenet_groups,
     pooled_scores,
@@ -57,7 +59,7 @@ ALLOWED: Mapping[str, tuple[Protocol, ...]] = {
     "single": ("zeroshot", "prompts", "probe", "fewshot", "overlap"),
     "multi": ("zeroshot", "prompts", "probe", "fewshot"),
     "captions": ("retrieval",),
-    "frames": ("temporal", "probe"),
+    "frames": ("temporal", "probe", "fewshot"),
 }
 
 
@@ -311,12 +313,7 @@ def probe(task: Task) -> tuple[Result, Arrays]:
 
 def _probe_of_imagenet(task: Task, groups: Groups) -> tuple[Result, Arrays]:
     """The probe that was trained on ImageNet, asked about a set of ImageNet's classes (Figure 14)."""
-    path = probe_of_imagenet(task.config.out, task.model)
-    if not path.is_file():
-        raise UsageError(
-            f"{task.used.dataset.id} has no train split here, and {path} is not there: first evaluate imagenet with "
-            "--protocols probe into the same folder"
-        )
+    path = _path_of_imagenet(task, "probe")
     scores = ask_probe(path, task.test.embedded.pooled, groups, task.used.profile)
     earlier = load_result(path.with_suffix(".json")).details
     details = {name: earlier[name] for name in ("l2", "validation", "train_images", "converged")}
@@ -328,8 +325,23 @@ def _probe_of_imagenet(task: Task, groups: Groups) -> tuple[Result, Arrays]:
     return _from_scores(task, "probe", scored, {**scored.details, **details}), _arrays(task.test, scores, labels)
 
 
+def _path_of_imagenet(task: Task, protocol: Protocol) -> Path:
+    """Where ImageNet's probe lies; UsageError if it does not."""
+    path = probe_of_imagenet(task.config.out, task.model, protocol)
+    if not path.is_file():
+        raise UsageError(
+            f"{task.used.dataset.id} has no train split here, and {path} is not there: first evaluate imagenet with "
+            f"--protocols {protocol} into the same folder"
+        )
+    return path
+
+
 def few_shot(task: Task) -> tuple[Result, Arrays]:
-    """Probes on a few pictures a class, and how many the zero-shot classifier is worth (Figures 6 and 7)."""
+    """Probes on a few pictures a class, and how many the zero-shot classifier is worth (Figures 6 and 7); of a shift
+    without training pictures ImageNet's."""
+    groups = imagenet_groups(task.used, task.test.numbered)
+    if groups and "train" not in task.splits:
+        return _few_shot_of_imagenet(task, groups)
     from diptych.evaluate import fewshot  # pyright: ignore[reportAttributeAccessIssue]
 
     kind, train = task.used.dataset.kind, _train(task)
@@ -343,9 +355,9 @@ def few_shot(task: Task) -> tuple[Result, Arrays]:
         shots=task.config.shots,
         seeds=task.config.seeds,
         metric=METRICS[task.used.metric],
+        keep=task.used.dataset.id == IMAGENET,
     )
     means = report.means()
-    most = max(means)
     zero, full = task.earlier.get("zeroshot"), task.earlier.get("probe")
     efficiency = None
     if zero is not None:
@@ -355,22 +367,54 @@ def few_shot(task: Task) -> tuple[Result, Arrays]:
         f"{count} shots were left out: {few} classes have fewer training pictures"
         for count, few in report.skipped.items()
     ]
-    result = task.result(
+    details = {
+        "train_images": {str(count): images for count, images in report.train_images.items()},
+        "efficiency": efficiency,
+        "l2": report.l2,
+        "seconds": report.seconds,
+    }
+    kept: dict[str, np.ndarray] = {}
+    if report.weights:
+        kept = {"shots": np.array(list(report.weights)), "names": _class_names(task.test)}
+        kept |= {f"weight_{count}": weight.cpu().numpy() for count, weight in report.weights.items()}
+        kept |= {f"bias_{count}": bias.cpu().numpy() for count, bias in report.biases.items()}
+    return _from_shots(task, report.values, details, warnings), kept
+
+
+def _few_shot_of_imagenet(task: Task, groups: Groups) -> tuple[Result, Arrays]:
+    """The probes that were trained on few of ImageNet's pictures, asked about a set of its classes (Figure 15)."""
+    path, test = _path_of_imagenet(task, "fewshot"), task.test
+    labels = test.labels(task.used.dataset.kind)
+
+    def value(scores: Tensor) -> float:
+        check_scores(scores, task.used.dataset.id)
+        if task.used.dataset.kind == "frames":
+            return _follow_frames(task, scores)[task.used.metric]
+        return METRICS[task.used.metric](scores, labels)
+
+    asked = ask_few_shots(path, test.embedded.pooled, groups, task.used.profile)
+    values = {shots: tuple(map(value, draws)) for shots, draws in asked}
+    earlier = load_result(path.with_suffix(".json")).details
+    details = {name: earlier[name] for name in ("train_images", "l2")} | {"trained_on": IMAGENET}
+    return _from_shots(task, values, details), {}
+
+
+def _from_shots(
+    task: Task, values: Mapping[int, Sequence[float]], details: Mapping[str, Any], warnings: Sequence[str] = ()
+) -> Result:
+    """Shots -> a value for each draw; the headline is the mean of most shots."""
+    means = {count: sum(draws) / len(draws) for count, draws in values.items()}
+    headline, kind = means[max(means)], task.used.dataset.kind
+    targets = task.test.labels(kind) if kind != "frames" else None
+    return task.result(
         "fewshot",
         task.used.metric,
-        means[most],
-        metrics={f"{count}_shot": mean for count, mean in means.items()} | {task.used.metric: means[most]},
-        chance=metrics.chance(task.used.metric, classes, task.test.labels(kind)),
+        headline,
+        metrics={f"{count}_shot": mean for count, mean in means.items()} | {task.used.metric: headline},
+        chance=metrics.chance(task.used.metric, len(task.test.numbered.names), targets),
         warnings=warnings,
-        details={
-            "shots": {str(count): list(values) for count, values in report.values.items()},
-            "train_images": {str(count): images for count, images in report.train_images.items()},
-            "efficiency": efficiency,
-            "l2": report.l2,
-            "seconds": report.seconds,
-        },
+        details={"shots": {str(count): list(draws) for count, draws in values.items()}, **details},
     )
-    return result, {}
 
 
 def measure_overlap(task: Task, overlapping: Sequence[str]) -> tuple[Result, Arrays]:
@@ -427,5 +471,9 @@ def _arrays(split: Split, scores: Tensor, labels: Tensor) -> Arrays:
         "scores": scores.float().numpy(),
         "labels": labels.numpy(),
         "keys": np.array(split.keys),
-        "names": np.array([names[0] for names in split.numbered.names]),
+        "names": _class_names(split),
     }
+
+
+def _class_names(split: Split) -> np.ndarray:
+    return np.array([names[0] for names in split.numbered.names])

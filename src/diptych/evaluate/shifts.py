@@ -1,10 +1,11 @@
-"""What ImageNet's classes say of a set whose classes are theirs: zero-shot by all 1,000 names, and ImageNet's probe.
+"""What ImageNet's classes say of a set whose classes are theirs: zero-shot by all 1,000 names, and ImageNet's probes.
 
 A class of such a set covers one or several classes of ImageNet and takes the best score among them (section 3.3, as
-wise-ft has it). That is what adapting to a set's own class names is compared with (Figure 14), and how a probe that was
-trained on ImageNet answers about a shift.
+wise-ft has it). That is what adapting to a set's own class names is compared with, and how probes that
+were trained on ImageNet, on all its pictures (Figure 14) or on few (Figure 15), answer about a shift.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from diptych.evaluate.labels import Numbered
 from diptych.evaluate.prompts import EmbedTexts, build_weights
 from diptych.evaluate.references import SHIFTS
 from diptych.evaluate.registry import Used, load_dataset
-from diptych.evaluate.results import result_path
+from diptych.evaluate.results import Protocol, result_path
 from diptych.evaluate.robustness import IMAGENET, map_classes
 
 Groups = tuple[tuple[int, ...], ...]
@@ -60,18 +61,37 @@ def pooled_scores(
     return map_classes(joint @ build_weights(embed, imagenet.names, imagenet.templates), groups)
 
 
-def probe_of_imagenet(out: Path, model: str) -> Path:
-    """Where the probe lies that was trained on ImageNet."""
-    return result_path(out, model, IMAGENET, "probe").with_suffix(".npz")
+def probe_of_imagenet(out: Path, model: str, protocol: Protocol) -> Path:
+    """Where the probe lies that was trained on ImageNet, on all pictures or on few."""
+    return result_path(out, model, IMAGENET, protocol).with_suffix(".npz")
 
 
 def ask_probe(path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile: str) -> Float[Tensor, "N G"]:
     """Scores of the probe that was trained on ImageNet, pooled."""
     with np.load(path) as kept:
-        if "weight" not in kept:
-            raise UsageError(f"{path} has no weights; make it again: --suite imagenet --protocols probe --redo")
-        weight, bias = torch.from_numpy(kept["weight"]).double(), torch.from_numpy(kept["bias"]).double()
-        names = kept["names"].tolist()
-    if names != [several[0] for several in load_dataset(IMAGENET).as_used(profile).names]:
+        _check_kept(path, kept, "probe", profile)
+        return _ask(kept["weight"], kept["bias"], pooled, groups)
+
+
+def ask_few_shots(
+    path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile: str
+) -> Iterator[tuple[int, list[Float[Tensor, "N G"]]]]:
+    """The same of probes that were trained on few pictures: shots, and scores for each draw."""
+    with np.load(path) as kept:
+        _check_kept(path, kept, "fewshot", profile)
+        for shots in kept["shots"].tolist():
+            draws = zip(kept[f"weight_{shots}"], kept[f"bias_{shots}"], strict=True)
+            yield shots, [_ask(weight, bias, pooled, groups) for weight, bias in draws]
+
+
+def _check_kept(path: Path, kept: Mapping[str, np.ndarray], protocol: Protocol, profile: str) -> None:
+    """UsageError for a file without weights, and for classes of another profile."""
+    if {"probe": "weight", "fewshot": "shots"}[protocol] not in kept:
+        raise UsageError(f"{path} has no weights; make it again: --suite imagenet --protocols {protocol} --redo")
+    if kept["names"].tolist() != [several[0] for several in load_dataset(IMAGENET).as_used(profile).names]:
         raise UsageError(f"{path} has classes in another order than the registry; evaluate imagenet in profile paper")
-    return map_classes(pooled.double() @ weight.T + bias, groups).float()
+
+
+def _ask(weight: np.ndarray, bias: np.ndarray, pooled: Tensor, groups: Groups) -> Tensor:
+    scores = pooled.double() @ torch.from_numpy(weight).double().T + torch.from_numpy(bias).double()
+    return map_classes(scores, groups).float()

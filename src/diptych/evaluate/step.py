@@ -181,11 +181,11 @@ class Step:
             "texts": self.model.text_space,
             "seed": config.seed,
         }
-        if protocol == "fewshot":
-            settings |= {"shots": list(config.shots), "seeds": config.seeds}
-        if protocol == "probe" and "train" not in data:  # a shift's is ImageNet's
-            path = probe_of_imagenet(config.out, self.model.name)
+        if protocol in ("probe", "fewshot") and "train" not in data:  # a shift's is ImageNet's
+            path = probe_of_imagenet(config.out, self.model.name, protocol)
             settings["probe"] = files.xxh3(path) if path.is_file() else ""
+        elif protocol == "fewshot":
+            settings |= {"shots": list(config.shots), "seeds": config.seeds}
         if protocol == "overlap" and config.overlap is not None:
             settings["overlap"] = files.digest(repr(read_overlap(config.overlap)))
         return settings
