@@ -387,3 +387,48 @@ def test_marks_at_the_ends_of_a_logit_axis_are_left_out(study):
 def test_missing_is_not_an_error(study):
     nothing = replace(study, results={})
     assert all(isinstance(figure(nothing), Missing) for figure in FIGURES.values())
+
+
+def test_figure_11_subtracts_the_best_baseline_s_probe(study):
+    panel = bars(study, "11")
+    means = {m: np.mean(values(study, "probe", PAPER27, m)) for m in ("resnet50", "bit")}
+    best = max(means, key=lambda m: means[m])
+    assert panel.title == f"l336 minus {best}, probes"
+    [cars] = [bar for bar in panel.bars if bar.label == "stanford_cars"]
+    assert cars.value == pytest.approx(
+        study.results["l336", "stanford_cars", "probe"].value - study.results[best, "stanford_cars", "probe"].value
+    )
+    paper = [reference("stanford_cars", m, "probe")[0] for m in ("ViT-L-14-336/openai", "EfficientNet-L2-NoisyStudent")]
+    assert cars.published == pytest.approx(paper[0].value - paper[1].value)
+    assert cars.confirmed == all(one.confirmed for one in paper)
+    [mnist] = [bar for bar in panel.bars if bar.label == "mnist"]
+    assert mnist.published is None or reference("mnist", "EfficientNet-L2-NoisyStudent", "probe")
+    alone = replace(study, models={name: facts for name, facts in study.models.items() if not facts.baseline})
+    missing = FIGURES["11"](alone)
+    assert isinstance(missing, Missing)
+    assert "timm:NAME" in missing.why
+
+
+@pytest.mark.parametrize(("number", "protocol"), [("20", "probe"), ("22", "zeroshot")])
+def test_figures_20_and_22_have_a_panel_for_each_dataset(study, number, protocol):
+    panels = chart(study, number).panels
+    assert [panel.title for panel in panels] == list(PAPER27)
+    cars = panels[PAPER27.index("stanford_cars")]
+    marks = series(cars, "CLIP").marks
+    assert [mark.label for mark in marks] == ["mine", "b32", "l336"]
+    assert [mark.y for mark in marks] == [
+        study.results[m, "stanford_cars", protocol].value for m in ("mine", "b32", "l336")
+    ]
+    names = [one.name for one in cars.series]
+    assert ("baselines" in names) == (protocol == "probe")
+    assert any(name.startswith("paper") for name in names)
+    line = [study.results["resnet50", "stanford_cars", "probe"].value] * 2
+    assert [y for guide in cars.guides for _, y in guide.points] == (line if protocol == "zeroshot" else [])
+
+
+def test_a_dataset_of_one_size_has_no_panel_over_size(study):
+    results = {key: r for key, r in study.results.items() if key[0] == "l336" or key[1] == "dtd"}
+    built = FIGURES["22"](replace(study, results=results))
+    assert isinstance(built, Chart)
+    assert [panel.title for panel in built.panels] == ["dtd"]
+    assert "models of two sizes are needed" in built.caption

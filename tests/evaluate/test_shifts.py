@@ -141,9 +141,7 @@ def test_few_shots_of_imagenet_leave_their_probes(model, tmp_path):
     names = [str(name) for name in load_dataset("imagenet").names]
     pictures = drawn()
     for split, each in (("train", 2), ("test", 1)):
-        samples = [
-            (f"{split}{i}", str(i % 1000).encode(), pictures[i % len(pictures)]) for i in range(1000 * each)
-        ]
+        samples = [(f"{split}{i}", str(i % 1000).encode(), pictures[i % len(pictures)]) for i in range(1000 * each)]
         write_wds(tmp_path / "imagenet", samples, classnames=names, templates=None, split=split)
     config = EvaluateConfig(
         models=(str(model),),

@@ -161,7 +161,9 @@ def encode_each(
         yield from encode([attempt(picture) for picture in first])
         return
     threads, ahead = tower.streams, (tower.streams + 2) * batch_size
-    decoded = map_ahead(attempt, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=work_alone)
+    decoded = map_ahead(
+        attempt, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=work_alone
+    )
     with closing(decoded), closing(compute_ahead(encode, _split(decoded, batch_size), threads)) as batches:
         for batch in batches:
             yield from batch

@@ -24,6 +24,8 @@ PUBLISHED: dict[Whose, tuple[str, str]] = {"confirmed": ("#1c1c1c", "D"), "uncon
 """Colour of the edge, and shape; never filled."""
 WIDTH, HEIGHT = 6.4, 4.8
 """Inches of a panel."""
+MANY = 10
+"""From so many panels on they stand four in a row, half as large, under one legend."""
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -73,11 +75,12 @@ def _save(figure: Figure, kind: str, metadata: dict) -> bytes:
 
 
 def _draw(chart: Chart) -> Figure:
-    columns = min(2, len(chart.panels))
+    many = len(chart.panels) >= MANY
+    columns = 4 if many else min(2, len(chart.panels))
     rows = math.ceil(len(chart.panels) / columns)
-    heights = [_height(panel) for panel in chart.panels]
+    heights = [_height(panel) / (2 if many else 1) for panel in chart.panels]
     of_rows = [max(heights[row * columns : (row + 1) * columns]) for row in range(rows)]
-    figure = Figure(figsize=(WIDTH * columns, sum(of_rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH * min(2, columns), sum(of_rows)), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, height_ratios=of_rows)
     places = list(grid.flat)
     for axes, panel in itertools.zip_longest(places, chart.panels):
@@ -87,11 +90,24 @@ def _draw(chart: Chart) -> Figure:
             _draw_bars(axes, panel)
         else:
             _draw_plot(axes, panel)
+    if many:
+        _share_legend(figure, places[: len(chart.panels)])
     figure.draw_without_rendering()  # labels need to know where marks will be
     for axes, panel in zip(places, chart.panels, strict=False):
         if isinstance(panel, Plot):
             _label_marks(axes, panel)
     return figure
+
+
+def _share_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend instead of one in each panel."""
+    shown = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in shown}
+        if (legend := axes.get_legend()) is not None:
+            legend.remove()
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown))
 
 
 def _height(panel: Plot | Bars) -> float:

@@ -20,11 +20,14 @@ FIGURES: Mapping[str, Callable[[Study], Chart | Missing]] = {
     "8": figures_transfer.zero_shot_with_probe,
     "9": figures_size.zero_shot_over_size,
     "10": figures_size.probe_over_size,
+    "11": figures_transfer.probe_or_baseline,
     "12": figures_shift.task_shift,
     "13": figures_shift.natural_shifts,
     "14": figures_shift.adaptation,
     "15": figures_shift.adaptation_by_shots,
     "17": figures_shift.overlap,
+    "20": figures_size.probe_by_dataset,
+    "22": figures_size.zero_shot_by_dataset,
 }
 """By the paper's number."""
 

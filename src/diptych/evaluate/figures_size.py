@@ -1,4 +1,4 @@
-"""Figures 9 and 10: what size buys, in operations a picture."""
+"""Figures 9, 10, 20 and 22: what size buys, in operations a picture, on average and on each dataset."""
 
 import math
 import statistics
@@ -115,8 +115,91 @@ def _probe_panel(study: Study, models: Sequence[str], datasets: Sequence[str], t
     )
 
 
+def probe_by_dataset(study: Study) -> Chart | Missing:
+    """Figure 20: probes over operations, a panel for each dataset."""
+    return _by_dataset(study, "20", "probe", "Linear probes over size, on each dataset", study.having("probe"))
+
+
+def zero_shot_by_dataset(study: Study) -> Chart | Missing:
+    """Figure 22: zero-shot over operations, a panel for each dataset, with a ResNet-50's probe to look along."""
+    models = study.having("zeroshot", baselines=False)
+    return _by_dataset(study, "22", "zeroshot", "Zero-shot over size, on each dataset", models)
+
+
+def _by_dataset(study: Study, number: str, protocol: Protocol, title: str, having: Sequence[str]) -> Chart | Missing:
+    models = [m for m in study.by_size(having) if study.models[m].gflops]
+    datasets = [d for d in study.datasets(protocol) if len(_sizes(study, models, d, protocol)) > 1]
+    command = evaluate_command(study.datasets(protocol), protocol, several=True)
+    if not datasets:
+        why = "no dataset has results of models of two sizes"
+        return Missing(number=number, title=title, why=why, command=command)
+    panels = []
+    for dataset in sorted(datasets, key=lambda d: (d not in PAPER27, PAPER27.index(d) if d in PAPER27 else 0, d)):
+        here = [m for m in models if study.get(m, dataset, protocol)]
+        series = tuple(
+            Series(
+                name="baselines" if baseline else "CLIP",
+                marks=tuple(
+                    Mark(x=study.models[m].gflops or 0.0, y=study.results[m, dataset, protocol].value, label=m)
+                    for m in here
+                    if study.models[m].baseline == baseline
+                ),
+                whose="baseline" if baseline else "ours",
+                joined=not baseline,
+                labelled=False,
+            )
+            for baseline in (False, True)
+        )
+        panels.append(
+            Plot(
+                title=dataset,
+                x_label="GFLOPs a picture",
+                y_label=f"{study.results[here[0], dataset, protocol].metric} (%)",
+                x_axis="log",
+                y_axis="percent",
+                series=(
+                    *(one for one in series if one.marks),
+                    *_published_by_size(study, here, protocol, [dataset], labelled=False),
+                ),
+                guides=_resnet50_guide(study, dataset, here) if protocol == "zeroshot" else (),
+            )
+        )
+    caption = sentence(
+        left_out([m for m in having if m not in models], "their operations are not known"),
+        left_out([d for d in study.datasets(protocol) if d not in datasets], "models of two sizes are needed"),
+    )
+    return Chart(
+        number=number,
+        name=f"{protocol}-by-dataset",
+        title=title,
+        caption=caption,
+        panels=tuple(panels),
+        command=command,
+    )
+
+
+def _sizes(study: Study, models: Sequence[str], dataset: str, protocol: Protocol) -> set[float]:
+    return {study.models[m].gflops or 0.0 for m in models if study.get(m, dataset, protocol)}
+
+
+def _resnet50_guide(study: Study, dataset: str, models: Sequence[str]) -> tuple[Guide, ...]:
+    """The probe of a ResNet-50 that was measured in the same way, from the smallest model to the largest."""
+    other = study.resnet50
+    probed = study.get(other, dataset, "probe") if other else None
+    if probed is None or probed.metric != study.results[models[0], dataset, "zeroshot"].metric:
+        return ()
+    ends = [study.models[m].gflops or 0.0 for m in (models[0], models[-1])]
+    return (Guide(name=f"probe on {other}", points=tuple((x, probed.value) for x in ends)),)
+
+
 def _published_by_size(
-    study: Study, models: Sequence[str], protocol: Protocol, datasets: Sequence[str], *, error: bool = False
+    study: Study,
+    models: Sequence[str],
+    protocol: Protocol,
+    datasets: Sequence[str],
+    *,
+    error: bool = False,
+    labelled: bool = True,
 ) -> tuple[Series, ...]:
     """The paper's models, averaged over the same datasets, if it has all of them and they were measured in its way."""
     if any(study.results[model, dataset, protocol].profile != "paper" for model in models for dataset in datasets):
@@ -131,7 +214,9 @@ def _published_by_size(
         whose = "confirmed" if all(cell[0].confirmed for cell in cells) else "unconfirmed"
         marks[whose].append(Mark(x=size, y=1 - value if error else value, label=model.partition("/")[0]))
     return tuple(
-        Series(name=f"paper, {whose}", marks=tuple(some), whose=whose) for whose, some in marks.items() if some
+        Series(name=f"paper, {whose}", marks=tuple(some), whose=whose, labelled=labelled)
+        for whose, some in marks.items()
+        if some
     )
 
 

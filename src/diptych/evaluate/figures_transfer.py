@@ -1,4 +1,4 @@
-"""Figures 4 to 8: prompts, and zero-shot beside probes on all or a few labelled examples."""
+"""Figures 4 to 8 and 11: prompts, zero-shot beside probes on all or a few labelled examples, other models' probes."""
 
 import math
 import statistics
@@ -21,11 +21,10 @@ from diptych.evaluate.charts import (
     sentence,
 )
 from diptych.evaluate.references import PAPER27, PAPER_MODELS, reference
-from diptych.evaluate.results import ModelFacts
 from diptych.evaluate.study import GFLOPS, Study
 
-RESNET50 = ("resnet50", "rn50")
-"""How names of baselines begin that can stand for Figure 5's ResNet-50."""
+NOISY_STUDENT = "EfficientNet-L2-NoisyStudent"
+"""Figure 11's other model, the best on ImageNet of its time."""
 PAPER_EFFICIENCY = {"median": 5.4, "mean": 20.8}
 """Examples a class, Figure 7; confirmed in public text."""
 SEARCH_NOTE = "The forward search picks templates on training pictures where there are any."
@@ -102,7 +101,7 @@ def zero_shot_or_probe(study: Study) -> Chart | Missing:
     number, title = "5", "Zero-shot against a linear probe"
     model = study.shown
     command = evaluate_command(study.datasets("zeroshot", model), "zeroshot", "probe")
-    other = next((m for m in study.having("probe", baselines=True) if _is_resnet50(study.models[m])), None) or model
+    other = study.resnet50 or model
     shared = [d for d in study.datasets("zeroshot", model) if study.get(other, d, "probe")]
     shared = [d for d in shared if _same_metric(study, (model, d, "zeroshot"), (other, d, "probe"))]
     if not shared:
@@ -279,6 +278,54 @@ def zero_shot_with_probe(study: Study) -> Chart | Missing:
     )
 
 
+def probe_or_baseline(study: Study) -> Chart | Missing:
+    """Figure 11: a probe on CLIP's features minus one on the best baseline's."""
+    number, title = "11", "A probe on CLIP's features against the best other model's"
+    model = study.shown
+    command = evaluate_command(study.datasets("probe", model), "probe", several=True)
+    shared = {m: _probed_alike(study, model, m) for m in study.having("probe", baselines=True)}
+    shared = {m: datasets for m, datasets in shared.items() if datasets}
+    if not shared:
+        why = f"no dataset has probes of {model} and of a baseline (--model timm:NAME) in the same metric"
+        return Missing(number=number, title=title, why=why, command=command)
+    best = max(shared, key=lambda m: (len(shared[m]), mean([study.results[m, d, "probe"].value for d in shared[m]]), m))
+    bars = []
+    for dataset in shared[best]:
+        gap = study.results[model, dataset, "probe"].value - study.results[best, dataset, "probe"].value
+        ours, theirs = study.paper(model, dataset, "probe"), reference(dataset, NOISY_STUDENT, "probe", profile="paper")
+        both = (ours, theirs[0]) if ours and theirs else ()
+        bars.append(
+            Bar(
+                label=dataset,
+                value=gap,
+                published=both[0].value - both[1].value if both else None,
+                confirmed=bool(both) and all(one.confirmed for one in both),
+            )
+        )
+    others = [m for m in shared if m != best]
+    caption = sentence(
+        f"Above 0 a probe is better on the features of {model} than on those of {best}: on "
+        f"{sum(bar.value > 0 for bar in bars)} of {len(bars)} datasets.",
+        f"It has the highest mean among the baselines with as many datasets; also measured: {list_few(others)}."
+        if others
+        else "",
+        f"The published differences are to {NOISY_STUDENT}.",
+        _of_27(shared[best]),
+    )
+    panel = Bars(
+        title=f"{model} minus {best}, probes", x_label="difference (points)", axis="points", bars=_sorted(bars)
+    )
+    return Chart(
+        number=number, name="probe-or-baseline", title=title, caption=caption, panels=(panel,), command=command
+    )
+
+
+def _probed_alike(study: Study, model: str, other: str) -> list[str]:
+    """Datasets on which both have a probe in the same metric."""
+    shared = study.shared("probe", (model, other))
+    return [d for d in shared if _same_metric(study, (model, d, "probe"), (other, d, "probe"))]
+
+
 def _published_pair(study: Study, dataset: str) -> tuple[float, float, bool] | None:
     zero, probed = study.paper(study.shown, dataset, "zeroshot"), study.paper(study.shown, dataset, "probe")
     return (probed.value, zero.value, zero.confirmed and probed.confirmed) if zero and probed else None
@@ -293,12 +340,6 @@ def _same_metric(study: Study, *cases: tuple[str, str, str]) -> bool:
     """Whether results may be subtracted: measured by one metric, on the same split."""
     found = {(r.metric, r.profile, r.split) for r in (study.results[case] for case in cases)}
     return len(found) == 1
-
-
-def _is_resnet50(facts: ModelFacts) -> bool:
-    """By what it was loaded from, or by its name."""
-    names = (facts.source.removeprefix("timm:"), facts.name)
-    return any(name.lower().replace("-", "").replace("_", "").startswith(RESNET50) for name in names)
 
 
 def _sorted(bars: Sequence[Bar]) -> tuple[Bar, ...]:

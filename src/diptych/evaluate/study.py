@@ -16,6 +16,8 @@ from diptych.evaluate.robustness import IMAGENET, TableRow, select_classes
 
 GFLOPS = "GFLOPs of the image tower a picture (a multiply-add counted as two)"
 """What figures over size have below them."""
+RESNET50 = ("resnet50", "rn50")
+"""How names of baselines begin that can stand for the paper's ResNet-50."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,15 @@ class Study:
             for name, facts in self.models.items()
             if baselines in (None, facts.baseline) and self.datasets(protocol, name)
         )
+
+    @property
+    def resnet50(self) -> str | None:
+        """The ResNet-50 among the baselines that have probes, by what it was loaded from, or by its name."""
+        for name in self.having("probe", baselines=True):
+            for said in (self.models[name].source.removeprefix("timm:"), self.models[name].name):
+                if said.lower().replace("-", "").replace("_", "").startswith(RESNET50):
+                    return name
+        return None
 
     def shared(self, protocol: Protocol, models: Sequence[str], among: Sequence[str] | None = None) -> tuple[str, ...]:
         """Datasets on which all these models have this protocol."""
