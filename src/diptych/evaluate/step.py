@@ -20,7 +20,7 @@ import torch
 import diptych
 from diptych import files
 from diptych.errors import DatasetError, DiptychError, NotFoundError, UsageError
-from diptych.evaluate import protocols
+from diptych.evaluate import protocols, protocols_probe
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.features import Embedder
 from diptych.evaluate.labels import number_labels
@@ -312,9 +312,9 @@ def _measure(protocol: Protocol, task: Task) -> tuple[Result, Arrays]:
         case "temporal":
             return protocols.temporal(task)
         case "probe":
-            return protocols.probe(task)
+            return protocols_probe.probe(task)
         case "fewshot":
-            return protocols.few_shot(task)
+            return protocols_probe.few_shot(task)
         case "overlap":
             assert task.config.overlap is not None
             return protocols.measure_overlap(task, read_overlap(task.config.overlap))
