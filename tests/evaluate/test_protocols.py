@@ -180,6 +180,34 @@ def test_probes_train_on_features_before_the_projection(model, tmp_path):
     assert evaluate(model, tmp_path, suite, **options).resumed == 3
 
 
+def test_folds_are_trained_on_one_after_the_other(model, tmp_path):
+    write_shapes(tmp_path / "shapes")
+    write_shapes(tmp_path / "shapes", split="train", each=8)
+    suite, folds = write_own(tmp_path / "mine.toml"), [range(16), range(16, 32), range(32)]
+    (tmp_path / "shapes" / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + "\n" for fold in folds))
+    (result,) = evaluate(model, tmp_path, suite, protocols=("probe",)).results
+    assert len(result.details["folds"]) == 3
+    assert result.value == pytest.approx(sum(result.details["folds"]) / 3)
+    assert result.details["train_images"] == round((16 + 16 + 32) / 3)
+    with np.load(tmp_path / "results" / result.model / "mine" / "probe.npz") as kept:
+        for number, value in enumerate(result.details["folds"]):
+            assert (kept[f"scores_{number}"].argmax(axis=1) == kept["labels"]).mean() == pytest.approx(value)
+    (tmp_path / "shapes" / "fold_indices.txt").unlink()  # the last fold was all pictures
+    (whole,) = evaluate(model, tmp_path, suite, protocols=("probe",), redo=True).results
+    assert whole.value == result.details["folds"][2]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("0 1 x", "is no number"), ("0 32", "places up to 32"), ("", "places up to 0")]
+)
+def test_folds_that_do_not_fit_are_refused(model, tmp_path, text, said):
+    write_shapes(tmp_path / "shapes")
+    write_shapes(tmp_path / "shapes", split="train", each=8)
+    (tmp_path / "shapes" / "fold_indices.txt").write_text(text)
+    report = evaluate(model, tmp_path, write_own(tmp_path / "mine.toml"), protocols=("probe",))
+    assert said in report.refused[0].reason
+
+
 def test_a_probe_without_training_pictures_is_refused_and_the_rest_done(model, tmp_path):
     pytest.importorskip("diptych.evaluate.probe")
     write_shapes(tmp_path / "shapes")

@@ -78,6 +78,12 @@ class Split:
     def skipped(self) -> dict[str, int]:
         return dict(self.samples.skipped + self.embedded.skipped)
 
+    @property
+    def folds(self) -> list[Tensor]:
+        """Rows of each fold that have features; none if there are no folds."""
+        row = {sample: row for row, sample in enumerate(self.embedded.kept)}
+        return [torch.tensor([row[i] for i in fold if i in row]) for fold in self.samples.folds]
+
     def labels(self, kind: str) -> Tensor:
         """Class numbers [N], or 0 and 1 [N, C]."""
         several = [self.numbered.numbers[i] for i in self.embedded.kept]

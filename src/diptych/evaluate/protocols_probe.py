@@ -5,6 +5,7 @@ As in protocols.py each returns a Result and what is kept beside it.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from diptych.errors import UsageError
 from diptych.evaluate import fewshot, metrics
 from diptych.evaluate.classify import check_scores
 from diptych.evaluate.metrics import METRICS
-from diptych.evaluate.probe import linear_probe
+from diptych.evaluate.probe import ProbeReport, linear_probe
 from diptych.evaluate.protocols import (
     Arrays,
     Split,
@@ -37,23 +38,16 @@ from diptych.evaluate.shifts import (
 
 
 def probe(task: Task) -> tuple[Result, Arrays]:
-    """The paper's linear probe, on features before the projection (Appendix A.3); of a shift without training pictures
-    ImageNet's."""
+    """The paper's linear probe, on features before the projection (Appendix A.3), or one of each fold; of a shift
+    without training pictures ImageNet's."""
     groups = imagenet_groups(task.used, task.test.numbered)
     if groups and "train" not in task.splits:
         return _probe_of_imagenet(task, groups)
-    kind, train, val = task.used.dataset.kind, _train(task), task.splits.get("val")
-    labels = task.test.labels(kind)
-    report = linear_probe(
-        train.embedded.pooled,
-        train.labels(kind),
-        task.test.embedded.pooled,
-        labels,
-        classes=len(task.test.numbered.names),
-        val=(val.embedded.pooled, val.labels(kind)) if val is not None else None,
-        metric=METRICS[task.used.metric],
-        seed=task.config.seed,
-    )
+    train = _train(task)
+    if folds := train.folds:
+        return _probe_folds(task, train, folds)
+    labels = task.test.labels(task.used.dataset.kind)
+    report = _train_probe(task, train, slice(None))
     scored = task.score(report.predictions, labels, believed=False)
     details = dict(scored.details) | {
         "l2": report.l2,
@@ -65,6 +59,52 @@ def probe(task: Task) -> tuple[Result, Arrays]:
     }
     kept = {"weight": report.weight.cpu().numpy(), "bias": report.bias.cpu().numpy()}
     return from_scores(task, "probe", scored, details), {**arrays_of(task.test, report.predictions, labels), **kept}
+
+
+def _train_probe(task: Task, train: Split, rows: Tensor | slice) -> ProbeReport:
+    """A probe of some rows of the training pictures."""
+    kind, val = task.used.dataset.kind, task.splits.get("val")
+    return linear_probe(
+        train.embedded.pooled[rows],
+        train.labels(kind)[rows],
+        task.test.embedded.pooled,
+        task.test.labels(kind),
+        classes=len(task.test.numbered.names),
+        val=(val.embedded.pooled, val.labels(kind)) if val is not None else None,
+        metric=METRICS[task.used.metric],
+        seed=task.config.seed,
+    )
+
+
+def _probe_folds(task: Task, train: Split, folds: Sequence[Tensor]) -> tuple[Result, Arrays]:
+    """A probe of each fold of the training pictures, with a search of its own; the value is their mean (STL-10)."""
+    reports = [_train_probe(task, train, rows) for rows in folds]
+    values = [report.value for report in reports]
+    kind, classes = task.used.dataset.kind, len(task.test.numbered.names)
+    labels = task.test.labels(kind)
+    result = task.result(
+        "probe",
+        task.used.metric,
+        fmean(values),
+        ci95=metrics.wilson_interval(fmean(values), len(labels)) if task.used.metric == "acc1" else None,
+        chance=task.used.dataset.chance or metrics.chance(task.used.metric, classes, labels),
+        metrics={task.used.metric: fmean(values)},
+        details={
+            "folds": values,
+            "l2": geometric_mean([report.l2 for report in reports]),
+            "validation": [list(pair) for report in reports for pair in report.validation],
+            "train_images": round(fmean([report.train_images for report in reports])),
+            "converged": all(report.converged for report in reports),
+            "seconds": sum(report.seconds for report in reports),
+        },
+    )
+    scores = {f"scores_{i}": report.predictions.numpy() for i, report in enumerate(reports)}
+    return result, {
+        **scores,
+        "labels": labels.numpy(),
+        "keys": np.array(task.test.keys),
+        "names": class_names(task.test),
+    }
 
 
 def _probe_of_imagenet(task: Task, groups: Groups) -> tuple[Result, Arrays]:

@@ -32,6 +32,8 @@ class Samples:
     """Reason -> samples without a usable label."""
     sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of frames: an anchor -> its neighbours."""
+    folds: tuple[tuple[int, ...], ...] = ()
+    """Parts of a train split that its authors train on one after the other, by place among the samples."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -40,7 +42,8 @@ class Samples:
     def fingerprint(self) -> str:
         """Equal for equal keys, labels and class names; the pictures' content is not looked at."""
         digest = xxhash.xxh3_128()
-        for part in (self.classnames, self.templates, self.sets, *zip(self.keys, self.labels, strict=True)):
+        folds = (self.folds,) if self.folds else ()
+        for part in (self.classnames, self.templates, self.sets, *folds, *zip(self.keys, self.labels, strict=True)):
             digest.update(f"{part!r}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 

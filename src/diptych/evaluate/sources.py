@@ -8,7 +8,10 @@
     frames     frames.json or metadata/labels.json and pmsets.json: frames of videos, and which are neighbours
 
 What is damaged or not there is an error with a reason, since a set that is nearly whole gives numbers that are nearly
-right. Pictures themselves are looked at when they are embedded. Nothing here imports torch.
+right. Pictures themselves are looked at when they are embedded. A train split may be divided into folds by a file
+fold_indices.txt, as STL-10's authors give it: a line for each, with the places of its pictures, from 0.
+
+Nothing here imports torch.
 """
 
 import io
@@ -29,6 +32,7 @@ from diptych.shards.dataset import load_dataset
 from diptych.shards.index import IMAGE_SUFFIXES
 from diptych.shards.members import Member, iter_members
 
+FOLDS = "fold_indices.txt"
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 
 
@@ -45,7 +49,26 @@ def open_samples(place: Place, root: Path, split: str, kind: Kind) -> Samples:
         raise DatasetError(f"{path} has no usable picture in {name}: {dict(samples.skipped) or 'nothing found'}")
     if repeated := [key for key, count in Counter(samples.keys).items() if count > 1]:
         raise DatasetError(f"{path}: {len(repeated)} keys come more than once ({repeated[0]}); one part is there twice")
+    if split == "train" and (path / FOLDS).is_file():
+        samples.folds = _read_folds(path / FOLDS, samples)
     return samples
+
+
+def _read_folds(path: Path, samples: Samples) -> tuple[tuple[int, ...], ...]:
+    """Folds of a train split; DatasetError for what is none, or does not count these samples."""
+    try:
+        folds = tuple(tuple(int(place) for place in line.split()) for line in _read_lines(path) if line)
+    except ValueError:
+        raise DatasetError(f"{path} has something that is no number; a line is a fold: places of pictures") from None
+    places = [place for fold in folds for place in fold]
+    if not places or min(places) < 0 or max(places) >= len(samples):
+        raise DatasetError(
+            f"{path} has places up to {max(places, default=0):,}, the train split has {len(samples):,} pictures; "
+            "places count from 0"
+        )
+    if samples.skipped:
+        raise DatasetError(f"{path} counts pictures, but {samples.skipped.total()} have no usable label and no place")
+    return folds
 
 
 def name_of_split(place: Place, split: str) -> str:
