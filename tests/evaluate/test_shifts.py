@@ -182,3 +182,31 @@ def test_frames_are_asked_by_the_probe_of_imagenet(model, tmp_path):
     save_of_imagenet(tmp_path, "fewshot", details, shots=np.array([4]), weight_4=weights, bias_4=biases)
     (few,) = evaluate(model, tmp_path, "ytbb_robust", "fewshot").results
     assert (few.metrics["4_shot"], few.metric) == (0.5, "pm0")
+
+
+def test_frames_whose_source_names_imagenet_s_classes_are_pooled(model, tmp_path):
+    """ImageNet-Vid-Robust's own files say which of ImageNet's classes belong to which of its 30."""
+    folder, names = tmp_path / "imagenet_vid_robust", [str(n) for n in load_dataset("imagenet_vid_robust").classes]
+    for i, data in enumerate(drawn()):
+        (folder / "val").mkdir(parents=True, exist_ok=True)
+        (folder / "val" / f"{i}.jpg").write_bytes(data)
+    shuffled = [*names[1:], names[0]]
+    files = {
+        "metadata/labels.json": {"val/0.jpg": [0], "val/4.jpg": [1]},
+        "metadata/pmsets.json": {"val/0.jpg": ["val/1.jpg"], "val/4.jpg": []},
+        "misc/imagenet_vid_class_index.json": {str(i): [f"v{i}", name] for i, name in enumerate(shuffled)},
+        "misc/imagenet_class_index.json": {str(i): [f"n{i}", "x"] for i in range(1000)},
+        "misc/rev_wnid_map.json": {f"v{i}": [f"n{2 * i + 1}", f"n{2 * i}"] for i in range(30)},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    bias = torch.zeros(1000)
+    bias[3] = 5.0  # of the source's class 1
+    save_probe(tmp_path, torch.zeros(1000, 32), bias)
+    temporal, probe = evaluate(model, tmp_path, "imagenet_vid_robust", "temporal", "probe").results
+    assert (probe.metrics["pm0"], probe.metrics["pm10"]) == (0.5, 0.5)
+    assert 0 <= temporal.metrics["acc1_pooled"] <= 1
+    (folder / "misc/rev_wnid_map.json").write_text("{}")
+    report = evaluate(model, tmp_path, "imagenet_vid_robust", "temporal")
+    assert "no class 'v0' in rev_wnid_map.json" in report.refused[0].reason

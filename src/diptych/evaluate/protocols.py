@@ -151,7 +151,7 @@ def zero_shot(task: Task) -> tuple[Result, Arrays]:
     scores = zero_shot_scores(task)
     labels = task.test.labels(task.used.dataset.kind)
     scored = task.score(scores, labels, believed=True)
-    groups = imagenet_groups(task.used, numbered)
+    groups = imagenet_groups(task.used, numbered, task.test.samples)
     if groups and (pooled := pooled_scores(task.test.embedded.joint, task.embed_texts, task.used, groups)) is not None:
         scored = replace(scored, metrics={**scored.metrics, POOLED: metrics.accuracy(pooled, labels)})
     details = dict(scored.details) | {
@@ -240,7 +240,7 @@ def as_captions(label: object) -> tuple[object, ...]:
 def temporal(task: Task) -> tuple[Result, Arrays]:
     """PM-0 and PM-10 of frames of videos."""
     scores, more = zero_shot_scores(task), {}
-    groups = imagenet_groups(task.used, task.test.numbered)
+    groups = imagenet_groups(task.used, task.test.numbered, task.test.samples)
     if groups and (pooled := pooled_scores(task.test.embedded.joint, task.embed_texts, task.used, groups)) is not None:
         more = {POOLED: follow_frames(task, pooled)["pm0"]}
     return measure_frames(task, "temporal", scores, more, {"templates": list(task.test.numbered.templates)})

@@ -40,7 +40,7 @@ from diptych.evaluate.shifts import (
 def probe(task: Task) -> tuple[Result, Arrays]:
     """The paper's linear probe, on features before the projection (Appendix A.3), or one of each fold; of a shift
     without training pictures ImageNet's."""
-    groups = imagenet_groups(task.used, task.test.numbered)
+    groups = imagenet_groups(task.used, task.test.numbered, task.test.samples)
     if groups and "train" not in task.splits:
         return _probe_of_imagenet(task, groups)
     train = _train(task)
@@ -135,7 +135,7 @@ def _path_of_imagenet(task: Task, protocol: Protocol) -> Path:
 def few_shot(task: Task) -> tuple[Result, Arrays]:
     """Probes on a few pictures a class, and how many the zero-shot classifier is worth (Figures 6 and 7); of a shift
     without training pictures ImageNet's."""
-    groups = imagenet_groups(task.used, task.test.numbered)
+    groups = imagenet_groups(task.used, task.test.numbered, task.test.samples)
     if groups and "train" not in task.splits:
         return _few_shot_of_imagenet(task, groups)
     kind, train = task.used.dataset.kind, _train(task)

@@ -32,6 +32,8 @@ class Samples:
     """Reason -> samples without a usable label."""
     sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of frames: an anchor -> its neighbours."""
+    imagenet_groups: tuple[tuple[int, ...], ...] = ()
+    """For each of `classnames` the classes of ImageNet that it covers, if the source says."""
     folds: tuple[tuple[int, ...], ...] = ()
     """Parts of a train split that its authors train on one after the other, by place among the samples."""
 

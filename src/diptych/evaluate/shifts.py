@@ -17,16 +17,17 @@ from diptych.errors import UsageError
 from diptych.evaluate.labels import Numbered
 from diptych.evaluate.prompts import EmbedTexts, build_weights
 from diptych.evaluate.references import SHIFTS
-from diptych.evaluate.registry import Used, load_dataset
+from diptych.evaluate.registry import Used, load_dataset, match_classes
 from diptych.evaluate.results import Protocol, result_path
 from diptych.evaluate.robustness import IMAGENET, map_classes
+from diptych.evaluate.samples import Samples
 
 Groups = tuple[tuple[int, ...], ...]
 
 
-def imagenet_groups(used: Used, numbered: Numbered) -> Groups | None:
-    """For each class of a set the classes of ImageNet that it covers, in the order of its labels; None if it has none,
-    or if its source has an order of its own."""
+def imagenet_groups(used: Used, numbered: Numbered, samples: Samples) -> Groups | None:
+    """For each class of a set the classes of ImageNet that it covers, as the registry or the source says, in the order
+    of its labels; None if it has none, or if its source has an order of its own."""
     entry = used.dataset
     if entry.id == IMAGENET or numbered.names != used.names:
         return None
@@ -34,6 +35,9 @@ def imagenet_groups(used: Used, numbered: Numbered) -> Groups | None:
         groups = entry.imagenet_groups
     elif entry.class_list == IMAGENET:
         groups = tuple((number,) for number in entry.subset or range(len(entry.classes)))
+    elif samples.imagenet_groups and samples.classnames:
+        of_class = dict(zip(match_classes(entry, samples.classnames), samples.imagenet_groups, strict=True))
+        groups = tuple(of_class[number] for number in range(len(entry.classes)))
     else:
         return None
     return tuple(groups[number] for number in used.order)

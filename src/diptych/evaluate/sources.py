@@ -262,6 +262,7 @@ def _open_frames(path: Path, split: str, place: Place, kind: Kind) -> Samples:
         raise UsageError(f"{path}: frames.json is for datasets of kind frames, not {kind}")
     if split != place.test:
         raise NotFoundError(f"{path} has no split {split}: frames are for testing")
+    groups: tuple[tuple[int, ...], ...] = ()
     if (path / "frames.json").is_file():
         data = _read_json(path / "frames.json")
         labels, sets, names = data.get("labels"), data.get("sets"), data.get("classes")
@@ -269,11 +270,12 @@ def _open_frames(path: Path, split: str, place: Place, kind: Kind) -> Samples:
         labels, sets = _read_json(path / "metadata" / "labels.json"), _read_json(path / "metadata" / "pmsets.json")
         index = _read_json(path / "misc" / "imagenet_vid_class_index.json")
         names = [index[str(number)][1] for number in range(len(index))]
+        groups = _read_groups(path / "misc", index)
     else:
         raise NotFoundError(f"{path} has neither frames.json nor metadata/pmsets.json")
     if not isinstance(labels, dict) or not isinstance(sets, dict) or not sets:
         raise DatasetError(f"{path}: frames need `labels` and `sets`")
-    samples = Samples(path, "frames", classnames=tuple(names) if names else None)
+    samples = Samples(path, "frames", classnames=tuple(names) if names else None, imagenet_groups=groups)
     rows = []
     samples.sets = {anchor: tuple(neighbours) for anchor, neighbours in sets.items()}
     wanted = dict.fromkeys(frame for anchor, others in samples.sets.items() for frame in (anchor, *others))
@@ -288,6 +290,18 @@ def _open_frames(path: Path, split: str, place: Place, kind: Kind) -> Samples:
         rows.append(Row(frame, path / frame))
     samples.rows = ListedRows(rows)
     return samples
+
+
+def _read_groups(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """ImageNet's classes in each class of ImageNet-Vid-Robust, as its own files say; none if they are not there."""
+    if not all((folder / name).is_file() for name in ("rev_wnid_map.json", "imagenet_class_index.json")):
+        return ()
+    synsets, imagenet = _read_json(folder / "rev_wnid_map.json"), _read_json(folder / "imagenet_class_index.json")
+    number = {synset: int(place) for place, (synset, _) in imagenet.items()}
+    try:
+        return tuple(tuple(sorted(number[s] for s in synsets[index[str(i)][0]])) for i in range(len(index)))
+    except KeyError as error:
+        raise DatasetError(f"{folder}: no class {error} in rev_wnid_map.json or imagenet_class_index.json") from None
 
 
 def _read_json(path: Path) -> Any:
