@@ -21,6 +21,7 @@ import tyro
 
 from diptych import files
 from diptych.errors import NotFoundError, UsageError
+from diptych.evaluate.sources import read_json
 
 AGAINST = {
     "dissimilar",
@@ -53,7 +54,7 @@ class Convert:
 def main(config: Convert) -> Path:
     """Read the annotations, keep what counts, write frames.json; a picture that is not there is an error."""
     folder = config.metadata
-    index = _read(folder / "ytbb_class_index.json")
+    index = read_json(folder / "ytbb_class_index.json")
     classes = [index[str(number)] for number in range(len(index))]
     anchors = read_annotations(folder / "anchor_labels.json")
     pairs = read_annotations(folder / "pmk_labels.json")
@@ -93,7 +94,7 @@ def build_frames(
 
 def read_annotations(path: Path) -> dict[str, set[str]]:
     """What people said of each key."""
-    found = _read(path)
+    found = read_json(path)
     names = found["labels"]
     return {row["key"]: {names[number] for number in row["labels"]} for row in found["annotations"]}
 
@@ -110,15 +111,6 @@ def read_videos(path: Path) -> dict[str, int]:
 def short(path: str) -> str:
     """A frame as FOLDER/NAME, whatever stands before."""
     return "/".join(PurePosixPath(path).parts[-2:])
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise NotFoundError(f"no such file: {path}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from None
 
 
 if __name__ == "__main__":

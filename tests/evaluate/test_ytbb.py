@@ -6,7 +6,7 @@ import pytest
 from exams import pictures
 from recipes import ytbb
 
-from diptych.errors import NotFoundError, UsageError
+from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.registry import Place, load_dataset
 from diptych.evaluate.sources import open_samples
 
@@ -84,5 +84,5 @@ def test_frames_and_anchors_that_are_not_there_are_named(annotated):
     with pytest.raises(NotFoundError, match=r"lacks 1 of 5 frames, a_100/frame-30\.jpg"):
         ytbb.main(annotated)
     (annotated.metadata / "pmk_labels.json").write_text("{")
-    with pytest.raises(UsageError, match="is no JSON"):
+    with pytest.raises(DatasetError, match="is no JSON"):
         ytbb.main(annotated)

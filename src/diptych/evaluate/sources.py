@@ -264,11 +264,11 @@ def _open_frames(path: Path, split: str, place: Place, kind: Kind) -> Samples:
         raise NotFoundError(f"{path} has no split {split}: frames are for testing")
     groups: tuple[tuple[int, ...], ...] = ()
     if (path / "frames.json").is_file():
-        data = _read_json(path / "frames.json")
+        data = read_json(path / "frames.json")
         labels, sets, names = data.get("labels"), data.get("sets"), data.get("classes")
     elif (path / "metadata" / "pmsets.json").is_file():
-        labels, sets = _read_json(path / "metadata" / "labels.json"), _read_json(path / "metadata" / "pmsets.json")
-        index = _read_json(path / "misc" / "imagenet_vid_class_index.json")
+        labels, sets = read_json(path / "metadata" / "labels.json"), read_json(path / "metadata" / "pmsets.json")
+        index = read_json(path / "misc" / "imagenet_vid_class_index.json")
         names = [index[str(number)][1] for number in range(len(index))]
         groups = _read_groups(path / "misc", index)
     else:
@@ -296,7 +296,7 @@ def _read_groups(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[int, ...
     """ImageNet's classes in each class of ImageNet-Vid-Robust, as its own files say; none if they are not there."""
     if not all((folder / name).is_file() for name in ("rev_wnid_map.json", "imagenet_class_index.json")):
         return ()
-    synsets, imagenet = _read_json(folder / "rev_wnid_map.json"), _read_json(folder / "imagenet_class_index.json")
+    synsets, imagenet = read_json(folder / "rev_wnid_map.json"), read_json(folder / "imagenet_class_index.json")
     number = {synset: int(place) for place, (synset, _) in imagenet.items()}
     try:
         return tuple(tuple(sorted(number[s] for s in synsets[index[str(i)][0]])) for i in range(len(index)))
@@ -304,7 +304,8 @@ def _read_groups(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[int, ...
         raise DatasetError(f"{folder}: no class {error} in rev_wnid_map.json or imagenet_class_index.json") from None
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A JSON file of a dataset; DatasetError for one that is missing or is none."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
