@@ -22,6 +22,7 @@ from pathlib import Path
 import tyro
 
 from diptych import files
+from diptych.cli import ending_on_errors
 from diptych.cli.train import print_train_report, train_with_progress
 from diptych.curate import pipeline, queries
 from diptych.curate.config_curate import EngineConfig, PipelineConfig
@@ -203,4 +204,5 @@ def _run(*command: str, where: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(CurateDemo, description=__doc__))
+    with ending_on_errors():
+        main(tyro.cli(CurateDemo, description=__doc__))

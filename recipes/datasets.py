@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from diptych.cli import ending_on_errors
 from diptych.evaluate.made import MADE, make_datasets
 
 
@@ -26,4 +27,5 @@ def main(config: Datasets) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Datasets, description=__doc__))
+    with ending_on_errors():
+        main(tyro.cli(Datasets, description=__doc__))

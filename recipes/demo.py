@@ -19,6 +19,7 @@ import tyro
 
 from diptych import files
 from diptych.checkpoint import layouts
+from diptych.cli import ending_on_errors
 from diptych.cli.train import print_train_report, train_with_progress
 from diptych.config import to_dict
 from diptych.embed.images import embed_images
@@ -205,4 +206,5 @@ def _digits() -> tuple[Sequence[Picture], Classnames, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Demo, description=__doc__))
+    with ending_on_errors():
+        main(tyro.cli(Demo, description=__doc__))

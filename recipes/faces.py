@@ -17,6 +17,7 @@ import tyro
 import diptych
 from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
+from diptych.cli import ending_on_errors
 from diptych.embed.images import BATCH_SIZE, embed_images, image_space
 from diptych.errors import PictureError, UsageError
 from diptych.evaluate import bias
@@ -158,4 +159,5 @@ def _facts(loaded: Loaded, config: FaceProbe) -> ModelFacts:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(FaceProbe, description=__doc__))
+    with ending_on_errors():
+        main(tyro.cli(FaceProbe, description=__doc__))

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from diptych import files
+from diptych.cli import ending_on_errors
 from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate.sources import read_json
 
@@ -114,4 +115,5 @@ def short(path: str) -> str:
 
 
 if __name__ == "__main__":
-    print(main(tyro.cli(Convert)))
+    with ending_on_errors():
+        print(main(tyro.cli(Convert, description=__doc__)))

@@ -1,6 +1,8 @@
 """YTBB-Robust's annotations to frames.json, by hand."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from exams import pictures
@@ -86,3 +88,10 @@ def test_frames_and_anchors_that_are_not_there_are_named(annotated):
     (annotated.metadata / "pmk_labels.json").write_text("{")
     with pytest.raises(DatasetError, match="is no JSON"):
         ytbb.main(annotated)
+
+
+def test_an_error_of_a_recipe_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "recipes.ytbb", str(tmp_path / "none"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"diptych: {tmp_path}/none/ytbb_class_index.json is missing\n"

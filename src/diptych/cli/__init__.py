@@ -3,8 +3,9 @@
 One file a group of commands. Only these print, and only these and `recipes/` compose rooms.
 """
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import tyro
 
@@ -36,10 +37,22 @@ COMMANDS: dict[str, type[Command]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; our errors are one line and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+@contextlib.contextmanager
+def ending_on_errors() -> Iterator[None]:
+    """Let our errors be one line and exit code 2: of commands, and of the recipes."""
     try:
+        yield
+    except DiptychError as error:
+        print(f"diptych: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with ending_on_errors():
         command: Command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS | {"train": with_recipe(arguments)} if arguments[:1] == ["train"] else COMMANDS,
             prog="diptych",
@@ -47,10 +60,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
-        code = command()
-    except DiptychError as error:
-        print(f"diptych: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+        sys.exit(command())
