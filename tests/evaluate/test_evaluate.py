@@ -69,12 +69,75 @@ def test_it_goes_on_where_it_was_and_refuses_other_settings(model, tmp_path):
     again = evaluate(model, tmp_path, suite)
     assert (first.resumed, again.resumed) == (0, 1)
     assert path.read_bytes() == before
-    with pytest.raises(UsageError, match=r"zeroshot\.json was made with other settings \(seed\).*--redo"):
+    with pytest.raises(UsageError, match=r"zeroshot\.json was made with other settings: seed; .*--redo"):
         evaluate(model, tmp_path, suite, seed=1)
     assert evaluate(model, tmp_path, suite, seed=1, redo=True).resumed == 0
     write_shapes(tmp_path / "shapes", each=5)
-    with pytest.raises(UsageError, match=r"other settings \(data, seed\)"):
+    with pytest.raises(UsageError, match="other settings: files or labels of the dataset, seed;"):
         evaluate(model, tmp_path, suite)
+
+
+def test_pictures_that_changed_under_their_names_are_noticed(model, tmp_path, capsys):
+    for key, number, data in pictures():
+        path = tmp_path / "shapes" / "test" / NAMES[number] / f"{key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    suite = write_own(tmp_path / "mine.toml")
+    before = evaluate(model, tmp_path, suite).results[0]
+    for key, number, data in pictures():
+        (
+            tmp_path
+            / "shapes"
+            / "test"
+            / NAMES[(number + 1) % 4]
+            / f"{key.rpartition('-')[0]}-{NAMES[(number + 1) % 4]}.jpg"
+        ).write_bytes(data)
+    with pytest.raises(UsageError, match="other settings: files or labels of the dataset;"):
+        evaluate(model, tmp_path, suite)
+    again = evaluate(model, tmp_path, suite, redo=True)
+    assert (again.resumed, again.results[0].images) == (0, before.images)
+    assert again.results[0].per_class != before.per_class or again.results[0].value != before.value
+
+
+def test_what_no_dataset_is_for_and_what_was_left_out_is_said(model, tmp_path, capsys):
+    write_shapes(tmp_path / "shapes")
+    drawn = [(key, str(number).encode(), data) for key, number, data in pictures()]
+    write_wds(tmp_path / "shapes", [*drawn[:-1], (drawn[-1][0], drawn[-1][1], b"no picture")])
+    suite = write_own(tmp_path / "mine.toml")
+    command = ["evaluate", "--model", str(model), "--suite", str(suite), "--out", str(tmp_path / "results")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--protocols", "zeroshot", "retrieval"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"left out: {model.name}, mine: pictures that cannot be used (" in printed
+    assert "not measured: retrieval: it is for datasets of kind captions, and there is none among these" in printed
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--protocols", "retrieval"])
+    assert ended.value.code == 1
+
+
+def test_a_path_or_a_made_set_that_is_not_there_is_named(model, tmp_path):
+    suite = write_own(tmp_path / "mine.toml")
+    with pytest.raises(NotFoundError, match=r"the dataset is not there:\n  mine: .*/shapes, which is not there"):
+        evaluate(model, tmp_path, suite)
+    with pytest.raises(NotFoundError, match=r"digits: python -m recipes\.datasets DATA, which makes it") as caught:
+        evaluate(model, tmp_path, "made")
+    assert "--download" not in str(caught.value)
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_opened(model, tmp_path):
+    with pytest.raises(UsageError, match=r"use python -m recipes\.faces"):
+        evaluate(model, tmp_path, "cifar10", protocols=("bias",))
+    with pytest.raises(UsageError, match="no shots were named"):
+        evaluate(model, tmp_path, "cifar10", shots=())
+    write_shapes(tmp_path / "shapes")
+    (tmp_path / "odd.toml").write_text("title='x'\n[profiles.own]\ntemplates=['a drawing']\n[data]\npath='shapes'\n")
+    with pytest.raises(UsageError, match=r"'a drawing' must have one {}"):
+        evaluate(model, tmp_path, tmp_path / "odd.toml")
+    (tmp_path / "odd.parquet").write_text("no table")
+    options = {"protocols": ("overlap",), "overlap": tmp_path / "odd.parquet"}
+    with pytest.raises(UsageError, match=r"odd\.parquet is no overlap\.parquet with a column of keys"):
+        evaluate(model, tmp_path, write_own(tmp_path / "mine.toml"), **options)
 
 
 def test_several_datasets_and_models_into_one_folder(model, tmp_path):

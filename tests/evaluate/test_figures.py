@@ -108,7 +108,7 @@ def test_commands_name_the_suite_or_the_datasets():
         "diptych evaluate --model MODEL --suite paper27 --protocols probe"
     )
     assert evaluate_command(("digits",), several=True) == "diptych evaluate --model A --model B ... --suite made"
-    assert evaluate_command(("digits", "mine")) == "diptych evaluate --model MODEL --suite digits mine"
+    assert evaluate_command(("digits", "mine")) == "diptych evaluate --model MODEL --suite digits mine.toml"
 
 
 def test_figure_5_subtracts_the_resnet_s_probe_and_shows_the_paper_s_delta(study):
@@ -432,3 +432,13 @@ def test_a_dataset_of_one_size_has_no_panel_over_size(study):
     assert isinstance(built, Chart)
     assert [panel.title for panel in built.panels] == ["dtd"]
     assert "models of two sizes are needed" in built.caption
+
+
+def test_figure_7_leaves_out_what_was_guessed(study):
+    key = ("l336", "dtd", "zeroshot")
+    guessed = replace(study.results[key], value=0.1, ci95=(0.05, 0.15), chance=0.1)
+    results = {**study.results, key: guessed}
+    assert "dtd" in [bar.label for bar in bars(study, "7").bars]
+    changed = replace(study, results=results)
+    assert "dtd" not in [bar.label for bar in bars(changed, "7").bars]
+    assert "Left out: dtd (zero-shot is at chance)." in chart(changed, "7").caption

@@ -259,3 +259,15 @@ def test_help_needs_neither_torch_nor_matplotlib():
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert printed.stdout.rstrip().endswith("[]")
+
+
+def test_a_file_that_is_broken_is_named(tmp_path):
+    made.save_model(tmp_path, made.facts("mine", "runs/mine", 1.0))
+    made.save(tmp_path, "mine", "digits", "zeroshot", 0.4)
+    (tmp_path / "mine" / "digits" / "zeroshot.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"zeroshot\.json cannot be read as a result \(it is no JSON object\)"):
+        load_study(tmp_path)
+    for broken in ("{}", "[]", "{"):
+        (tmp_path / "mine" / "model.json").write_text(broken)
+        with pytest.raises(UsageError, match=r"mine/model\.json cannot be read"):
+            load_study(tmp_path)

@@ -133,7 +133,7 @@ def test_probes_of_few_shots_of_imagenet_are_asked_about_a_shift(model, tmp_path
     assert (evaluate(model, tmp_path, "objectnet", "fewshot").resumed) == 1
     arrays["weight_1"] += 1  # another probe is another result
     save_of_imagenet(tmp_path, "fewshot", details, shots=np.array([1, 8]), **arrays)
-    with pytest.raises(UsageError, match=r"other settings \(probe\)"):
+    with pytest.raises(UsageError, match=r"other settings: ImageNet's probe;"):
         evaluate(model, tmp_path, "objectnet", "fewshot")
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -57,7 +57,7 @@ class Evaluate:
     download: bool = False
     """Fetch datasets that are not there, from the repositories that the registry names; ImageNet is 6 GB."""
     redo: bool = False
-    """Compute results again that are there with other settings; otherwise that is an error."""
+    """Compute results again that are there with other settings (data, model, seed, ...), else that is an error."""
     on_mismatch: Literal["stop", "warn"] = EvaluateConfig.on_mismatch
     """A dataset that is not what the registry says is refused with the reason, or evaluated with a warning."""
     cache: Path | None = None
@@ -104,7 +104,8 @@ class Evaluate:
             report = run(config, on_progress=show)
         if _is_first():
             print_report(report, as_json=self.json)
-        return 1 if report.refused else 0
+        nothing = _is_first() and not report.results
+        return 1 if report.refused or nothing else 0
 
 
 class _Bar:
@@ -141,7 +142,12 @@ def print_report(report: "EvaluateReport", *, as_json: bool) -> None:
             for result in report.results
         ]
         refused = [vars(one) for one in report.refused]
-        more = {"resumed": report.resumed, "missing": dict(report.missing), "refused": refused}
+        more = {
+            "resumed": report.resumed,
+            "missing": dict(report.missing),
+            "refused": refused,
+            "unfit": dict(report.unfit),
+        }
         print(json.dumps({"results": results, **more, "out": str(report.out), "seconds": round(report.seconds, 3)}))
         return
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
@@ -150,12 +156,22 @@ def print_report(report: "EvaluateReport", *, as_json: bool) -> None:
     for result in report.results:
         for warning in result.warnings:
             print(f"warning: {result.model}, {result.dataset}, {result.protocol}: {warning}")
+    for model, dataset, skipped in dict.fromkeys((r.model, r.dataset, _counts(r.skipped)) for r in report.results):
+        if skipped:
+            print(f"left out: {model}, {dataset}: pictures that cannot be used ({skipped})")
     for one in report.refused:
         print(f"refused: {one.model}, {one.dataset}{', ' + one.protocol if one.protocol else ''}: {one.reason}")
     for name, where in report.missing.items():
-        print(f"not there: {name} (to be had from {where})")
+        print(f"not there: {name} ({where})")
+    for protocol, kinds in report.unfit.items():
+        print(f"not measured: {protocol}: it is for datasets of kind {kinds}, and there is none among these")
     new = len(report.results) - report.resumed
-    print(f"{new} results, {report.resumed} were there before; {report.seconds:.0f} s; in {report.out}")
+    results = "1 result" if new == 1 else f"{new} results"
+    print(f"{results}, {report.resumed} were there before; {report.seconds:.0f} s; in {report.out}")
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
 
 
 def _table(results: "Sequence[Result]") -> Table:

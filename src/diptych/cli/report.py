@@ -79,7 +79,8 @@ def print_report(written: "ReportFiles", *, as_json: bool) -> None:
         where = {"out": str(written.html), "figures": [str(path) for path in written.figures]}
         print(json.dumps({"results": written.results, "drawn": list(written.drawn), "missing": missing, **where}))
         return
-    print(f"{written.results:,} results; figures drawn: {', '.join(written.drawn) or 'none'}")
+    results = "1 result" if written.results == 1 else f"{written.results:,} results"
+    print(f"{results}; figures drawn: {', '.join(written.drawn) or 'none'}")
     for one in written.missing:
         print(f"figure {one.number} is not drawn: {one.why}")
     if written.figures:

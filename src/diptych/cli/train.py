@@ -175,14 +175,17 @@ def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]
     )
     progress = Progress(*columns, console=Console(stderr=True))
     task = progress.add_task("training", total=None, status="")
+    pace = 0.0  # seconds a pair, of the last steps; one step alone says little
 
     def show(report: "StepReport") -> None:
+        nonlocal pace
+        pace = 0.9 * pace + 0.1 / report.pairs_per_second if pace else 1 / report.pairs_per_second
         if not is_first_rank():
             return
         progress.start()  # at the first step, so that an error before it stays one line
         minutes, seconds = divmod(int(report.seconds_left), 60)
         status = (
-            f"loss {report.loss:.3f}  {report.pairs_per_second:.0f} pairs/s  "
+            f"loss {report.loss:.3f}  {1 / pace:.0f} pairs/s  "
             f"data wait {report.data_wait:.0%}  {minutes}:{seconds:02d} left"
         )
         progress.update(task, total=report.steps, completed=report.step, status=status)

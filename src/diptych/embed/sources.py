@@ -90,7 +90,7 @@ class PictureSource:
     ) -> "PictureSource":
         digest = xxhash.xxh3_128()
         for file in files:
-            digest.update(f"{_printable(file)}\0{_stamp(root / file)}\0".encode())
+            digest.update(f"{_printable(file)}\0{stamp(root / file)}\0".encode())
         others = dict(sorted((passed_over or {}).items()))
         return cls(name=name, root=root, files=files, fingerprint=digest.hexdigest(), passed_over=others)
 
@@ -120,7 +120,7 @@ class ShardSource:
 
     @classmethod
     def open(cls, path: Path, kind: Kind) -> "ShardSource":
-        fingerprint = xxhash.xxh3_128_hexdigest(f"{kind} {_stamp(path)}".encode())
+        fingerprint = xxhash.xxh3_128_hexdigest(f"{kind} {stamp(path)}".encode())
         if _is_indexed(path, kind):
             index = load_index(path)
             return cls(path=path, kind=kind, fingerprint=fingerprint, lost=index.skipped, rows=len(index))
@@ -175,7 +175,7 @@ class ParquetSource:
 
     @classmethod
     def open(cls, path: Path, column: str, holds: str, rows: int) -> "ParquetSource":
-        fingerprint = xxhash.xxh3_128_hexdigest(f"{column}\0{holds}\0{_stamp(path)}".encode())
+        fingerprint = xxhash.xxh3_128_hexdigest(f"{column}\0{holds}\0{stamp(path)}".encode())
         return cls(path=path, column=column, holds=holds, fingerprint=fingerprint, rows=rows)  # type: ignore[arg-type]
 
     @property
@@ -267,7 +267,7 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _stamp(file: Path) -> str:
+def stamp(file: Path) -> str:
     """Size and time of change: another content has another stamp."""
     try:
         status = file.stat()

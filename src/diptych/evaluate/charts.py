@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diptych.evaluate.references import PAPER27
+from diptych.evaluate.registry import known_datasets
 
 Axis = Literal["percent", "logit", "log", "shots", "points", "share", "error"]
 """percent: 0..1 shown in percent. logit: the same, with logits as distances. log: a positive number. shots: examples a
@@ -122,6 +123,11 @@ class Missing:
     """What would supply the results."""
 
 
+def count(number: int, noun: str) -> str:
+    """So many of something, in words that agree."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def mean(values: Sequence[float]) -> float:
     """The average; an empty one is a bug of the caller."""
     return sum(values) / len(values)
@@ -150,7 +156,8 @@ def evaluate_command(datasets: Sequence[str], *protocols: str, several: bool = F
     elif set(datasets) <= set(MADE):
         suite = "made"
     else:
-        suite = " ".join(datasets)
+        known = known_datasets()
+        suite = " ".join(name if name in known else f"{name}.toml" for name in datasets)
     models = "--model A --model B ..." if several else "--model MODEL"
     chosen = f" --protocols {' '.join(protocols)}" if protocols else ""
     return f"diptych evaluate {models} --suite {suite}{chosen}"

@@ -67,10 +67,14 @@ class EvaluateConfig:
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise unknown_name("protocol", protocol, PROTOCOLS)
+            if protocol == "bias":
+                raise UsageError("the protocol bias asks about a table of faces; use python -m recipes.faces for it")
         if self.profile not in PROFILES:
             raise unknown_name("profile", self.profile, PROFILES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if not self.shots:
+            raise UsageError("no shots were named; give --shots 1 2 4 8 16, or leave it out")
         for name, value in (
             ("batch_size", self.batch_size),
             ("seeds", self.seeds),

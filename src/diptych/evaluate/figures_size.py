@@ -12,6 +12,7 @@ from diptych.evaluate.charts import (
     Plot,
     Series,
     Whose,
+    count,
     evaluate_command,
     left_out,
     list_few,
@@ -32,7 +33,10 @@ def zero_shot_over_size(study: Study) -> Chart | Missing:
     shared = study.shared("zeroshot", models)
     command, sizes = evaluate_command(shared, several=True), len({study.models[m].gflops for m in models})
     if sizes < 2 or not shared:
-        why = f"models of {sizes} sizes share {len(shared)} zero-shot datasets; two sizes and a dataset are needed"
+        why = (
+            f"models of two sizes and a dataset that they share are needed; there are {count(sizes, 'size')} and "
+            f"{count(len(shared), 'shared zero-shot dataset')}"
+        )
         return Missing(number=number, title=title, why=why, command=command)
     marks = tuple(
         Mark(

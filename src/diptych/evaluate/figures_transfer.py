@@ -21,6 +21,7 @@ from diptych.evaluate.charts import (
     sentence,
 )
 from diptych.evaluate.references import PAPER27, PAPER_MODELS, reference
+from diptych.evaluate.results import Result
 from diptych.evaluate.study import GFLOPS, Study
 
 NOISY_STUDENT = "EfficientNet-L2-NoisyStudent"
@@ -210,7 +211,8 @@ def data_efficiency(study: Study) -> Chart | Missing:
     model = study.shown
     command = evaluate_command(study.datasets("zeroshot", model), "zeroshot", "fewshot", "probe")
     found = {d: study.results[model, d, "fewshot"].details.get("efficiency") for d in study.datasets("fewshot", model)}
-    known = {dataset: float(value) for dataset, value in found.items() if value is not None}
+    guessed = [d for d in found if _is_guessed(study.get(model, d, "zeroshot"))]
+    known = {d: float(value) for d, value in found.items() if value is not None and d not in guessed}
     if not known:
         why = f"{model} has no dataset with few-shot, full probe and zero-shot results whose curve meets zero-shot"
         return Missing(number=number, title=title, why=why, command=command)
@@ -231,9 +233,16 @@ def data_efficiency(study: Study) -> Chart | Missing:
     caption = sentence(
         "So many examples a probe on the same features needs to reach zero-shot, interpolated between logarithms of "
         f"the numbers that were tried: median {ours['median']:.1f}, mean {ours['mean']:.1f}, of {len(known)} datasets.",
+        "Below 1 the line through the two smallest numbers was followed." if min(known.values()) < 1 else "",
         left_out([d for d, value in found.items() if value is None], "the curve of the probe does not meet zero-shot"),
+        left_out([d for d in guessed if found[d] is not None], "zero-shot is at chance"),
     )
     return Chart(number=number, name="efficiency", title=title, caption=caption, panels=(panel,), command=command)
+
+
+def _is_guessed(result: Result | None) -> bool:
+    """Whether the interval of a result does not exclude guessing."""
+    return result is not None and None not in (result.ci95, result.chance) and result.ci95[0] <= result.chance  # type: ignore[index,operator]
 
 
 def zero_shot_with_probe(study: Study) -> Chart | Missing:

@@ -17,6 +17,7 @@ objective and gradient are float64 of the features as given, so the optimum is. 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -165,13 +166,17 @@ class Problem:
             }
         return self._rough[dtype]
 
+    @property
+    def _work(self) -> int:
+        """Multiplications of a product with the features."""
+        return self.features.numel() * self.columns
+
     @cached_property
     def precisions(self) -> tuple[torch.dtype, ...]:
         """What products with the Hessian are tried in, in turn: the next one if a step led nowhere."""
-        work = self.features.numel() * self.columns
-        if work < _SMALL:
+        if self._work < _SMALL:
             return (torch.float64,)
-        if work >= _LARGE and has_fast_bfloat16(self.features.device):
+        if self._work >= _LARGE and has_fast_bfloat16(self.features.device):
             return torch.bfloat16, torch.float32, torch.float64
         return torch.float32, torch.float64
 
@@ -274,9 +279,10 @@ class Problem:
     def fit(self, l2: float, path: Sequence[Fit] = (), tolerance: float = TOLERANCE) -> Fit:
         """Go to the optimum; `path` are fits of other strengths, from which a start is guessed."""
         penalty = self.penalty(l2)
-        point, state = self._guess(l2, penalty, path)
-        search = _Search(self, penalty, tolerance)
-        point, state = search.run(point, state)
+        with _alone() if self._work < _SMALL else nullcontext():
+            point, state = self._guess(l2, penalty, path)
+            search = _Search(self, penalty, tolerance)
+            point, state = search.run(point, state)
         weight, bias = self.axes @ point.weight, point.bias
         bias = bias - self.mean @ weight
         if self.lift is not None:
@@ -329,6 +335,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if len(a) > 1 and a.dtype != torch.bfloat16:
         return a @ b
     return torch.stack([left @ right for left, right in zip(a, b, strict=True)])
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """On one core: threads do not help a small problem, and where other programs run they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Search:

@@ -58,9 +58,12 @@ def _as_found(entry: Dataset, folder: Path) -> Place:
 def where_to_get(entry: Dataset) -> str:
     """For people: where a dataset that is not there can be had."""
     if entry.data is not None:
-        return entry.data.repo or entry.data.path
+        local = f"{(entry.folder or Path()) / entry.data.path}, which is not there"
+        return entry.data.repo or (entry.data.path if _URL.match(entry.data.path) else local)
+    if "made" in entry.suites:
+        return "python -m recipes.datasets DATA, which makes it"
     hub = [f"{HUB}{repo}" for repo in (entry.wds, *(place.repo for place in entry.hub)) if repo]
-    return ", ".join([*hub, *([entry.home] if entry.home else [])]) or "made here: see docs/evaluate.md"
+    return ", ".join([*hub, *([entry.home] if entry.home else [])]) or "nowhere that the registry knows"
 
 
 def can_download(entry: Dataset) -> bool:

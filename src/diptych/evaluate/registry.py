@@ -189,6 +189,8 @@ def load_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         if templates not in known:
             raise unknown_name("template list", templates, known)
         return tuple(known[templates])
+    if broken := [template for template in templates if template.count("{}") != 1]:
+        raise UsageError(f"the template {broken[0]!r} must have one {{}}, where the class name goes: write one into it")
     return tuple(templates)
 
 

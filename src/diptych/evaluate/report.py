@@ -12,7 +12,7 @@ from typing import Any
 
 from diptych import files
 from diptych.errors import UsageError
-from diptych.evaluate.charts import Chart, Missing, mean
+from diptych.evaluate.charts import Chart, Missing, count, mean
 from diptych.evaluate.figures import build_charts
 from diptych.evaluate.metrics import wilson_interval
 from diptych.evaluate.references import KORNBLITH12, PAPER27, caveats, reference
@@ -85,8 +85,8 @@ def describe(
 ) -> dict[str, Any]:
     """What the template shows, as text."""
     return {
-        "results": len(study.results),
-        "datasets": len({dataset for _, dataset, _ in study.results}),
+        "size": f"{count(len(study.results), 'result')} of {count(len(study.models), 'model')} on "
+        f"{count(len({dataset for _, dataset, _ in study.results}), 'dataset')}",
         "models": [_model(study, name) for name in study.models],
         "averages": list(_averages(study)),
         "sections": list(_sections(study)),

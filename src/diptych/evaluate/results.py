@@ -101,6 +101,8 @@ def load_result(path: Path) -> Result:
     """Read a result; UsageError for one of another format or damaged."""
     try:
         data = json.loads(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("it is no JSON object")
         if data.pop("format", None) != FORMAT:
             raise UsageError(f"{path} is not a result of format {FORMAT}; evaluate again")
         if data.get("ci95") is not None:
@@ -115,7 +117,14 @@ def load_models(folder: Path) -> dict[str, ModelFacts]:
     if not folder.is_dir():
         raise NotFoundError(f"no results folder {folder}; `diptych evaluate` makes one")
     paths = sorted(folder.glob("*/model.json"))
-    return {path.parent.name: from_dict(ModelFacts, json.loads(path.read_bytes())) for path in paths}
+    return {path.parent.name: _load_facts(path) for path in paths}
+
+
+def _load_facts(path: Path) -> ModelFacts:
+    try:
+        return from_dict(ModelFacts, json.loads(path.read_bytes()))
+    except (ValueError, TypeError, AttributeError, UsageError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); evaluate that model again") from None
 
 
 def iter_results(folder: Path) -> Iterator[Result]:

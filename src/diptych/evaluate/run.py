@@ -18,8 +18,9 @@ from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.features import Embedder
 from diptych.evaluate.models import OpenedModel, model_names, open_model
 from diptych.evaluate.places import can_download, candidates, download, locate, where_to_get
-from diptych.evaluate.registry import Dataset, Place, load_suite
-from diptych.evaluate.results import Result, save_model
+from diptych.evaluate.protocols import ALLOWED
+from diptych.evaluate.registry import Dataset, Kind, Place, load_suite
+from diptych.evaluate.results import Protocol, Result, save_model
 from diptych.evaluate.sources import open_samples
 from diptych.evaluate.step import NEEDED, OnProgress, Refused, Step, everywhere
 from diptych.ranks import Ranks
@@ -39,6 +40,8 @@ class EvaluateReport:
     missing: Mapping[str, str]
     """Dataset that is not there -> where it can be had."""
     refused: tuple[Refused, ...]
+    unfit: Mapping[str, str]
+    """Protocol that was asked for and none of the datasets is for -> the kinds of dataset that it is for."""
     out: Path
     seconds: float
 
@@ -68,6 +71,15 @@ def _locked(out: Path, us: Ranks) -> Iterator[None]:
                 f"{out} is being filled by another process; wait for it, or name another --out"
             ) from None
         yield
+
+
+def unfit_protocols(protocols: Sequence[Protocol], kinds: Sequence[Kind]) -> dict[str, str]:
+    """Protocols that are for none of these kinds of dataset, and the kinds that they are for."""
+    return {
+        one: ", ".join(kind for kind, allowed in ALLOWED.items() if one in allowed)
+        for one in protocols
+        if not any(one in ALLOWED[kind] for kind in kinds)
+    }
 
 
 def _is_whole(entry: Dataset, place: tuple[Place, Path] | None) -> bool:
@@ -105,6 +117,7 @@ class _Run:
             resumed=self.resumed,
             missing=self.missing,
             refused=tuple(self.refused),
+            unfit=unfit_protocols(self.config.protocols, [entry.kind for entry in datasets if entry.id in places]),
             out=self.config.out,
             seconds=time.monotonic() - started,
         )
@@ -129,16 +142,21 @@ class _Run:
             else:
                 found[entry.id] = place
         if not found:
-            lines = "".join(f"\n  {name}: {where}" for name, where in self.missing.items())
-            hint = (
-                "--download fetches what has a repository" if not self.config.download else "nothing could be fetched"
-            )
-            looked = ", ".join(str(path) for path in candidates(datasets[0], self.config.data)[:2]) if datasets else ""
-            raise NotFoundError(
-                f"none of the {len(datasets)} datasets is in {self.config.data} (looked for {looked}, ...); "
-                f"{hint}:{lines}"
-            )
+            raise NotFoundError(self._why_nothing(datasets))
         return found
+
+    def _why_nothing(self, datasets: Sequence[Dataset]) -> str:
+        """None of the datasets is there: where they were looked for, and where they can be had."""
+        lines = "".join(f"\n  {name}: {where}" for name, where in self.missing.items())
+        looked = [path for entry in datasets if entry.data is None for path in candidates(entry, self.config.data)]
+        where = f" in {self.config.data} (looked for {', '.join(map(str, looked[:2]))}, ...)" if looked else " there"
+        hint = ""
+        if self.config.download:
+            hint = "; nothing could be fetched"
+        elif any(can_download(entry) for entry in datasets):
+            hint = "; --download fetches what has a repository"
+        none = "the dataset is not" if len(datasets) == 1 else f"none of the {len(datasets)} datasets is"
+        return f"{none}{where}{hint}:{lines}"
 
     def _download(self, entry: Dataset) -> None:
         download(entry, self.config.data, "test")

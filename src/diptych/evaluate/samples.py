@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from diptych.embed.sources import ParquetSource, Row
+from diptych.embed.sources import Extent, ParquetSource, Row, stamp
 from diptych.evaluate.registry import Kind
 
 Label = int | str | tuple[int, ...] | tuple[str, ...]
@@ -40,13 +41,16 @@ class Samples:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Equal for equal keys, labels and class names; the pictures' content is not looked at."""
+        """Equal for equal keys, labels, class names, and sizes and times of the files that the pictures lie in. Asked
+        for once it is whole."""
         digest = xxhash.xxh3_128()
         folds = (self.folds,) if self.folds else ()
         for part in (self.classnames, self.templates, self.sets, *folds, *zip(self.keys, self.labels, strict=True)):
             digest.update(f"{part!r}\n".encode("utf-8", "surrogatepass"))
+        for file in self.rows.list_files():
+            digest.update(f"{stamp(file)}\n".encode())
         return digest.hexdigest()
 
 
@@ -58,6 +62,12 @@ class ListedRows:
 
     def read(self, wanted: Sequence[int]) -> Iterator[Row]:
         return (self.rows[i] for i in wanted)
+
+    def list_files(self) -> list[Path]:
+        """Where the pictures lie, each file once."""
+        places = (row.content for row in self.rows)
+        found = (place.file if isinstance(place, Extent) else place for place in places)
+        return list(dict.fromkeys(place for place in found if isinstance(place, Path)))
 
 
 @dataclass
@@ -80,6 +90,10 @@ class ColumnRows:
                         if (row := next(missing, None)) is None or row >= before + file.rows:
                             break
             before += file.rows
+
+    def list_files(self) -> list[Path]:
+        """Where the pictures lie."""
+        return [file.path for file in self.files]
 
 
 Rows = ListedRows | ColumnRows

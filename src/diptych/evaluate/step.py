@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -33,7 +34,7 @@ from diptych.evaluate.shifts import probe_of_imagenet
 from diptych.evaluate.sources import open_samples
 from diptych.ranks import Ranks
 
-VERSION = 1
+VERSION = 2
 """Of what is measured: a higher one does not take up results of a lower one."""
 NEEDED: Mapping[Protocol, tuple[str, ...]] = {
     "zeroshot": ("test",),
@@ -45,6 +46,15 @@ NEEDED: Mapping[Protocol, tuple[str, ...]] = {
     "fewshot": ("test", "train"),
 }
 """Splits that a protocol looks at; all but test may not be there."""
+SAID: dict[str, str] = {
+    "version": "an older version of diptych",
+    "names": "class names",
+    "data": "files or labels of the dataset",
+    "images": "model or precision",
+    "texts": "model or precision",
+    "probe": "ImageNet's probe",
+}
+"""What settings that are not options are called to people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +216,10 @@ class Step:
                     done[one] = result
                 elif not config.redo:
                     keys = settings[one].keys() | before.keys()
-                    other = sorted(key for key in keys if settings[one].get(key) != before.get(key))
+                    other = sorted({SAID.get(k, str(k)) for k in keys if settings[one].get(k) != before.get(k)})
                     problem = (
-                        f"{path} was made with other settings ({', '.join(other)}); name another --out, or say --redo "
-                        "to make it again"
+                        f"{path} was made with other settings: {', '.join(other)}; name another --out, "
+                        "or say --redo to make it again"
                     )
             except UsageError as error:
                 problem = "" if config.redo else str(error)
@@ -327,8 +337,11 @@ def read_overlap(path: Path) -> list[str]:
         raise NotFoundError(f"no such file: {path} (overlap.parquet of `diptych curate contamination`)")
     try:
         return sorted(pq.read_table(path, columns=["key"]).column("key").to_pylist())
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"{path} has no column of keys: {error}") from None
+    except (ValueError, KeyError, pa.ArrowException) as error:
+        raise UsageError(
+            f"{path} is no overlap.parquet with a column of keys ({str(error).splitlines()[0]}); give the one that "
+            "`diptych curate contamination` wrote"
+        ) from None
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
