@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from diptych import files
+from diptych.errors import UsageError
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -30,3 +33,17 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "step_1").mkdir()
     files.remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_a_folder_that_cannot_be_made_or_written_says_why_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot make the folder .*/file: it is a file; name another --out"):
+        files.make_folder(tmp_path / "file")
+    with pytest.raises(UsageError, match=r"/file/below: Not a directory; name another --report"):
+        files.make_folder(tmp_path / "file/below", flag="--report")
+    for place in ("/proc/x/y", "/proc"):  # the second is a folder that takes no files, even of root
+        with pytest.raises(UsageError, match="cannot make the folder /proc"):
+            files.make_folder(Path(place))
+    files.make_folder(tmp_path / "new/deep")
+    files.make_folder(tmp_path / "new/deep")
+    assert list((tmp_path / "new/deep").iterdir()) == []

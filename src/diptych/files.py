@@ -8,13 +8,29 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from diptych.errors import UsageError
+
 _BLOCK = 1 << 20
+
+
+def make_folder(path: Path, *, flag: str = "--out") -> None:
+    """Make a folder for results, with those above it, if it is not there; UsageError unless files can be made in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except FileExistsError:
+        raise UsageError(f"cannot make the folder {path}: it is a file; name another {flag}") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UsageError(f"cannot make the folder {path}: {reason}; name another {flag}") from None
 
 
 @contextlib.contextmanager

@@ -239,3 +239,16 @@ def test_help_does_not_import_torch():
     )
     environment = {**os.environ, "PYTHONPATH": "src"}
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment).returncode == 0
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/x/y"])
+def test_an_out_that_cannot_be_a_folder_is_one_line(model, pictures, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["embed", model, str(pictures), "--out", out])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"diptych: cannot make the folder {out}: ")
+    assert error.endswith("name another --out\n")
+    assert error.count("\n") == 1

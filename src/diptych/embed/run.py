@@ -20,6 +20,7 @@ from diptych.embed.pipeline import compute_parts, open_pipeline
 from diptych.embed.sources import Source
 from diptych.embed.texts import text_space
 from diptych.errors import RunLockedError
+from diptych.files import make_folder
 from diptych.model.precision import choose_text_precision
 
 _WINDOW = 15.0
@@ -114,7 +115,7 @@ def describe_model(config: EmbedConfig, loaded: Loaded, sources: Sequence[Source
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the folder; RunLockedError if another process does. The lock ends with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with open(out / ".lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
