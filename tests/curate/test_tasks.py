@@ -103,6 +103,13 @@ def test_a_damaged_or_foreign_record_counts_as_not_done(tmp_path, straight):
     assert tree(tmp_path) == straight
 
 
+def test_a_place_that_is_a_file_is_refused(tmp_path):
+    stages.crawl(tmp_path)
+    (tmp_path / "half").write_text("")
+    with pytest.raises(UsageError, match="half: it is a file"):
+        half(tmp_path)
+
+
 def test_other_settings_are_refused_or_make_the_folder_anew(tmp_path):
     stages.crawl(tmp_path)
     half(tmp_path)

@@ -271,3 +271,20 @@ def test_a_file_that_is_broken_is_named(tmp_path):
         (tmp_path / "mine" / "model.json").write_text(broken)
         with pytest.raises(UsageError, match=r"mine/model\.json cannot be read"):
             load_study(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    made.save_model(tmp_path / "results", made.facts("mine", "runs/mine", 1.0))
+    made.save(tmp_path / "results", "mine", "digits", "zeroshot", 0.4)
+    (tmp_path / "file").write_text("")
+    for flag, place, said in (
+        ("--out", tmp_path, "is a folder; the report is one file"),
+        ("--out", tmp_path / "file" / "report.html", "is a file; name another --out"),
+        ("--figures", tmp_path / "file", "is a file; name another --figures"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(tmp_path / "results"), flag, str(place)])
+        assert ended.value.code == 2
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert printed.count("\n") == 1

@@ -27,6 +27,12 @@ def steps_in(out: Path) -> list[int]:
     return sorted(step for folder in out.iterdir() if (step := native.step_of(folder)) is not None)
 
 
+def test_a_run_s_folder_that_is_a_file_is_refused(data, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UsageError, match="run: it is a file; name another --out"):
+        loop.run(train_config(data, tmp_path / "run", steps=1))
+
+
 def test_the_last_k_and_the_best_stay(data, tmp_path):
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
     config = train_config(

@@ -155,7 +155,7 @@ class WiseFT:
         print("alpha  score   " + "  ".join(names))
         points = wise.sweep(start.model, tuned.model, evaluators, on_point=lambda point: _print_point(point, names))
         best = wise.choose(points)
-        self.out.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.out)
         loaded = start._replace(model=wise.interpolate(start.model, tuned.model, best.alpha))
         layouts.save(loaded, self.out / "model")
         files.write_json(self.out / "wise_ft.json", self._describe(points, best))

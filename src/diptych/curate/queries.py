@@ -123,7 +123,6 @@ class _List:
 
 def run(config: QueriesConfig) -> QueriesReport:
     """Build the list and write it; what a killed run had counted of a corpus is used again."""
-    config.out.mkdir(parents=True, exist_ok=True)
     with locked(config.out):
         return _build(config)
 

@@ -160,9 +160,9 @@ def run_job(
     began = time.monotonic()
     folder = job.folder
     _check_tasks(tasks)
-    for part in (folder / "done", folder / "dropped"):
-        part.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        for part in (folder / "done", folder / "dropped"):
+            part.mkdir(exist_ok=True)
         _remove_leftovers(folder)
         found = _find_done(job, tasks, redo)
         missing = [task for task in tasks if task.name not in found]
@@ -248,6 +248,7 @@ def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, Done]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder, so that two runs do not write into it at once; ends with the process."""
+    files.make_folder(folder)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

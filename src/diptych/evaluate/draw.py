@@ -59,7 +59,7 @@ def draw_png(chart: Chart) -> bytes:
 
 def save_charts(charts: Sequence[Chart], folder: Path) -> list[Path]:
     """Write every chart as PNG and SVG, named after its number and name."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder, flag="--figures")
     paths = []
     for chart in charts:
         for suffix, draw in (("png", draw_png), ("svg", draw_svg)):

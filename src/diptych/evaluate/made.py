@@ -173,7 +173,7 @@ def _write_dataset(
     """The whole folder, which appears when it is complete."""
     if out.exists() and not (out / ABOUT_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there and was not made here; name another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent, flag="folder")
     with files.atomic_folder(out) as folder:
         (folder / "classnames.txt").write_text("\n".join(classnames) + "\n", encoding="utf-8")
         (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n", encoding="utf-8")

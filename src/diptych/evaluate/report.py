@@ -69,7 +69,9 @@ def write_report(study: Study, out: Path, *, title: str, command: str, figures: 
     source = resources.files("diptych.assets").joinpath("report.html.j2").read_text("utf-8")
     shown = describe(study, charts, missing, draw_svg)
     html = environment.from_string(source).render(title=title, command=command, **shown)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; the report is one file: name it in --out, such as {out / 'report.html'}")
+    files.make_folder(out.parent)
     files.write_bytes(out, html.encode())
     return ReportFiles(
         html=out,

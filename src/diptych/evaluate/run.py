@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diptych import ranks
+from diptych import files, ranks
 from diptych.embed.cache import FeatureCache
 from diptych.errors import DatasetError, DiptychError, NotFoundError, RunLockedError, UsageError
 from diptych.evaluate.config import EvaluateConfig
@@ -62,7 +62,7 @@ def _locked(out: Path, us: Ranks) -> Iterator[None]:
     if not us.is_first:
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     with open(out / ".lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

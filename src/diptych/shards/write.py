@@ -34,7 +34,7 @@ def write_shards(pairs: Iterable[Pair], folder: Path, *, samples_per_shard: int 
     """
     if (folder / DATASET_FILE).exists():
         raise UsageError(f"{folder} already holds a dataset; name another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder, flag="folder")
     files.remove_leftovers(folder)
     dropped: dict[str, int] = {}
     keys: set[str] = set()

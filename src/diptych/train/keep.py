@@ -28,7 +28,7 @@ LOCK = ".lock"
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold a run's folder; RunLockedError if another process does. The lock ends with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     with open(out / LOCK, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
