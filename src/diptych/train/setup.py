@@ -10,6 +10,7 @@ import torch
 from diptych.config import from_dict, to_dict
 from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
+from diptych.model.precision import has_fast_bfloat16
 from diptych.ranks import Ranks
 from diptych.tokenizer import Tokenizer
 from diptych.train.config import RunConfig, TrainConfig
@@ -37,8 +38,7 @@ def choose_device(name: str, us: Ranks) -> torch.device:
 def choose_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
     """The type of the towers' matrix products; `auto` asks the processor, not the clock, so it is the same again."""
     if run.precision == "auto":
-        fast = device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     return torch.bfloat16 if run.precision == "bfloat16" else torch.float32
 
 
