@@ -1,12 +1,16 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from diptych import __version__
 from diptych.checkpoint import layouts, native, openai
-from diptych.cli import main
+from diptych.cli import ending_on_errors, main
 from diptych.cli.classify import find_pictures
 from diptych.errors import NotFoundError
 from diptych.train import loop
@@ -77,8 +81,8 @@ def test_plan_prints_json_for_machines(capsys):
 
 def test_a_plan_that_cannot_be_says_what_can(capsys):
     assert call("plan", "ViT-L-14", "--devices", 592) == 2
-    error = " ".join(capsys.readouterr().err.replace("│", " ").split())  # in a box, with the other flags' errors
-    assert "does not split evenly over 592 devices; use --batch-size 32560 or 33152" in error
+    error = capsys.readouterr().err
+    assert error.startswith("diptych: batch_size 32768 does not split evenly over 592 devices; use --batch-size 32560")
 
 
 def test_classify_prints_bars_for_people(run, tmp_path, capsys):
@@ -113,6 +117,12 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["evaluat"], "unknown command 'evaluat'; did you mean evaluate? Known: classify, convert, "),
+        (["evaluat", "clip", "--out", "x"], "unknown command 'evaluat'; did you mean evaluate? "),
+        (["embed", "m", "x", "--out", "y", "--batch-size", "0"], "diptych: batch_size 0 must be at least 1"),
+        (["embed", "m", "x", "--out", "y", "--part-rows", "0"], "diptych: part_rows 0 must be at least 1"),
+        (["embed", "m", "x", "--out", "y", "--threads", "0"], "diptych: threads 0 must be at least 1"),
+        (["train", "RN-Ti", "--data", "x", "--out", "y", "--batch-size", "0"], "diptych: batch_size 0 "),
         (["train", "ViT-B32", "--data", "x", "--out", "y"], "did you mean ViT-B-32"),
         (["train", "RN-Ti", "--data", "nowhere", "--out", "y"], "no such dataset: nowhere"),
         (["train", "RN-Ti", "--data", "a@b", "--out", "y"], "PATH@WEIGHT"),
@@ -130,6 +140,34 @@ def test_wrong_use_is_one_line_and_code_2(arguments, message, tmp_path, monkeypa
     assert message in error
     assert error.startswith("diptych: ")
     assert error.count("\n") == 1
+
+
+def test_what_the_parser_itself_refuses_is_still_shown(capsys):
+    assert call("embed", "m", "x") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"diptych {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["plan", "RN50", "--json"], ["evaluat"]])
+def test_a_reader_that_stops_early_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "diptych", *arguments]
+    wrong = arguments == ["evaluat"]  # its one line goes to stderr, which then is what nobody reads
+    streams = {"stdout": subprocess.PIPE, "stderr": writer} if wrong else {"stdout": writer, "stderr": subprocess.PIPE}
+    ended = subprocess.run(command, **streams, text=True, check=False)
+    os.close(writer)
+    assert ended.returncode == 141
+    assert not (ended.stdout if wrong else ended.stderr)
+
+
+def test_another_pipe_that_breaks_is_not_passed_over(capfd):
+    with pytest.raises(BrokenPipeError), ending_on_errors():
+        raise BrokenPipeError
 
 
 def test_no_model_at_all_says_how_to_get_one(tmp_path, monkeypatch, capsys):
