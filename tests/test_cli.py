@@ -294,3 +294,9 @@ def test_a_layout_that_cannot_hold_a_model_says_why(tmp_path, capsys):
     native.save(tmp_path / "rn", make_loaded(small(TINY_RESNET)))
     assert call("convert", tmp_path / "rn", tmp_path / "out", "--to", "transformers") == 2
     assert "cannot hold this model: transformers' CLIPModel has no ResNet image tower" in capsys.readouterr().err
+
+
+def test_training_on_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    data = write_samples(tmp_path / "data")
+    assert call("train", "RN-Ti", "--data", data, "--out", tmp_path / "run", "--device", "cuda:99") == 2
+    assert capsys.readouterr().err.startswith("diptych: no device 'cuda:99' here; PyTorch finds cpu")

@@ -252,3 +252,11 @@ def test_an_out_that_cannot_be_a_folder_is_one_line(model, pictures, tmp_path, m
     assert error.startswith(f"diptych: cannot make the folder {out}: ")
     assert error.endswith("name another --out\n")
     assert error.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(model, pictures, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["embed", model, str(pictures), "--out", str(tmp_path / "out"), "--device", "cuda:99"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("diptych: no device 'cuda:99' here; PyTorch finds cpu")
+    assert not (tmp_path / "out").exists()
