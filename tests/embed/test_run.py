@@ -260,3 +260,19 @@ def test_a_device_that_is_not_there_is_one_line(model, pictures, tmp_path, capsy
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("diptych: no device 'cuda:99' here; PyTorch finds cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_which_nothing_could_be_embedded_is_not_claimed(model, pictures, tmp_path):
+    out, broken = tmp_path / "out", tmp_path / "broken.jpg"
+    broken.write_bytes(b"<html>not found</html>")
+    assert embed(model, broken, out=out).features == 0
+    report = embed(model, pictures, out=out)
+    assert (report.inputs, report.features, report.resumed) == (23, 21, 0)
+    found = load_features(out)
+    assert len(found.ids) == 21
+    assert set(found.sources) == {str(pictures)}
+    with pytest.raises(UsageError, match="holds features of other inputs"):
+        embed(model, broken, out=out)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not a manifest of features"):
+        embed(model, broken, out=out)
