@@ -111,7 +111,7 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 1
     assert "a.jpg: skipped, truncated" in captured.err
-    assert "1 of 2 pictures were skipped" in captured.err
+    assert "skipped: 1 of 2 pictures\n" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,20 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
         (["train", "RN-Ti", "--data", "x", "--out", "y", "--tokenizer", "none"], "no diptych_tokenizer.json in none"),
         (["plan", "ViT-L14"], "unknown preset 'ViT-L14'; did you mean ViT-L-14"),
         (["plan", "ViT-B-32", "--caption-tokens", "78"], "a caption of 78 tokens does not fit; use 2 to 77"),
+        (["classify", "--labels", "a"], "no picture was named; give pictures, folders of pictures, or globs"),
+        (["classify", "", "--labels", "a"], "no picture was named"),
+        (["classify", "a.jpg", "--labels", "a", "--top", "0"], "top 0 must be at least 1"),
+        (["classify", "a.jpg", "--labels", "a", "--top", "-1"], "top -1 must be at least 1"),
+        (["classify", "a.jpg", "--labels", ""], "class '' has an empty name"),
+        (["classify", "a.jpg", "--labels", "a", "b|"], "class 'b|' has an empty name"),
+        (["classify", "a.jpg", "--labels", "a", "--device", "foo"], "no device 'foo' here; PyTorch finds cpu"),
         (["classify", "nowhere.jpg", "--labels", "a"], "no such picture: nowhere.jpg"),
         (["classify", "*.nothing", "--labels", "a"], "no pictures in *.nothing"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(encode(noise()))
     assert call(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error

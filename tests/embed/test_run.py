@@ -230,6 +230,13 @@ def test_the_command_says_what_it_did(model, pictures, tmp_path, capsys):
     assert "not taken for pictures: .md 1" in output
 
 
+def test_one_input_is_one_input(model, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(encode(noise()))
+    with pytest.raises(SystemExit):
+        main(["embed", model, str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--precision", "float32"])
+    assert "1 input, 1 feature (image float32)" in capsys.readouterr().out
+
+
 def test_help_does_not_import_torch():
     script = (
         "import sys, diptych.cli\n"
