@@ -1,12 +1,16 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from diptych import __version__
 from diptych.checkpoint import layouts, native, openai
-from diptych.cli import main
+from diptych.cli import ending_on_errors, main
 from diptych.cli.classify import find_pictures
 from diptych.errors import NotFoundError
 from diptych.train import loop
@@ -77,8 +81,8 @@ def test_plan_prints_json_for_machines(capsys):
 
 def test_a_plan_that_cannot_be_says_what_can(capsys):
     assert call("plan", "ViT-L-14", "--devices", 592) == 2
-    error = " ".join(capsys.readouterr().err.replace("│", " ").split())  # in a box, with the other flags' errors
-    assert "does not split evenly over 592 devices; use --batch-size 32560 or 33152" in error
+    error = capsys.readouterr().err
+    assert error.startswith("diptych: batch_size 32768 does not split evenly over 592 devices; use --batch-size 32560")
 
 
 def test_classify_prints_bars_for_people(run, tmp_path, capsys):
@@ -107,29 +111,71 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 1
     assert "a.jpg: skipped, truncated" in captured.err
-    assert "1 of 2 pictures were skipped" in captured.err
+    assert "skipped: 1 of 2 pictures\n" in captured.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["evaluat"], "unknown command 'evaluat'; did you mean evaluate? Known: classify, convert, "),
+        (["evaluat", "clip", "--out", "x"], "unknown command 'evaluat'; did you mean evaluate? "),
+        (["embed", "m", "x", "--out", "y", "--batch-size", "0"], "diptych: batch_size 0 must be at least 1"),
+        (["embed", "m", "x", "--out", "y", "--part-rows", "0"], "diptych: part_rows 0 must be at least 1"),
+        (["embed", "m", "x", "--out", "y", "--threads", "0"], "diptych: threads 0 must be at least 1"),
+        (["train", "RN-Ti", "--data", "x", "--out", "y", "--batch-size", "0"], "diptych: batch_size 0 "),
         (["train", "ViT-B32", "--data", "x", "--out", "y"], "did you mean ViT-B-32"),
         (["train", "RN-Ti", "--data", "nowhere", "--out", "y"], "no such dataset: nowhere"),
         (["train", "RN-Ti", "--data", "a@b", "--out", "y"], "PATH@WEIGHT"),
         (["train", "RN-Ti", "--data", "x", "--out", "y", "--tokenizer", "none"], "no diptych_tokenizer.json in none"),
         (["plan", "ViT-L14"], "unknown preset 'ViT-L14'; did you mean ViT-L-14"),
         (["plan", "ViT-B-32", "--caption-tokens", "78"], "a caption of 78 tokens does not fit; use 2 to 77"),
+        (["classify", "--labels", "a"], "no picture was named; give pictures, folders of pictures, or globs"),
+        (["classify", "", "--labels", "a"], "no picture was named"),
+        (["classify", "a.jpg", "--labels", "a", "--top", "0"], "top 0 must be at least 1"),
+        (["classify", "a.jpg", "--labels", "a", "--top", "-1"], "top -1 must be at least 1"),
+        (["classify", "a.jpg", "--labels", ""], "class '' has an empty name"),
+        (["classify", "a.jpg", "--labels", "a", "b|"], "class 'b|' has an empty name"),
+        (["classify", "a.jpg", "--labels", "a", "--device", "foo"], "no device 'foo' here; PyTorch finds cpu"),
         (["classify", "nowhere.jpg", "--labels", "a"], "no such picture: nowhere.jpg"),
         (["classify", "*.nothing", "--labels", "a"], "no pictures in *.nothing"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(encode(noise()))
     assert call(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("diptych: ")
     assert error.count("\n") == 1
+
+
+def test_what_the_parser_itself_refuses_is_still_shown(capsys):
+    assert call("embed", "m", "x") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"diptych {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["plan", "RN50", "--json"], ["evaluat"]])
+def test_a_reader_that_stops_early_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "diptych", *arguments]
+    wrong = arguments == ["evaluat"]  # its one line goes to stderr, which then is what nobody reads
+    streams = {"stdout": subprocess.PIPE, "stderr": writer} if wrong else {"stdout": writer, "stderr": subprocess.PIPE}
+    ended = subprocess.run(command, **streams, text=True, check=False)
+    os.close(writer)
+    assert ended.returncode == 141
+    assert not (ended.stdout if wrong else ended.stderr)
+
+
+def test_another_pipe_that_breaks_is_not_passed_over(capfd):
+    with pytest.raises(BrokenPipeError), ending_on_errors():
+        raise BrokenPipeError
 
 
 def test_no_model_at_all_says_how_to_get_one(tmp_path, monkeypatch, capsys):
@@ -256,3 +302,9 @@ def test_a_layout_that_cannot_hold_a_model_says_why(tmp_path, capsys):
     native.save(tmp_path / "rn", make_loaded(small(TINY_RESNET)))
     assert call("convert", tmp_path / "rn", tmp_path / "out", "--to", "transformers") == 2
     assert "cannot hold this model: transformers' CLIPModel has no ResNet image tower" in capsys.readouterr().err
+
+
+def test_training_on_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    data = write_samples(tmp_path / "data")
+    assert call("train", "RN-Ti", "--data", data, "--out", tmp_path / "run", "--device", "cuda:99") == 2
+    assert capsys.readouterr().err.startswith("diptych: no device 'cuda:99' here; PyTorch finds cpu")

@@ -126,3 +126,9 @@ def test_precisions_do_not_share_a_classifier(loaded):
     exact = ZeroShotClassifier(loaded, ["one", "two"], precision="exact").weights_
     assert not torch.equal(exact, ZeroShotClassifier(loaded, ["one", "two"], precision="bfloat16").weights_)
     assert ZeroShotClassifier(loaded, ["one", "two"], precision="exact").weights_ is exact
+
+
+@pytest.mark.parametrize("names", [[""], ["cat", " "], [["dog", ""], "cat"]])
+def test_a_class_without_a_name_is_refused(names):
+    with pytest.raises(UsageError, match="has an empty name"):
+        zeroshot.names_of_classes(names)

@@ -97,4 +97,4 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     folded = {name.casefold(): name for name in names}
     near = [folded[match] for match in difflib.get_close_matches(given.casefold(), folded, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UsageError(f"unknown {kind} {given!r}; {hint}Known: {', '.join(names)}")
+    return UsageError(f"unknown {kind} {given!r}; {hint}{'Known' if near else 'known'}: {', '.join(names)}")

@@ -55,6 +55,10 @@ def names_of_classes(classnames: Classnames) -> tuple[tuple[str, ...], ...]:
     names = tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in classnames)
     if not names or not all(names):
         raise UsageError("a classifier needs at least one class, and a name for every class")
+    for entry in names:
+        if not all(name.strip() for name in entry):
+            given = "|".join(entry)
+            raise UsageError(f"class {given!r} has an empty name; a name is text, so write one or drop it")
     return names
 
 

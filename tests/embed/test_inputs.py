@@ -150,8 +150,10 @@ def test_folders_with_other_content_say_what_they_lack(tmp_path):
     with pytest.raises(UsageError, match="cannot be read as Parquet"):
         open_inputs([f"{tmp_path}/broken.parquet:x"])
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(NotFoundError, match="nothing to embed"):
+    with pytest.raises(NotFoundError, match=r"nothing to embed in .*empty.txt \(no rows\)"):
         open_inputs([str(tmp_path / "empty.txt")])
+    with pytest.raises(UsageError, match="no input was named"):
+        open_inputs([""])
     with pytest.raises(UsageError, match="has no columns"):
         open_inputs([f"{tmp_path}/empty.txt:text"])
 
@@ -178,3 +180,41 @@ def test_parts_cover_every_row_once_and_neighbours_are_read_together(tmp_path):
     todo = [part for part in parts if part.number != 1]
     assert [[part.number for part in stretch] for stretch in iter_stretches(todo)] == [[0], [2], [3], [4]]
     assert [[part.number for part in stretch] for stretch in iter_stretches(parts, 2)] == [[0, 1], [2], [3], [4]]
+
+
+def test_a_named_file_of_no_known_kind_is_refused_with_the_kinds_that_are(tmp_path):
+    write_tree(tmp_path, "a.jpg", "shapes.toml", "table.csv", "bare")
+    for name in ("shapes.toml", "table.csv", "bare"):
+        with pytest.raises(UsageError, match=rf"{name} is of no kind .* \.png .*\.tar.*\.parquet:COLUMN.*\.txt"):
+            open_inputs([str(tmp_path / "a.jpg"), str(tmp_path / name)])
+
+
+def test_a_glob_passes_over_what_is_of_no_known_kind_and_counts_it(tmp_path):
+    write_tree(tmp_path, "p/a.jpg", "p/b.md", "q/c.md")
+    (tmp_path / "q/d.txt").write_text("a text")
+    (pictures,) = open_inputs([str(tmp_path / "p/*")])
+    (texts,) = open_inputs([str(tmp_path / "q/*")])
+    assert (ids(pictures), contents(texts)) == (["a.jpg"], ["a text"])
+    assert pictures.passed_over == texts.passed_over == {".md": 1}
+    with pytest.raises(UsageError, match=r"matches .*b.md, and no file that can be embedded; known are pictures"):
+        open_inputs([str(tmp_path / "*/b*")])
+
+
+def test_a_kind_that_an_input_is_not_of_is_an_error(tmp_path):
+    write_tree(tmp_path, "pics/a.jpg")
+    (tmp_path / "t.txt").write_text("a text\n")
+    for pictures in ("pics", "pics/*.jpg", "pics/a.jpg"):
+        with pytest.raises(UsageError, match="holds pictures; leave --kind text out, or name inputs that hold texts"):
+            open_inputs([str(tmp_path / pictures), str(tmp_path / "t.txt")], "text")
+        assert [source.kind for source in open_inputs([str(tmp_path / pictures)], "image")] == ["image"]
+    with pytest.raises(UsageError, match=r"t.txt holds texts; leave --kind image out, or name inputs that hold pictu"):
+        open_inputs([str(tmp_path / "pics"), str(tmp_path / "t.txt")], "image")
+    assert [source.kind for source in open_inputs([str(tmp_path / "t.txt")], "text")] == ["text"]
+
+
+def test_shards_without_captions_say_so_when_these_are_asked_for(tmp_path):
+    write_tar(tmp_path / "s.tar", [("1.jpg", RED), ("1.cls", b"3"), ("2.jpg", BLUE), ("2.cls", b"4")])
+    with pytest.raises(NotFoundError, match=r"nothing to embed in .* \(no_caption 2; without --kind text the pict"):
+        open_inputs([str(tmp_path)], "text")
+    (source,) = open_inputs([str(tmp_path)])
+    assert contents(source) == [RED, BLUE]

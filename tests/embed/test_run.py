@@ -230,6 +230,13 @@ def test_the_command_says_what_it_did(model, pictures, tmp_path, capsys):
     assert "not taken for pictures: .md 1" in output
 
 
+def test_one_input_is_one_input(model, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(encode(noise()))
+    with pytest.raises(SystemExit):
+        main(["embed", model, str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--precision", "float32"])
+    assert "1 input, 1 feature (image float32)" in capsys.readouterr().out
+
+
 def test_help_does_not_import_torch():
     script = (
         "import sys, diptych.cli\n"
@@ -252,3 +259,27 @@ def test_an_out_that_cannot_be_a_folder_is_one_line(model, pictures, tmp_path, m
     assert error.startswith(f"diptych: cannot make the folder {out}: ")
     assert error.endswith("name another --out\n")
     assert error.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(model, pictures, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["embed", model, str(pictures), "--out", str(tmp_path / "out"), "--device", "cuda:99"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("diptych: no device 'cuda:99' here; PyTorch finds cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_which_nothing_could_be_embedded_is_not_claimed(model, pictures, tmp_path):
+    out, broken = tmp_path / "out", tmp_path / "broken.jpg"
+    broken.write_bytes(b"<html>not found</html>")
+    assert embed(model, broken, out=out).features == 0
+    report = embed(model, pictures, out=out)
+    assert (report.inputs, report.features, report.resumed) == (23, 21, 0)
+    found = load_features(out)
+    assert len(found.ids) == 21
+    assert set(found.sources) == {str(pictures)}
+    with pytest.raises(UsageError, match="holds features of other inputs"):
+        embed(model, broken, out=out)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not a manifest of features"):
+        embed(model, broken, out=out)

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from diptych.cli.words import counted
 from diptych.errors import NotFoundError, PictureError, UsageError
 from diptych.model.config import Activation, Precision
 
@@ -37,19 +38,27 @@ class Classify:
     """Names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
     precision: Precision | None = None
     """exact, float32, bfloat16, int8 or auto, as of `diptych embed`; by default exact, and auto for many pictures."""
+    device: str = "auto"
+    """`cpu`, `cuda`, ...; auto takes a GPU if there is one."""
     top: int = 5
     """Labels to show for each picture."""
     json: bool = False
     """Print one JSON object a line instead of bars."""
 
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UsageError(f"top {self.top} must be at least 1; it is how many labels are shown for each picture")
+
     def __call__(self) -> int:
         from diptych.checkpoint.layouts import load
-        from diptych.zeroshot import ZeroShotClassifier, load_templates
+        from diptych.model.device import choose_device
+        from diptych.zeroshot import ZeroShotClassifier, load_templates, names_of_classes
 
         paths = find_pictures(self.images)
         templates = [t for name in self.templates for t in ([name] if "{}" in name else load_templates(name))]
-        names = [label.split("|") if "|" in label else label for label in self.labels]
-        loaded = load(self.model or default_model(), activation=self.activation)
+        names = names_of_classes([label.split("|") for label in self.labels])
+        device = choose_device(self.device)
+        loaded = load(self.model or default_model(), device=device, activation=self.activation)
         precision = self.precision or ("auto" if len(paths) >= MANY else "exact")
         classifier = ZeroShotClassifier(loaded, names, templates, precision=precision)
         failed = 0
@@ -62,7 +71,7 @@ class Classify:
             answers = [(str(classifier.classes_[i]), float(scores[i])) for i in order]
             print_answers(path, answers, as_json=self.json)
         if failed:
-            print(f"{failed} of {len(paths)} pictures were skipped", file=sys.stderr)
+            print(f"skipped: {failed:,} of {counted(len(paths), 'picture')}", file=sys.stderr)
         return 1 if failed else 0
 
 
@@ -79,6 +88,8 @@ def print_answers(path: Path, answers: list[tuple[str, float]], *, as_json: bool
 
 def find_pictures(patterns: Sequence[str]) -> list[Path]:
     """Files as they are, folders for the pictures in them, globs for what they match; in a stable order."""
+    if not all(patterns) or not patterns:
+        raise UsageError("no picture was named; give pictures, folders of pictures, or globs")
     found: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from diptych.cli.words import counted
 from diptych.embed.config import EmbedConfig, OutputConfig, WorkConfig
 from diptych.model.config import Activation
 
@@ -89,9 +90,10 @@ def print_report(report: "EmbedReport", *, as_json: bool) -> None:
         print(json.dumps(counts | more | {"out": str(report.out)}))
         return
     precision = ", ".join(f"{kind} {precision}" for kind, precision in report.precision.items())
-    print(f"{report.inputs:,} inputs, {report.features:,} features ({precision}), {report.seconds:.0f} s")
+    made = f"{counted(report.inputs, 'input')}, {counted(report.features, 'feature')}"
+    print(f"{made} ({precision}), {report.seconds:.0f} s")
     if report.resumed:
-        print(f"of these {report.resumed:,} were done before, {new:,} now")
+        print(f"done before: {report.resumed:,}, now: {new:,}")
     if report.skipped:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in report.skipped.items())
         print(f"left out: {reasons}; each is named in {report.out / 'skipped.jsonl'}")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from diptych.cli.words import counted
 from diptych.evaluate.config import EvaluateConfig, ProfileName
 from diptych.evaluate.results import Protocol
 from diptych.model.config import Activation, Precision
@@ -166,8 +167,7 @@ def print_report(report: "EvaluateReport", *, as_json: bool) -> None:
     for protocol, kinds in report.unfit.items():
         print(f"not measured: {protocol}: it is for datasets of kind {kinds}, and there is none among these")
     new = len(report.results) - report.resumed
-    results = "1 result" if new == 1 else f"{new} results"
-    print(f"{results}, {report.resumed} were there before; {report.seconds:.0f} s; in {report.out}")
+    print(f"{counted(new, 'result')}, {report.resumed} were there before; {report.seconds:.0f} s; in {report.out}")
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

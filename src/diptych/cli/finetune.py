@@ -143,9 +143,11 @@ class WiseFT:
             raise UsageError(f"{self.out} is not empty; name a new folder")
         from diptych import files
         from diptych.checkpoint import layouts
+        from diptych.model.device import choose_device
         from diptych.train import guard, wise
 
-        models = [layouts.load(m, device=self.device, activation=self.activation) for m in (self.start, self.finetuned)]
+        device = choose_device(self.device)
+        models = [layouts.load(m, device=device, activation=self.activation) for m in (self.start, self.finetuned)]
         start, tuned = models
         wise.require_same_kind(start, tuned)
         evaluators = build_evaluators(self.evaluate, start.tokenizer, start.preprocess, self.templates)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from diptych.cli.words import counted
 from diptych.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ def print_report(written: "ReportFiles", *, as_json: bool) -> None:
         where = {"out": str(written.html), "figures": [str(path) for path in written.figures]}
         print(json.dumps({"results": written.results, "drawn": list(written.drawn), "missing": missing, **where}))
         return
-    results = "1 result" if written.results == 1 else f"{written.results:,} results"
-    print(f"{results}; figures drawn: {', '.join(written.drawn) or 'none'}")
+    print(f"{counted(written.results, 'result')}; figures drawn: {', '.join(written.drawn) or 'none'}")
     for one in written.missing:
         print(f"figure {one.number} is not drawn: {one.why}")
     if written.figures:

@@ -6,7 +6,8 @@
     prompts.txt                         one text a line; the id is the line number
 
 Row and line numbers begin at 0. Several files, or a folder of them, are one source each, so a pair (source, id) is
-unique. A source is a plain value that travels to other machines; what it lists is read there.
+unique. A source is a plain value that travels to other machines; what it lists is read there. A file that is named is
+of a kind that is known or refused; others that a folder or a glob has too are counted as passed over.
 """
 
 import glob
@@ -14,6 +15,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,8 +28,9 @@ from diptych.errors import NotFoundError, UsageError
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}
 )
-"""Files of a folder that are taken for pictures."""
+"""Files that are taken for pictures."""
 _OTHER_SUFFIXES = frozenset({".tar", ".parquet", ".txt"})
+_KNOWN = f"pictures ({' '.join(sorted(PICTURE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
 _LOOKED_AT = 100
 """Values of a column of text that decide whether it holds paths."""
 
@@ -35,9 +38,9 @@ _LOOKED_AT = 100
 def open_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[Source]:
     """Find and list everything that the inputs name; `kind` decides what columns of text and shards stand for.
 
-    Raises NotFoundError for what is not there and UsageError for what cannot be embedded.
+    Raises NotFoundError for what is not there and UsageError for what cannot be embedded, or is of the other kind.
     """
-    if not inputs:
+    if not all(inputs) or not inputs:
         raise UsageError("no input was named; give folders, globs, shards, file.parquet:column or text files")
     pictures = [given for given in inputs if _is_picture(given)]
     others = [given for given in inputs if not _is_picture(given)]
@@ -47,13 +50,29 @@ def open_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[Source]
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
             raise UsageError(f"{name} is named {count} times; its rows would not be told apart, so name it once")
+    _check_kinds(sources, kind)
     if not any(source.rows for source in sources):
-        raise NotFoundError(f"nothing to embed in {' '.join(inputs)}")
+        raise NotFoundError(f"nothing to embed in {' '.join(inputs)} ({_why_nothing(sources, kind)})")
     return sources
 
 
+def _check_kinds(sources: Sequence[Source], kind: Kind | None) -> None:
+    """Columns of text and shards become what is asked for; of the rest nothing is made that it is not."""
+    for source in sources:
+        if kind is not None and source.kind != kind:
+            holds, wanted = ("pictures", "texts") if source.kind == "image" else ("texts", "pictures")
+            raise UsageError(f"{source.name} holds {holds}; leave --kind {kind} out, or name inputs that hold {wanted}")
+
+
+def _why_nothing(sources: Sequence[Source], kind: Kind | None) -> str:
+    reasons = Counter(reason for source in sources for _, reason in source.lost)
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    hint = "; without --kind text the pictures are embedded" if kind == "text" and "no_caption" in reasons else ""
+    return f"{counts}{hint}" if counts else "no rows"
+
+
 def _is_picture(given: str) -> bool:
-    return Path(given).is_file() and Path(given).suffix.lower() not in _OTHER_SUFFIXES
+    return Path(given).is_file() and Path(given).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _open_pictures(paths: Sequence[Path]) -> PictureSource:
@@ -73,8 +92,6 @@ def _open(given: str, kind: Kind | None) -> list[Source]:
     path = Path(place)
     if path.is_dir():
         return _open_folder(path, column, kind)
-    if path.exists() and path.suffix.lower() not in _OTHER_SUFFIXES:
-        raise UsageError(f"{given}: {path} has no columns; only of a .parquet one is named, like pairs.parquet:image")
     if path.exists():
         return [_open_file(path, column, kind)]
     if not any(sign in place for sign in "*?["):
@@ -98,7 +115,9 @@ def _open_file(path: Path, column: str | None, kind: Kind | None) -> Source:
         raise UsageError(f"{path} has no columns; only of a .parquet one is named, like pairs.parquet:image")
     if suffix == ".tar":
         return ShardSource.open(path, kind or "image")
-    return TextSource.open(path)
+    if suffix == ".txt":
+        return TextSource.open(path)
+    raise UsageError(f"{path} is of no kind that can be embedded; known are {_KNOWN}: convert or rename it")
 
 
 def _open_folder(folder: Path, column: str | None, kind: Kind | None) -> list[Source]:
@@ -120,20 +139,26 @@ def _open_folder(folder: Path, column: str | None, kind: Kind | None) -> list[So
 
 
 def _open_glob(pattern: str, column: str | None, kind: Kind | None) -> list[Source]:
-    """Shards, Parquet and text files are a source each, all other files the pictures of one."""
+    """Shards, Parquet and text files are a source each, the pictures one; other files are passed over."""
     found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
     if not found:
         raise NotFoundError(f"nothing matches {pattern}")
     special = [path for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
     sources = [_open_file(path, column, kind) for path in special]
-    pictures = [path for path in found if path.suffix.lower() not in _OTHER_SUFFIXES]
-    if pictures and column is not None:
-        raise UsageError(f"{pattern} matches {pictures[0]}, which has no column {column!r}; match .parquet files only")
+    pictures = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+    known = PICTURE_SUFFIXES | _OTHER_SUFFIXES
+    others = Counter(path.suffix.lower() for path in found if path.suffix.lower() not in known)
+    if len(special) < len(found) and column is not None:
+        first = next(path for path in found if path not in special)
+        raise UsageError(f"{pattern} matches {first}, which has no column {column!r}; match .parquet files only")
+    if not pictures and not special:
+        raise UsageError(f"{pattern} matches {found[0]}, and no file that can be embedded; known are {_KNOWN}")
     if pictures:
         fixed = itertools.takewhile(lambda part: not any(sign in part for sign in "*?["), Path(pattern).parts[:-1])
         root = Path(*fixed)
         names = tuple(str(path.relative_to(root)) for path in pictures)
         sources.append(PictureSource.open(pattern, root, names))
+    sources[-1] = replace(sources[-1], passed_over=dict(sorted(others.items())))
     return sources
 
 

@@ -10,6 +10,7 @@ not as long as the record says, is computed anew.
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,17 +66,37 @@ class FeatureFolder:
         self.identity_hash = xxhash.xxh3_128_hexdigest(json.dumps(unmoved, sort_keys=True).encode())
 
     def begin(self) -> None:
-        """Claim the folder; raises UsageError if it holds features of another model, other settings or inputs."""
+        """Claim the folder; raises UsageError if it holds features of another model, other settings or inputs.
+
+        One that was claimed for others and holds no feature, because nothing could be used, is taken over.
+        """
         manifest = self.path / MANIFEST
-        if manifest.exists():
-            check_identity(manifest, self.identity)
-        elif any(self.path.glob("[!.]*")):
+        different = find_difference(manifest, self.identity) if manifest.exists() else None
+        if different and self._holds_features():
+            raise UsageError(
+                f"{self.path} holds features of {different}; name a new folder as --out, or do what was done then"
+            )
+        if not manifest.exists() and any(self.path.glob("[!.]*")):
             raise UsageError(f"{self.path} is not empty and holds no {MANIFEST}; name a new folder as --out")
-        for folder in (self.path / "features", self.path / "records"):
+        for folder in (self.path / "records", self.path / "features"):
+            if different and folder.exists():  # before the manifest, so that a kill leaves what is taken over again
+                shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(folder)
-        if not manifest.exists():
+        if different:
+            (self.path / SKIPPED).unlink(missing_ok=True)
+        if different or not manifest.exists():
             files.write_json(manifest, self.identity)
+
+    def _holds_features(self) -> bool:
+        """Whether any part has features; a record that cannot be read may be of one."""
+        for record in (self.path / "records").glob("*.json"):
+            try:
+                if json.loads(record.read_text())["features"]:
+                    return True
+            except (OSError, ValueError, KeyError, TypeError):
+                return True
+        return False
 
     def read_record(self, part: Part) -> dict[str, Any] | None:
         """What was written about a part; None if it is not done."""
@@ -162,19 +183,15 @@ def describe(model: Mapping[str, Any], output: OutputConfig, sources: Sequence[S
     }
 
 
-def check_identity(manifest: Path, identity: Mapping[str, Any]) -> None:
-    """Raise UsageError, naming the first difference, unless a folder is of this model, settings and inputs."""
+def find_difference(manifest: Path, identity: Mapping[str, Any]) -> str | None:
+    """What a folder is of, and not of this model, settings and inputs; UsageError if the manifest is none."""
     try:
         found = json.loads(manifest.read_text())
         if (found["format"], found["version"]) != (FORMAT, VERSION):
             raise ValueError(f"{found['format']} {found['version']}")
-        different = _first_difference(identity, found)
+        return _first_difference(identity, found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{manifest} is not a manifest of features ({error}); name a new folder as --out") from None
-    if different:
-        raise UsageError(
-            f"{manifest.parent} holds features of {different}; name a new folder as --out, or do what was done then"
-        )
 
 
 def _first_difference(ours: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
@@ -184,7 +201,7 @@ def _first_difference(ours: Mapping[str, Any], found: Mapping[str, Any]) -> str 
         return f"other inputs: {_some(then)}, not {_some(now)}"
     for name, entry in now.items():
         if any(entry[key] != then[name][key] for key in ("kind", "rows", "fingerprint")):
-            return f"other inputs: {name} has changed since ({then[name]['rows']} rows then, {entry['rows']} now)"
+            return f"other inputs: {name} has changed since (rows then {then[name]['rows']:,}, now {entry['rows']:,})"
     for section, word in (("model", "another model"), ("settings", "other settings")):
         for key in sorted(ours[section].keys() | found[section].keys()):
             a, b = ours[section].get(key), found[section].get(key)

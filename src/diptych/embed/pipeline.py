@@ -24,6 +24,7 @@ from diptych.embed.sources import Row, Source, fetch
 from diptych.embed.texts import embed_texts
 from diptych.errors import PictureError
 from diptych.model.config import Precision
+from diptych.model.device import choose_device
 
 TEXT_BATCH = 512
 """Texts that are handed over at once."""
@@ -167,8 +168,6 @@ def compute_parts(
 
 def open_pipeline(config: EmbedConfig) -> Pipeline:
     """Load the model, on the device that is asked for, and make it ready."""
-    work, device = config.work, config.work.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load(config.model, device=device, activation=config.activation, preset=config.preset)
+    work = config.work
+    loaded = load(config.model, device=choose_device(work.device), activation=config.activation, preset=config.preset)
     return Pipeline(loaded, ImageTower(loaded, work.precision), work.batch_size, work.threads)

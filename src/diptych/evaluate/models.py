@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from diptych.evaluate.features import Eyes, eyes_of
 from diptych.evaluate.prompts import EmbedTexts
 from diptych.evaluate.results import ModelFacts
 from diptych.model.cost import image_tower
+from diptych.model.device import choose_device
 from diptych.ranks import Ranks
 
 _NAME = re.compile(r"[\w.-]+")
@@ -67,11 +67,9 @@ def _name_of(source: str) -> str:
 
 def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCache, us: Ranks) -> OpenedModel:
     """Load a model to where it is to be computed."""
-    device = config.device
-    if device == "auto":
-        device = f"cuda:{us.local_rank}" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.device, us)
     if is_baseline(source):
-        return _open_baseline(name, source, device)
+        return _open_baseline(name, source, str(device))
     loaded = load(source, device=device, activation=config.activation, preset=config.preset)
     facts = ModelFacts(
         name=name,

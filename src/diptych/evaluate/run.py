@@ -23,6 +23,7 @@ from diptych.evaluate.registry import Dataset, Kind, Place, load_suite
 from diptych.evaluate.results import Protocol, Result, save_model
 from diptych.evaluate.sources import open_samples
 from diptych.evaluate.step import NEEDED, OnProgress, Refused, Step, everywhere
+from diptych.model.device import choose_device
 from diptych.ranks import Ranks
 
 _TIMEOUT = 6 * 3600.0
@@ -102,6 +103,7 @@ class _Run:
 
     def run(self) -> EvaluateReport:
         started = time.monotonic()
+        choose_device(self.config.device, self.us)  # before data are looked for
         names = model_names(self.config.models)
         datasets = load_suite(self.config.suite)
         self._check_overlap(datasets)

@@ -1,4 +1,4 @@
-"""What a run is made of, from its config: device, precision, tokenizer, a model before its first step."""
+"""What a run is made of, from its config: precision, tokenizer, a model before its first step."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from diptych.config import from_dict, to_dict
 from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
 from diptych.model.precision import has_fast_bfloat16
-from diptych.ranks import Ranks
 from diptych.tokenizer import Tokenizer
 from diptych.train.config import RunConfig, TrainConfig
 from diptych.train.loss import initial_logit_bias
@@ -26,13 +25,6 @@ def build_model(config: TrainConfig) -> CLIP:
             model.logit_scale.fill_(math.log(10))  # Zhai et al. 2023, section 3.2
             model.logit_bias.fill_(initial_logit_bias(config.loader.batch_size))
     return model
-
-
-def choose_device(name: str, us: Ranks) -> torch.device:
-    """`auto` takes a GPU if there is one; every rank of a machine its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", us.local_rank) if name == "cuda" and us.world_size > 1 else torch.device(name)
 
 
 def choose_dtype(run: RunConfig, device: torch.device) -> torch.dtype:

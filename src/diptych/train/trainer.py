@@ -20,6 +20,7 @@ from diptych.config import from_dict, to_dict
 from diptych.errors import NonFiniteLossError, UsageError
 from diptych.image import Preprocess, open_picture
 from diptych.model.clip import CLIP, MAX_LOGIT_SCALE, CLIPOutput, Output
+from diptych.model.device import choose_device
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
 from diptych.train import features, guard, lora, parallel, sharded
@@ -31,7 +32,7 @@ from diptych.train.loss import clip_loss, siglip_loss
 from diptych.train.micro import choose_micro_batch_size
 from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
 from diptych.train.report import CLOCK, Evaluation, State, StepReport
-from diptych.train.setup import build_model, choose_device, choose_dtype, load_tokenizer, require_same_run
+from diptych.train.setup import build_model, choose_dtype, load_tokenizer, require_same_run
 from diptych.train.start import choose_lr_scales, count_trained, load_start, lock
 from diptych.train.step import Step
 
