@@ -73,8 +73,8 @@ class RunConfig:
     extend_to: int | None = None
     """Continue a run to this many steps, with a learning rate that falls to zero there instead."""
     precision: Precision = "auto"
-    """Of the towers' matrix products. auto: bfloat16 where the processor multiplies it fast (a GPU, a CPU with AMX),
-    float32 elsewhere. Weights, loss and optimizer are always float32."""
+    """Of the towers' matrix products. auto: bfloat16 where the processor multiplies it fast (a GPU, a CPU with AMX or
+    AVX512-BF16), float32 elsewhere. Weights, loss and optimizer are always float32."""
     compile: bool = False
     """Compile both towers. Text is then padded to a multiple of 8 tokens, so that each length is compiled once."""
     device: str = "auto"
