@@ -72,6 +72,7 @@ def test_weights_are_made_ready_once_and_again_when_they_change(tower):
 def test_what_was_made_ready_goes_with_its_model():
     model = CLIP(TINY_VIT)
     get_ready(model.text.transformer, "bfloat16")
+    gc.collect()  # of earlier tests
     kept = len(precision._MADE)
     del model
     gc.collect()
