@@ -197,6 +197,15 @@ def test_folds_are_trained_on_one_after_the_other(model, tmp_path):
     assert whole.value == result.details["folds"][2]
 
 
+def test_a_fold_of_broken_pictures_is_refused(model, tmp_path):
+    write_shapes(tmp_path / "shapes")
+    drawn = [(key, str(number).encode(), data) for key, number, data in pictures(each=8)]
+    write_wds(tmp_path / "shapes", [*drawn[:-1], (drawn[-1][0], drawn[-1][1], b"no picture")], split="train")
+    (tmp_path / "shapes" / "fold_indices.txt").write_text(f"{' '.join(map(str, range(31)))}\n31\n")
+    report = evaluate(model, tmp_path, write_own(tmp_path / "mine.toml"), protocols=("probe",))
+    assert "no training features" in report.refused[0].reason
+
+
 @pytest.mark.parametrize(
     ("text", "said"), [("0 1 x", "is no number"), ("0 32", "places up to 32"), ("", "places up to 0")]
 )

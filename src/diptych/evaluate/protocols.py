@@ -82,7 +82,7 @@ class Split:
     def folds(self) -> list[Tensor]:
         """Rows of each fold that have features; none if there are no folds."""
         row = {sample: row for row, sample in enumerate(self.embedded.kept)}
-        return [torch.tensor([row[i] for i in fold if i in row]) for fold in self.samples.folds]
+        return [torch.tensor([row[i] for i in fold if i in row], dtype=torch.int64) for fold in self.samples.folds]
 
     def labels(self, kind: str) -> Tensor:
         """Class numbers [N], or 0 and 1 [N, C]."""
