@@ -25,12 +25,12 @@ import pyarrow.parquet as pq
 import xxhash
 
 import harness
-from diptych.curate.balance import run, to_matches
-from diptych.curate.config_match import BalanceConfig, Policy
-from diptych.curate.job import Task
-from diptych.curate.policies import Matches, build_plan, pair_draws
-from diptych.curate.records import MATCHED, with_reason
-from diptych.curate.tasks import part_name, run_stage
+from diptych.curate.balance.balance import run, to_matches
+from diptych.curate.balance.config import BalanceConfig, Policy
+from diptych.curate.balance.policies import Matches, build_plan, pair_draws
+from diptych.curate.rows import MATCHED, with_reason
+from diptych.stage.job import Task
+from diptych.stage.run import part_name, run_stage
 
 QUERIES, EXPONENT, PART = 500_000, 1.2, 500_000
 SIZES = (1_000_000, 2_000_000, 5_000_000, 10_000_000)

@@ -3,7 +3,7 @@
     python benchmarks/copies.py          (make bench NAME=copies; about a minute)
 
 Two sets: OpenMoji's drawings, rendered (many resemble each other: the hard case), and pieces of scikit-learn's two
-photographs. Each picture is changed in the ways of `diptych.curate.copies.CHANGES`; the threshold is the largest
+photographs. Each picture is changed in the ways of `diptych.curate.images.threshold.CHANGES`; the threshold is the
 distance with a precision of at least 0.99 among these copies and all pairs of different pictures.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from diptych.curate.copies import CHANGES, Curve, hash_views, measure_curve
+from diptych.curate.images.threshold import CHANGES, Curve, hash_views, measure_curve
 from harness import report
 
 PRECISION = 0.99
@@ -104,8 +104,8 @@ def compare(name: str, pictures: list[Image.Image], curve: Curve) -> list[dict[s
 
 def speed(pictures: list[Image.Image]) -> list[dict[str, Any]]:
     """Hashing, decoding included, one core."""
-    from diptych.curate.copies import hash_encoded
-    from diptych.curate.pictures import hash_picture
+    from diptych.curate.images.prepare import hash_picture
+    from diptych.curate.images.threshold import hash_encoded
 
     with tempfile.TemporaryDirectory() as folder:
         encoded = []

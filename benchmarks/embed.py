@@ -45,7 +45,7 @@ def prepare(folder: Path, model: str) -> None:
 
 def convert(folder: Path) -> None:
     """In ours: the same weights for the other peers."""
-    from diptych.checkpoint import onnx
+    from diptych.checkpoint.formats import onnx
     from diptych.checkpoint.layouts import load, save
 
     loaded = load(folder / "open_clip")

@@ -38,11 +38,11 @@ def run_ours(pictures: str, precision: str) -> None:
     import torch
 
     from diptych.checkpoint.loaded import Loaded
-    from diptych.embed.config import OutputConfig
+    from diptych.embed.bulk.config import OutputConfig
+    from diptych.embed.bulk.folder import FeatureFolder, describe, plan_parts
+    from diptych.embed.bulk.inputs import open_inputs
+    from diptych.embed.bulk.pipeline import Pipeline, compute_parts
     from diptych.embed.images import ImageTower
-    from diptych.embed.inputs import open_inputs
-    from diptych.embed.parts import FeatureFolder, describe, plan_parts
-    from diptych.embed.pipeline import Pipeline, compute_parts
     from diptych.image import Preprocess
     from diptych.model.clip import CLIP
     from diptych.model.config import get_preset

@@ -140,12 +140,12 @@ def ours(root: Path, source: str | None, names: Sequence[str]) -> dict[str, dict
     from diptych.checkpoint.layouts import load
     from diptych.embed.cache import FeatureCache
     from diptych.evaluate.config import EvaluateConfig
-    from diptych.evaluate.features import Embedder
-    from diptych.evaluate.labels import number_labels
-    from diptych.evaluate.places import locate
-    from diptych.evaluate.protocols import NO_CLASSES, Split, Task, retrieve, zero_shot
-    from diptych.evaluate.registry import load_own
-    from diptych.evaluate.sources import open_samples
+    from diptych.evaluate.datasets.download import locate
+    from diptych.evaluate.datasets.labels import number_labels
+    from diptych.evaluate.datasets.layouts import open_samples
+    from diptych.evaluate.datasets.registry import load_own
+    from diptych.evaluate.models.features import Embedder
+    from diptych.evaluate.protocols.task import NO_CLASSES, Split, Task, retrieve, zero_shot
 
     loaded = load(source) if source else random_model()
     embedder = Embedder(loaded, "exact", FeatureCache(root / "cache"), 64)

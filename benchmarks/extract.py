@@ -136,8 +136,8 @@ def extract_selectolax(path: Path) -> list[Pair]:
 def extract_ours(path: Path) -> list[Pair]:
     import pyarrow as pa
 
-    from diptych.curate.config_crawl import OPT_OUTS
-    from diptych.curate.crawl import Crawl
+    from diptych.curate.pages.config import OPT_OUTS
+    from diptych.curate.pages.crawl import Crawl
 
     stage = Crawl(
         texts=("alt", "title", "figcaption"),

@@ -26,10 +26,10 @@ sys.path.insert(0, str(ROOT / "tests" / "curate"))
 import fetching  # pyright: ignore[reportMissingImports]
 import hostile_web  # pyright: ignore[reportMissingImports]
 
-from diptych.curate.config_fetch import FetchConfig
-from diptych.curate.fetch import fetch_partition
-from diptych.curate.ledger import Ledger
-from diptych.curate.parts import read_manifest
+from diptych.curate.fetch.config import FetchConfig
+from diptych.curate.fetch.ledger import Ledger
+from diptych.curate.fetch.run import fetch_partition
+from diptych.stage.folder import read_manifest
 
 CONCURRENCY = 8
 

@@ -55,7 +55,8 @@ def loader(name: str, folder: Path) -> tuple[Callable[[], Any], dict[str, str]]:
         return lambda: open_clip.create_model_and_transforms(place), versions
     import torch
 
-    from diptych.checkpoint import layouts, native
+    from diptych.checkpoint import layouts
+    from diptych.checkpoint.formats import native
     from diptych.checkpoint.loaded import build
 
     if name == "ours_unhashed":

@@ -40,7 +40,7 @@ def build_inputs(seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def build_ours(queries: list[str]) -> Count:
-    from diptych.curate.match import Matcher
+    from diptych.curate.balance.match import Matcher
 
     matcher = Matcher(queries)
     return lambda texts: len(matcher.find(texts)[1])

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 import harness
-from diptych.evaluate.logistic import Problem
-from diptych.evaluate.metrics import accuracy
-from diptych.evaluate.probe import best_of, linear_probe, search
+from diptych.evaluate.metrics.measures import accuracy
+from diptych.evaluate.probe.logistic import Problem
+from diptych.evaluate.probe.search import best_of, linear_probe, search
 
 TRAIN, VAL, TEST, COLUMNS, CLASSES = 10_000, 2_500, 5_000, 512, 100
 SETTINGS: dict[str, dict[str, Any]] = {

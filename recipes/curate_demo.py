@@ -24,14 +24,16 @@ import tyro
 from diptych import files
 from diptych.cli import ending_on_errors
 from diptych.cli.train import print_train_report, train_with_progress
-from diptych.curate import pipeline, queries
-from diptych.curate.config_curate import EngineConfig, PipelineConfig
-from diptych.curate.config_match import QueriesConfig
-from diptych.curate.tasks import executors
+from diptych.curate import pipeline
+from diptych.curate.config import PipelineConfig
+from diptych.curate.queries import build as queries
+from diptych.curate.queries.config import QueriesConfig
 from diptych.errors import UsageError
 from diptych.model.config import get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
+from diptych.stage.config import EngineConfig
+from diptych.stage.run import executors
 from diptych.tokenizer import train_bpe
 from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 

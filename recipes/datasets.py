@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from diptych.cli import ending_on_errors
-from diptych.evaluate.made import MADE, make_datasets
+from recipes.made.datasets import MADE, make_datasets
 
 
 @dataclass(frozen=True)

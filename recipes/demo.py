@@ -24,7 +24,7 @@ from diptych.cli.train import print_train_report, train_with_progress
 from diptych.config import to_dict
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
-from diptych.evaluate.metrics import classification, retrieval
+from diptych.evaluate.metrics.measures import classification, retrieval
 from diptych.image import Picture
 from diptych.model.config import CLIPConfig, get_preset
 from diptych.pair import Pair

@@ -20,8 +20,8 @@ from diptych.checkpoint.loaded import Loaded
 from diptych.cli import ending_on_errors
 from diptych.embed.images import BATCH_SIZE, embed_images, image_space
 from diptych.errors import PictureError, UsageError
-from diptych.evaluate import bias
-from diptych.evaluate.bias import Faces, Rate
+from diptych.evaluate.metrics import bias
+from diptych.evaluate.metrics.bias import Faces, Rate
 from diptych.evaluate.results import ModelFacts, Result, save_model, save_result
 from diptych.image import open_picture
 from diptych.model.cost import image_tower

@@ -25,7 +25,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-from diptych.curate.duplicates import near_duplicates, perceptual_hashes
+from diptych.curate.images.phash import near_duplicates, perceptual_hashes
 from diptych.pair import Pair
 from diptych.shards.order import derive_seed
 from diptych.shards.write import write_shards

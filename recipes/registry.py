@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from diptych.evaluate.registry import Dataset, known_datasets, load_dataset
+from diptych.evaluate.datasets.registry import Dataset, known_datasets, load_dataset
 
 Lists = tuple[tuple[str, ...], ...]
 

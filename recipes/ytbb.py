@@ -22,7 +22,7 @@ import tyro
 from diptych import files
 from diptych.cli import ending_on_errors
 from diptych.errors import NotFoundError, UsageError
-from diptych.evaluate.sources import read_json
+from diptych.evaluate.datasets.layouts import read_json
 
 AGAINST = {
     "dissimilar",

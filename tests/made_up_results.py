@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diptych.evaluate.metrics import wilson_interval
-from diptych.evaluate.overlap import measure_overlap
+from diptych.evaluate.metrics.measures import wilson_interval
+from diptych.evaluate.metrics.overlap import measure_overlap
 from diptych.evaluate.references import PAPER27, SHIFTS, reference
 from diptych.evaluate.results import ModelFacts, Result, save_model, save_result
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diptych import __version__
-from diptych.checkpoint import layouts, native, openai
+from diptych.checkpoint import layouts
+from diptych.checkpoint.formats import native, openai
 from diptych.cli import ending_on_errors, main
 from diptych.cli.classify import find_pictures
 from diptych.errors import NotFoundError

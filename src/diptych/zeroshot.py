@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
+from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.embed.images import ImageTower, embed_images, encode_each
-from diptych.embed.space import hash_tower, name_space
 from diptych.embed.texts import BATCH_SIZE, embed_texts
 from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
 from diptych.model.config import Precision
-from diptych.model.precision import choose_text_precision
+from diptych.model.inference.precision import choose_text_precision
 
 Classnames = Sequence[str | Sequence[str]]
 """One entry a class: its name, or several names for it."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diptych.checkpoint import huggingface, native, open_clip, openai
+from diptych.checkpoint.formats import native, open_clip, openai, transformers
 from samples import TINY_VIT, make_loaded, small
 
 Case = Callable[[Path, Path], Path]
@@ -601,21 +601,21 @@ CASES["config_deviation_of_zero"] = folder_case(
     open_clip, open_clip.CONFIG, lambda c: c["preprocess_cfg"].update(std=[0, 0, 0])
 )
 CASES["transformers_config_of_another_model"] = folder_case(
-    huggingface, huggingface.CONFIG, lambda c: c.update(model_type="siglip")
+    transformers, transformers.CONFIG, lambda c: c.update(model_type="siglip")
 )
 CASES["transformers_config_with_remote_code"] = folder_case(
-    huggingface,
-    huggingface.CONFIG,
+    transformers,
+    transformers.CONFIG,
     lambda c: c.update(model_type="evil", auto_map={"AutoModel": "evil.Model"}),
 )
 CASES["transformers_heads_of_no_width"] = folder_case(
-    huggingface, huggingface.CONFIG, lambda c: c["text_config"].update(num_attention_heads=0)
+    transformers, transformers.CONFIG, lambda c: c["text_config"].update(num_attention_heads=0)
 )
 CASES["transformers_vocabulary_shuffled"] = folder_case(
-    huggingface, "vocab.json", lambda v: v.update({"a": v["b"], "b": v["a"]})
+    transformers, "vocab.json", lambda v: v.update({"a": v["b"], "b": v["a"]})
 )
 CASES["transformers_preprocessor_of_a_gigapixel"] = folder_case(
-    huggingface, huggingface.PREPROCESSOR, lambda c: c.update(size={"shortest_edge": 1 << 30}, crop_size=1 << 30)
+    transformers, transformers.PREPROCESSOR, lambda c: c.update(size={"shortest_edge": 1 << 30}, crop_size=1 << 30)
 )
 CASES["forged_width_of_a_trillion"] = forged(lambda d: d["model"]["vision"].update(width=1 << 60, heads=1))
 CASES["forged_image_of_a_trillion_pixels"] = forged(lambda d: d["model"]["vision"].update(image_size=1 << 40))
@@ -654,14 +654,14 @@ def tokenizer_nested_too_deep(folder: Path, canary: Path) -> Path:
 
 @case
 def config_nested_too_deep(folder: Path, canary: Path) -> Path:
-    model = write_folder(folder, huggingface)
-    (model / huggingface.CONFIG).write_bytes(b'{"model_type":' * 100_000 + b"1" + b"}" * 100_000)
+    model = write_folder(folder, transformers)
+    (model / transformers.CONFIG).write_bytes(b'{"model_type":' * 100_000 + b"1" + b"}" * 100_000)
     return model
 
 
 @case
 def shard_index_with_a_way_out(folder: Path, canary: Path) -> Path:
-    model = write_folder(folder, huggingface)
+    model = write_folder(folder, transformers)
     (model / "model.safetensors").rename(folder / "outside.safetensors")
     index = {"weight_map": {"logit_scale": "../outside.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -670,7 +670,7 @@ def shard_index_with_a_way_out(folder: Path, canary: Path) -> Path:
 
 @case
 def shard_index_with_an_absolute_path(folder: Path, canary: Path) -> Path:
-    model = write_folder(folder, huggingface)
+    model = write_folder(folder, transformers)
     (model / "model.safetensors").rename(folder / "outside.safetensors")
     index = {"weight_map": {"logit_scale": str(folder / "outside.safetensors")}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -679,7 +679,7 @@ def shard_index_with_an_absolute_path(folder: Path, canary: Path) -> Path:
 
 @case
 def shard_index_that_does_not_fit(folder: Path, canary: Path) -> Path:
-    model = write_folder(folder, huggingface)
+    model = write_folder(folder, transformers)
     (model / "model.safetensors").rename(model / "one.safetensors")
     index = {"weight_map": {"logit_scale": "one.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -761,7 +761,7 @@ def iter_honest(folder: Path) -> Iterator[Path]:
         place = folder / write.__name__
         place.mkdir()
         yield write(place)[0]
-    for layout in (open_clip, huggingface):
+    for layout in (open_clip, transformers):
         place = folder / layout.__name__
         place.mkdir()
         yield write_folder(place, layout)

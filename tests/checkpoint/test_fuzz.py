@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diptych.checkpoint import huggingface, layouts, native, openai
+from diptych.checkpoint import layouts
+from diptych.checkpoint.formats import native, openai, transformers
 from diptych.errors import DiptychError
 from samples import SMALL_VOCABULARY, TINY_VIT, make_loaded, small
 
@@ -67,7 +68,7 @@ def test_any_value_in_a_config_may_be_anything(tmp_path, layout, file):
         shutil.copytree(FOREIGN / "open_clip_vit", tmp_path / "m")
     else:
         (tmp_path / "m").mkdir()
-        huggingface.write(tmp_path / "m", make_loaded(small(TINY_VIT)))
+        transformers.write(tmp_path / "m", make_loaded(small(TINY_VIT)))
     path = tmp_path / "m" / file
     record = json.loads(path.read_text())
     draw = random.Random(0)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diptych.checkpoint import archive, huggingface, layouts, native, open_clip, openai
-from diptych.checkpoint.weights import read_tensor_file
+from diptych.checkpoint import layouts
+from diptych.checkpoint.formats import native, open_clip, openai, transformers
+from diptych.checkpoint.weights import archive
+from diptych.checkpoint.weights.read import read_tensor_file
 from diptych.errors import ActivationUnknownError, CheckpointError, NotFoundError, UsageError
 from diptych.model.config import ViTConfig, check_activation, get_preset
 from diptych.tokenizer import Tokenizer
@@ -225,7 +227,7 @@ def test_safetensors_without_a_config_are_a_bare_file_too(tmp_path):
 
 def test_a_bare_file_under_transformers_names_is_understood(tmp_path):
     loaded = make_loaded(VIT)
-    huggingface.write(tmp_path, loaded)
+    transformers.write(tmp_path, loaded)
     (tmp_path / "model.safetensors").rename(tmp_path / "bare.safetensors")
     SMALL_VOCABULARY.save(tmp_path)
     opened = layouts.open_checkpoint(tmp_path / "bare.safetensors", activation="gelu")
@@ -491,7 +493,7 @@ def test_a_vocabulary_that_nobody_described_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["RN50", "RN50x64", "ViT-B-32", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"])
 def test_a_config_is_inferred_from_shapes_heads_by_the_preset_of_the_same_sizes(name, tmp_path):
-    from diptych.checkpoint.infer import infer_config
+    from diptych.checkpoint.formats.infer import infer_config
     from diptych.model.clip import CLIP
 
     preset = get_preset(name)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diptych.checkpoint import layouts, native
+from diptych.checkpoint import layouts
+from diptych.checkpoint.formats import native
+from diptych.checkpoint.formats.native import TrainingState
 from diptych.checkpoint.loaded import Loaded
-from diptych.checkpoint.native import TrainingState
 from diptych.errors import CheckpointError, NotFoundError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP

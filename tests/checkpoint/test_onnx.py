@@ -5,7 +5,8 @@ import onnxruntime
 import pytest
 import torch
 
-from diptych.checkpoint import layouts, onnx
+from diptych.checkpoint import layouts
+from diptych.checkpoint.formats import onnx
 from diptych.errors import CheckpointError, NotFoundError, UsageError
 from samples import TINY_RESNET, TINY_VIT, make_loaded, small
 

@@ -1,8 +1,8 @@
 import torch
 from safetensors.torch import save_file
 
-from diptych.checkpoint.outline import write_outline
-from diptych.checkpoint.tensors import read_safetensors
+from diptych.checkpoint.weights.outline import write_outline
+from diptych.checkpoint.weights.tensors import read_safetensors
 
 
 def test_an_outline_that_is_filled_is_the_file_that_safetensors_writes(tmp_path):

@@ -20,11 +20,11 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from diptych.curate.config_fetch import FetchConfig
-from diptych.curate.fetch import FetchReport, run
-from diptych.curate.job import Task
-from diptych.curate.records import CANDIDATES, key_of, with_reason
-from diptych.curate.tasks import part_name, run_stage
+from diptych.curate.fetch.config import FetchConfig
+from diptych.curate.fetch.run import FetchReport, run
+from diptych.curate.rows import CANDIDATES, key_of, with_reason
+from diptych.stage.job import Task
+from diptych.stage.run import part_name, run_stage
 
 execute = functools.partial(run_stage, processes=0)
 

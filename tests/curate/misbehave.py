@@ -4,7 +4,7 @@ import os
 import signal
 from dataclasses import dataclass
 
-from diptych.curate.pages import Page
+from diptych.curate.pages.page import Page
 
 KEPT: list[bytearray] = []
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from diptych.curate.records import BALANCED, CANDIDATES, key_of, with_reason
-from diptych.curate.tasks import Task, part_name, run_stage
+from diptych.curate.rows import BALANCED, CANDIDATES, key_of, with_reason
 from diptych.pair import Pair, to_batch
+from diptych.stage.run import Task, part_name, run_stage
 
 
 @dataclass(frozen=True)

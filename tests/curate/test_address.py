@@ -5,8 +5,8 @@ import socket
 import hostile_web
 import pytest
 
-from diptych.curate.address import Guard, check_url, is_public, parse_allowed
-from diptych.curate.outcome import NotFetched
+from diptych.curate.fetch.guard import Guard, check_url, is_public, parse_allowed
+from diptych.curate.fetch.outcomes import NotFetched
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "93.184.216.34", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 NOT_PUBLIC = [
@@ -123,9 +123,9 @@ def _destination(host: str, port: int):
 
 def test_the_socket_alone_stops_what_the_other_two_let_through(tmp_path):
     """The resolver says that everything is public: only the last check is left, and it is enough."""
-    from diptych.curate.config_fetch import FetchConfig
-    from diptych.curate.ledger import Ledger
-    from diptych.curate.visit import Visitor
+    from diptych.curate.fetch.client import Visitor
+    from diptych.curate.fetch.config import FetchConfig
+    from diptych.curate.fetch.ledger import Ledger
 
     class Careless(Guard):
         async def resolve(self, host, port=0, family=socket.AF_UNSPEC):
@@ -151,9 +151,9 @@ def test_the_socket_alone_stops_what_the_other_two_let_through(tmp_path):
 
 def test_without_the_guard_what_is_forbidden_would_be_asked(tmp_path):
     """The listeners of the hostile world do count: 0 of them means something."""
-    from diptych.curate.config_fetch import FetchConfig
-    from diptych.curate.fetch import fetch_partition
-    from diptych.curate.ledger import Ledger
+    from diptych.curate.fetch.config import FetchConfig
+    from diptych.curate.fetch.ledger import Ledger
+    from diptych.curate.fetch.run import fetch_partition
 
     with hostile_web.world() as world:
         config = FetchConfig(

@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.test_policies import kept, make_pairs
-from diptych.curate import balance as balance_room
-from diptych.curate import match
-from diptych.curate.balance import BalanceReport, format_report, run
-from diptych.curate.config_match import BalanceConfig, MatchConfig
-from diptych.curate.parts import read_manifest, read_rows
-from diptych.curate.records import BALANCED, CANDIDATES, MATCHED
-from diptych.curate.tasks import run_stage
+from diptych.curate.balance import balance as balance_room
+from diptych.curate.balance import match
+from diptych.curate.balance.balance import BalanceReport, format_report, run
+from diptych.curate.balance.config import BalanceConfig, MatchConfig
+from diptych.curate.rows import BALANCED, CANDIDATES, MATCHED
 from diptych.errors import UsageError
 from diptych.pair import Pair
+from diptych.stage.folder import read_manifest, read_rows
+from diptych.stage.run import run_stage
 from reference.folders import make_stage
 
 QUERIES, LIMIT, PAIRS = 300, 20, 1500

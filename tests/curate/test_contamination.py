@@ -8,10 +8,10 @@ import pytest
 from fetching import execute
 from PIL import Image, ImageFilter, ImageOps
 
-from diptych.curate.config_fetch import ContaminationConfig
-from diptych.curate.contamination import compare, run
-from diptych.curate.copies import CHANGES, VIEWS, distances, hash_encoded, hash_views, measure_curve
-from diptych.curate.pictures import hash_picture
+from diptych.curate.images.config import ContaminationConfig
+from diptych.curate.images.contamination import compare, run
+from diptych.curate.images.prepare import hash_picture
+from diptych.curate.images.threshold import CHANGES, VIEWS, distances, hash_encoded, hash_views, measure_curve
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair
 from diptych.shards.write import write_shards

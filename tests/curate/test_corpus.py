@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diptych.curate.corpus import find_inputs, read_documents
+from diptych.curate.queries.corpus import find_inputs, read_documents
 from diptych.errors import NotFoundError, UsageError
 
 DUMP = b"""<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/">

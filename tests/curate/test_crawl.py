@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 
 from curate.archives import http, packed, page, record, wat
-from diptych.curate.config_crawl import CrawlConfig
-from diptych.curate.crawl import Crawl, _in_batches, find_inputs, run
-from diptych.curate.pages import Drop, Page, read_pages
-from diptych.curate.parts import read_rows
-from diptych.curate.records import CANDIDATES, key_of, outcome
-from diptych.curate.tasks import run_stage
+from diptych.curate.pages.config import CrawlConfig
+from diptych.curate.pages.crawl import Crawl, _in_batches, find_inputs, run
+from diptych.curate.pages.page import Drop, Page, read_pages
+from diptych.curate.rows import CANDIDATES, key_of, outcome
 from diptych.errors import NotFoundError, UsageError
+from diptych.stage.folder import read_rows
+from diptych.stage.run import run_stage
 
 SETTINGS = {
     "texts": ("alt", "title", "figcaption"),

@@ -3,8 +3,8 @@ import website
 
 from diptych.cli import main
 from diptych.cli.curate import COMMANDS, ClipScore
-from diptych.curate.tasks import run_stage
 from diptych.shards.dataset import load_dataset
+from diptych.stage.run import run_stage
 from samples import TINY_VIT, encode, make_loaded, noise
 
 
@@ -125,8 +125,8 @@ def test_a_model_rates_pairs(tmp_path):
 
 
 def test_the_engine_of_the_command_line_is_the_one_that_stages_take():
-    from diptych.curate.config_curate import EngineConfig
-    from diptych.curate.tasks import executors
+    from diptych.stage.config import EngineConfig
+    from diptych.stage.run import executors
 
     with executors(EngineConfig(processes=3, redo=True)) as (execute, _):
         assert execute.func is run_stage

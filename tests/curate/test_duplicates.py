@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.curate.duplicates import find_near, first_alike, near_duplicates, perceptual_hashes
+from diptych.curate.images.phash import find_near, first_alike, near_duplicates, perceptual_hashes
 from diptych.errors import UsageError
 from samples import COLOURS, SHAPES, draw, encode, noise
 

@@ -5,11 +5,11 @@ import random
 import pytest
 
 from curate.archives import wat
-from diptych.curate import extract as parts
-from diptych.curate.charset import decode
-from diptych.curate.extract import Extract, Found
-from diptych.curate.links import URL_SCHEME
-from diptych.curate.pages import Page
+from diptych.curate.pages import extract as parts
+from diptych.curate.pages.charset import decode
+from diptych.curate.pages.extract import Extract, Found
+from diptych.curate.pages.links import URL_SCHEME
+from diptych.curate.pages.page import Page
 from reference.extract import find_pairs
 
 EXTRACT = Extract(texts=("alt", "title", "figcaption"), lazy=("data-src",), srcset=True, opt_outs=("noai", "noindex"))

@@ -14,12 +14,12 @@ import pytest
 from fetching import config_for, execute, fetch, serve, write_pairs
 from PIL import Image
 
-from diptych.curate.address import Guard
-from diptych.curate.fetch import fetch_partition, forget
-from diptych.curate.ledger import Ledger
-from diptych.curate.parts import read_manifest, read_rows
-from diptych.curate.records import CANDIDATES
+from diptych.curate.fetch.guard import Guard
+from diptych.curate.fetch.ledger import Ledger
+from diptych.curate.fetch.run import fetch_partition, forget
+from diptych.curate.rows import CANDIDATES
 from diptych.errors import DownloadError, RunLockedError, UsageError
+from diptych.stage.folder import read_manifest, read_rows
 
 
 def rows_of(folder: Path) -> list[dict]:

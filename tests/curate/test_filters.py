@@ -6,11 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from diptych.curate.config_crawl import FilterConfig
-from diptych.curate.filters import Filter, run
-from diptych.curate.records import CANDIDATES, key_of, outcome
-from diptych.curate.tasks import run_stage
+from diptych.curate.rows import CANDIDATES, key_of, outcome
+from diptych.curate.text.config import FilterConfig
+from diptych.curate.text.filter import Filter, run
 from diptych.errors import UsageError
+from diptych.stage.run import run_stage
 
 EXAMPLES = {
     "A red car parked in front of a house": None,

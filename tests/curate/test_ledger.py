@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from diptych.curate import ledger as room
-from diptych.curate.ledger import Ledger, Reader, partition_of
+from diptych.curate.fetch import ledger as room
+from diptych.curate.fetch.ledger import Ledger, Reader, partition_of
 from diptych.errors import RunLockedError
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from diptych.curate.links import URL_INVALID, URL_TOO_LONG, Base, largest_candidate, resolve, split_srcset
+from diptych.curate.pages.links import URL_INVALID, URL_TOO_LONG, Base, largest_candidate, resolve, split_srcset
 from reference.links import split_srcset as split_slowly
 
 # addresses of the URL standard's published tests, against the base http://example.org/foo/bar; None: no address

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from diptych import files
-from diptych.curate.config_match import MatchConfig
-from diptych.curate.match import Match, Matcher, queries_file, run
-from diptych.curate.parts import read_manifest, read_rows
-from diptych.curate.records import CANDIDATES, MATCHED
-from diptych.curate.tasks import run_stage
+from diptych.curate.balance.config import MatchConfig
+from diptych.curate.balance.match import Match, Matcher, queries_file, run
+from diptych.curate.rows import CANDIDATES, MATCHED
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair, to_batch
+from diptych.stage.folder import read_manifest, read_rows
+from diptych.stage.run import run_stage
 from reference.folders import make_stage
 from reference.match_many import RULES, differing
 

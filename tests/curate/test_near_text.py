@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diptych.curate.config_crawl import NearTextConfig
-from diptych.curate.near_text import DUPLICATE, SIGNED, MinHash, Strike, band_rows, judge, run
-from diptych.curate.parts import part_paths, read_part, read_rows
-from diptych.curate.records import CANDIDATES, key_of, with_reason
-from diptych.curate.tasks import Task, part_name, run_stage
+from diptych.curate.rows import CANDIDATES, key_of, with_reason
+from diptych.curate.text.config import NearTextConfig
+from diptych.curate.text.dedup import DUPLICATE, SIGNED, MinHash, Strike, band_rows, judge, run
 from diptych.errors import ShardError, UsageError
+from diptych.stage.folder import part_paths, read_part, read_rows
+from diptych.stage.run import Task, part_name, run_stage
 from reference.near_text import judge as judge_slowly
 from reference.near_text import similarity
 

@@ -5,9 +5,9 @@ import random
 import pytest
 
 import reference.ngrams as slow
-from diptych.curate import ngrams
-from diptych.curate.match import split_words
-from diptych.curate.ngrams import Runs, count_ngrams
+from diptych.curate.queries import ngrams
+from diptych.curate.queries.ngrams import Runs, count_ngrams
+from diptych.curate.text.words import split_words
 
 
 def draw_lines(count: int) -> list[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from curate.misbehave import Misbehave
-from diptych.curate.extract import Extract
-from diptych.curate.pages import Page
-from diptych.curate.parser import PAGE_CRASH, PAGE_ERROR, PAGE_MEMORY, PAGE_TIME, Parser, ParserStartError
+from diptych.curate.pages.extract import Extract
+from diptych.curate.pages.page import Page
+from diptych.curate.pages.sandbox import PAGE_CRASH, PAGE_ERROR, PAGE_MEMORY, PAGE_TIME, Parser, ParserStartError
 
 EXTRACT = Extract(texts=("alt",), lazy=(), srcset=True, opt_outs=())
 GOOD = b"<img src=a alt=b>"

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from diptych.curate.pictures import hash_picture, looks_like_picture, on_white, prepare, read_known
+from diptych.curate.images.blocklist import read_known
+from diptych.curate.images.prepare import hash_picture, looks_like_picture, on_white, prepare
 from diptych.errors import NotFoundError, PictureError, UsageError
 from samples import encode, noise
 

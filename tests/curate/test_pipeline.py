@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import website
 
-from diptych.curate import delete, parts, pipeline
-from diptych.curate.config_curate import DeleteConfig, EngineConfig, PipelineConfig
-from diptych.curate.records import draw
-from diptych.curate.report import read_funnel
-from diptych.curate.tasks import executors
+from diptych.curate import delete, pipeline
+from diptych.curate.config import DeleteConfig, PipelineConfig
+from diptych.curate.funnel import read_funnel
+from diptych.curate.rows import draw
 from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
+from diptych.stage import folder as parts
+from diptych.stage.config import EngineConfig
+from diptych.stage.run import executors
 from samples import train_config
 
 

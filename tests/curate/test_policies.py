@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference.balance as slow
-from diptych.curate.policies import Matches, build_plan, hash_keys, match_draws, pair_draws
+from diptych.curate.balance.policies import Matches, build_plan, hash_keys, match_draws, pair_draws
 
 QUERIES, LIMIT = 300, 20
 

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.test_query_sources import make_wordnet
-from diptych.curate.config_match import QueriesConfig
-from diptych.curate.match import Matcher
-from diptych.curate.queries import format_report, run
+from diptych.curate.balance.match import Matcher
+from diptych.curate.queries.build import format_report, run
+from diptych.curate.queries.config import QueriesConfig
 from diptych.errors import UsageError
 
 LINES = ["a hot dog in New York", "the hot dog", "New York, the city", "a cat in the city", "hot dog; a", "the the the"]

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from diptych.curate.sources import clean_title, count_views, read_list, read_wordnet
+from diptych.curate.queries.lists import clean_title, count_views, read_list, read_wordnet
 from diptych.errors import NotFoundError, UsageError
 
 NOUNS = b"".join(

@@ -3,8 +3,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from diptych.curate.config_fetch import OPT_OUTS
-from diptych.curate.robots import ALLOW_ALL, UNREACHABLE, matches, opts_out, parse_robots
+from diptych.curate.fetch.config import OPT_OUTS
+from diptych.curate.fetch.robots import ALLOW_ALL, UNREACHABLE, matches, opts_out, parse_robots
 
 RFC_EXAMPLE = """
 User-Agent: *

@@ -1,4 +1,4 @@
-from diptych.curate.schedule import Job, Schedule, host_of
+from diptych.curate.fetch.schedule import Job, Schedule, host_of
 
 
 def jobs(*urls: str) -> list[Job]:

@@ -11,16 +11,16 @@ from fetching import execute
 from PIL import ImageOps
 from test_contamination import scene
 
-from diptych.curate.config_fetch import PicturesConfig
-from diptych.curate.job import Task
-from diptych.curate.parts import read_rows
-from diptych.curate.pictures import hash_picture
-from diptych.curate.records import CANDIDATES, with_reason
-from diptych.curate.select import FACTS, decide, run
-from diptych.curate.tasks import part_name
+from diptych.curate.images.config import PicturesConfig
+from diptych.curate.images.prepare import hash_picture
+from diptych.curate.images.select import FACTS, decide, run
+from diptych.curate.rows import CANDIDATES, with_reason
 from diptych.errors import UsageError
 from diptych.pair import Pair
 from diptych.shards.write import write_shards
+from diptych.stage.folder import read_rows
+from diptych.stage.job import Task
+from diptych.stage.run import part_name
 from samples import encode
 
 

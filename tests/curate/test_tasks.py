@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import stages
 
-from diptych.curate import parts
-from diptych.curate.records import CANDIDATES, draw, key_of, with_reason
-from diptych.curate.tasks import run_stage, tasks_of
+from diptych.curate.rows import CANDIDATES, draw, key_of, with_reason
 from diptych.errors import NotFoundError, RunLockedError, ShardError, TaskLostError, UsageError
+from diptych.stage import folder as parts
+from diptych.stage.run import run_stage, tasks_of
 
 run_half = partial(run_stage, config={"rule": "digit"}, schema=CANDIDATES)
 
@@ -250,7 +250,7 @@ def _members(group: int) -> list[str]:
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
-    from diptych.curate.tasks import locked
+    from diptych.stage.run import locked
 
     stages.crawl(tmp_path)
     (tmp_path / "half").mkdir()

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.curate.trie import UNKNOWN, Edges, WordTrie
+from diptych.curate.balance.trie import UNKNOWN, Edges, WordTrie
 
 WORDS = st.lists(st.sampled_from("abc"), max_size=5)
 

@@ -11,8 +11,8 @@ from itertools import accumulate
 import pytest
 
 from curate.archives import packed, page, record
-from diptych.curate import warc
-from diptych.curate.warc import DAMAGED, TOO_LARGE, TRUNCATED, Damage, Record, read_records
+from diptych.curate.pages import warc
+from diptych.curate.pages.warc import DAMAGED, TOO_LARGE, TRUNCATED, Damage, Record, read_records
 
 URLS = [f"http://a.example/{i}" for i in range(40)]
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from diptych.curate.wikitext import NAMESPACES, strip_markup
+from diptych.curate.queries.wikitext import NAMESPACES, strip_markup
 
 
 @pytest.mark.parametrize(

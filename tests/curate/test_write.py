@@ -8,13 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import stages
 
-from diptych.curate import delete, parts, write
-from diptych.curate.config_curate import DeleteConfig, WriteConfig
-from diptych.curate.records import BALANCED
-from diptych.curate.tasks import run_job, run_stage, tasks_of
+from diptych.curate import delete, write
+from diptych.curate.config import DeleteConfig, WriteConfig
+from diptych.curate.rows import BALANCED
 from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.shards.dataset import load_dataset
 from diptych.shards.tombstones import TOMBSTONES_FILE, read_tombstones
+from diptych.stage import folder as parts
+from diptych.stage.run import run_job, run_stage, tasks_of
 
 
 def fetched(work: Path) -> Path:

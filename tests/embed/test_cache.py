@@ -15,7 +15,7 @@ from diptych.embed.cache import FeatureCache, content_key
 from diptych.embed.images import embed_images, image_space
 from diptych.embed.texts import embed_texts, text_space
 from diptych.errors import UsageError
-from diptych.evaluate.metrics import retrieval
+from diptych.evaluate.metrics.measures import retrieval
 from samples import TINY_VIT, make_loaded, make_pairs
 
 WIDTH = 64

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.ahead import map_ahead
 from diptych.embed.images import ImageTower, embed_images, encode_each
 from diptych.errors import PictureError
-from diptych.model.precision import choose_precision
+from diptych.model.inference.precision import choose_precision
+from diptych.prefetch import map_ahead
 from samples import TINY_RESNET, TINY_VIT, encode, make_loaded, noise
 
 CONV_STEM = replace(TINY_VIT, vision=replace(TINY_VIT.vision, stem="conv"))

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diptych.embed.inputs import open_inputs
-from diptych.embed.parts import plan_parts
-from diptych.embed.pipeline import iter_stretches
+from diptych.embed.bulk.folder import plan_parts
+from diptych.embed.bulk.inputs import open_inputs
+from diptych.embed.bulk.pipeline import iter_stretches
 from diptych.embed.sources import Source, fetch
 from diptych.errors import NotFoundError, PictureError, UsageError
 from samples import draw, encode, write_samples, write_tar

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from diptych.checkpoint.layouts import save
-from diptych.embed.config import EmbedConfig, OutputConfig, WorkConfig
-from diptych.embed.read import load_features
-from diptych.embed.run import run
+from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.embed.bulk.read import load_features
+from diptych.embed.bulk.run import run
 from samples import TINY_VIT, encode, make_loaded, noise
 
 ray = pytest.importorskip("ray")

@@ -13,10 +13,10 @@ import pytest
 
 from diptych.checkpoint.layouts import save
 from diptych.cli import main
-from diptych.embed.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.embed.bulk.read import load_features
+from diptych.embed.bulk.run import EmbedProgress, EmbedReport, locked, run
 from diptych.embed.images import embed_images
-from diptych.embed.read import load_features
-from diptych.embed.run import EmbedProgress, EmbedReport, locked, run
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, RunLockedError, UsageError
 from samples import TINY_VIT, draw, encode, make_loaded, make_pairs, noise, write_samples

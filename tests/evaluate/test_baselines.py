@@ -11,10 +11,10 @@ from torch import nn
 
 import made_up_results as made
 from diptych.errors import DownloadError, UsageError
-from diptych.evaluate.baselines import Baseline, baseline, describe, embed_baseline, is_baseline, load_baseline
-from diptych.evaluate.figures_size import probe_over_size
+from diptych.evaluate.models.baselines import Baseline, baseline, describe, embed_baseline, is_baseline, load_baseline
+from diptych.evaluate.report.figures.size import probe_over_size
+from diptych.evaluate.report.results_table import load_study
 from diptych.evaluate.results import save_model
-from diptych.evaluate.study import load_study
 from diptych.image import Preprocess
 
 TIMM = """
@@ -148,7 +148,7 @@ def test_without_timm_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_a_module_of_the_user_may_hold_a_baseline_or_a_function_that_makes_one(tmp_path, monkeypatch):
     (tmp_path / "my_models.py").write_text(
-        "from diptych.evaluate.baselines import baseline\n"
+        "from diptych.evaluate.models.baselines import baseline\n"
         "ready = baseline('ready', lambda images: images.mean(dim=(2, 3)), image_size=8)\n"
         "def make():\n    return ready\n"
         "number = 3\n"

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from diptych.errors import NotFoundError, UsageError
-from diptych.evaluate import bias
-from diptych.evaluate.metrics import wilson_interval
+from diptych.evaluate.metrics import bias
+from diptych.evaluate.metrics.measures import wilson_interval
 
 RACES = ("White", "Black", "Indian")
 

@@ -6,8 +6,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from diptych.errors import DatasetError
-from diptych.evaluate.assignment import assign, find_permutation
-from diptych.evaluate.classify import (
+from diptych.evaluate.metrics.assignment import assign, find_permutation
+from diptych.evaluate.metrics.classification import (
     best_class,
     calibration,
     calibration_error,
@@ -16,7 +16,7 @@ from diptych.evaluate.classify import (
     score_multi,
     score_single,
 )
-from diptych.evaluate.metrics import accuracy
+from diptych.evaluate.metrics.measures import accuracy
 
 NAMES = [f"class {i}" for i in range(10)]
 

@@ -18,12 +18,12 @@ from diptych.checkpoint import layouts
 from diptych.embed.sources import fetch
 from diptych.errors import DatasetError, DownloadError, NotFoundError, UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.labels import number_labels
-from diptych.evaluate.places import fetch_wds, locate
-from diptych.evaluate.registry import Place, load_dataset, load_own
+from diptych.evaluate.datasets.download import fetch_wds, locate
+from diptych.evaluate.datasets.labels import number_labels
+from diptych.evaluate.datasets.layouts import find_layout, open_samples
+from diptych.evaluate.datasets.registry import Place, load_dataset, load_own
+from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.run import run
-from diptych.evaluate.samples import Samples
-from diptych.evaluate.sources import find_layout, open_samples
 from samples import TINY_VIT, make_loaded, write_samples, write_tar
 
 

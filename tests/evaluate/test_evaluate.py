@@ -15,9 +15,9 @@ from diptych.cli import main
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, UsageError
-from diptych.evaluate.baselines import baseline
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.metrics import accuracy, retrieval
+from diptych.evaluate.metrics.measures import accuracy, retrieval
+from diptych.evaluate.models.baselines import baseline
 from diptych.evaluate.results import iter_results, load_models
 from diptych.evaluate.run import run
 from diptych.zeroshot import ZeroShotClassifier

@@ -11,8 +11,8 @@ from diptych.cli.train import build_evaluators, check_keep_best
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, UsageError
-from diptych.evaluate import examine
-from diptych.evaluate.metrics import accuracy, mean_per_class_recall, retrieval
+from diptych.evaluate import training_evaluators
+from diptych.evaluate.metrics.measures import accuracy, mean_per_class_recall, retrieval
 from diptych.zeroshot import ZeroShotClassifier
 from samples import COLOURS, SHAPES, TINY_VIT, draw, encode, make_loaded, make_pairs, write_samples, write_tar
 
@@ -30,7 +30,7 @@ def folders(path: Path) -> Path:
     return path
 
 
-def ask(spec: str, **options) -> tuple[examine.Examiner, dict[str, float]]:
+def ask(spec: str, **options) -> tuple[training_evaluators.Examiner, dict[str, float]]:
     loaded = make_loaded(TINY_VIT)
     (evaluator,) = build_evaluators((spec,), loaded.tokenizer, loaded.preprocess, **options)
     return evaluator, evaluator(loaded.model)

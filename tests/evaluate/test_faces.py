@@ -5,9 +5,9 @@ from recipes.faces import FaceProbe, main
 
 from diptych.checkpoint.layouts import save
 from diptych.errors import UsageError
-from diptych.evaluate.report_tables import build_tables
+from diptych.evaluate.report.results_table import load_study
+from diptych.evaluate.report.tables import build_tables
 from diptych.evaluate.results import load_result
-from diptych.evaluate.study import load_study
 from samples import COLOURS, SHAPES, TINY_VIT, draw, encode, make_loaded
 
 RACES = ("White", "Black", "Latino_Hispanic")

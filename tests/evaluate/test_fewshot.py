@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diptych.errors import UsageError
-from diptych.evaluate import fewshot
-from diptych.evaluate.config_probe import FewShotConfig
-from diptych.evaluate.fewshot import batches, data_efficiency, draw, few_shot, mean_square
+from diptych.evaluate.probe import fewshot
+from diptych.evaluate.probe.config import FewShotConfig
+from diptych.evaluate.probe.fewshot import batches, data_efficiency, draw, few_shot, mean_square
 from reference import probe as plain
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.evaluate import logistic
-from diptych.evaluate.logistic import Point, Problem
+from diptych.evaluate.probe import logistic
+from diptych.evaluate.probe.logistic import Point, Problem
 from reference import probe as plain
 
 PATH = [10.0**decade for decade in range(6, -7, -1)]

@@ -8,12 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
+from recipes.made import drawings
+from recipes.made.datasets import make_counting, make_datasets, make_digits, make_rendered_text
+from recipes.made.drawings import BAD, GOOD, Draws, place_objects, write_sentence
 
 from diptych.errors import UsageError
-from diptych.evaluate import drawings
-from diptych.evaluate.drawings import BAD, GOOD, Draws, place_objects, write_sentence
-from diptych.evaluate.examine import open_set
-from diptych.evaluate.made import make_counting, make_datasets, make_digits, make_rendered_text
+from diptych.evaluate.training_evaluators import open_set
 
 
 def read(folder):
@@ -165,7 +165,7 @@ def test_too_few_pictures_and_unknown_names_are_refused(tmp_path):
 
 
 def test_sentences_run_out_with_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.evaluate.made.write_sentence", lambda draws, label: "the same")
+    monkeypatch.setattr("recipes.made.datasets.write_sentence", lambda draws, label: "the same")
     with pytest.raises(UsageError, match="ask for fewer"):
         make_rendered_text(tmp_path / "text", train=2, test=2)
     assert not (tmp_path / "text").exists()

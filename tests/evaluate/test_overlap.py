@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from diptych.errors import UsageError
-from diptych.evaluate.overlap import at_least, bonferroni, clopper_pearson, measure_overlap
+from diptych.evaluate.metrics.overlap import at_least, bonferroni, clopper_pearson, measure_overlap
 
 CASES = [(0, 1), (1, 1), (0, 12), (5, 12), (12, 12), (97, 100), (1, 5000), (2500, 5000), (4999, 5000)]
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as theirs
 
-from diptych.evaluate.metrics import (
+from diptych.evaluate.metrics.measures import (
     METRICS,
     accuracy,
     average_precision,

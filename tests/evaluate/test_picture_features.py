@@ -10,10 +10,10 @@ from exams import NAMES, pictures, write_shapes, write_wds
 from diptych.embed.cache import FeatureCache
 from diptych.embed.images import ImageTower, embed_images, image_space, project
 from diptych.errors import DatasetError
-from diptych.evaluate import features
-from diptych.evaluate.features import Embedder, cut_border, eyes_of
-from diptych.evaluate.registry import Place
-from diptych.evaluate.sources import open_samples
+from diptych.evaluate.datasets.layouts import open_samples
+from diptych.evaluate.datasets.registry import Place
+from diptych.evaluate.models import features
+from diptych.evaluate.models.features import Embedder, cut_border, eyes_of
 from diptych.image import decode
 from samples import TINY_RESNET, TINY_VIT, draw, encode, make_loaded
 
@@ -102,8 +102,8 @@ def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
         "from diptych import ranks\n"
         "from diptych.embed.cache import FeatureCache\n"
         "from diptych.evaluate import features\n"
-        "from diptych.evaluate.registry import Place\n"
-        "from diptych.evaluate.sources import open_samples\n"
+        "from diptych.evaluate.datasets.registry import Place\n"
+        "from diptych.evaluate.datasets.layouts import open_samples\n"
         "from samples import TINY_VIT, make_loaded\n"
         "features.CHUNK = 5\n"
         "root, us = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"

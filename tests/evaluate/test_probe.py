@@ -8,9 +8,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from diptych.errors import UsageError
-from diptych.evaluate.config_probe import ProbeConfig
-from diptych.evaluate.metrics import accuracy, mean_per_class_recall
-from diptych.evaluate.probe import hold_out, linear_probe, search
+from diptych.evaluate.metrics.measures import accuracy, mean_per_class_recall
+from diptych.evaluate.probe.config import ProbeConfig
+from diptych.evaluate.probe.search import hold_out, linear_probe, search
 from reference import probe as plain
 
 

@@ -19,11 +19,11 @@ from diptych.checkpoint import layouts
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
+from diptych.evaluate.cell import NEEDED
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.metrics import accuracy
-from diptych.evaluate.prompts import build_weights, embed_templates, join_templates, search_templates
+from diptych.evaluate.metrics.measures import accuracy
+from diptych.evaluate.protocols.prompts import build_weights, embed_templates, join_templates, search_templates
 from diptych.evaluate.run import run
-from diptych.evaluate.step import NEEDED
 from diptych.zeroshot import ZeroShotClassifier, build_classifier
 from samples import TINY_VIT, make_loaded
 
@@ -53,7 +53,7 @@ def test_joined_templates_are_the_classifier_of_the_zero_shot_room(monkeypatch):
     table = embed_templates(partial(embed_texts, loaded), names, TEMPLATES)
     torch.testing.assert_close(join_templates(table), expected, atol=1e-6, rtol=0)
     for at_once in (1, 9, 1000):
-        monkeypatch.setattr("diptych.evaluate.prompts.CLASSES", at_once)
+        monkeypatch.setattr("diptych.evaluate.protocols.prompts.CLASSES", at_once)
         torch.testing.assert_close(
             build_weights(partial(embed_texts, loaded), names, TEMPLATES), expected, atol=1e-6, rtol=0
         )
@@ -77,7 +77,7 @@ def greedy(features, labels, table, metric):
 
 @pytest.mark.parametrize("keep", [1 << 28, 0])
 def test_the_search_is_the_plain_greedy_one(monkeypatch, keep):
-    monkeypatch.setattr("diptych.evaluate.prompts.KEPT", keep)
+    monkeypatch.setattr("diptych.evaluate.protocols.prompts.KEPT", keep)
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         table = torch.nn.functional.normalize(torch.randn(12, 6, 16, generator=generator), dim=-1)
@@ -163,8 +163,8 @@ def test_the_overlap_divides_the_answers(model, tmp_path):
 
 
 def test_probes_train_on_features_before_the_projection(model, tmp_path):
-    pytest.importorskip("diptych.evaluate.probe")
-    pytest.importorskip("diptych.evaluate.fewshot")
+    pytest.importorskip("diptych.evaluate.probe.search")
+    pytest.importorskip("diptych.evaluate.probe.fewshot")
     write_shapes(tmp_path / "shapes")
     write_shapes(tmp_path / "shapes", split="train", each=8)
     suite = write_own(tmp_path / "mine.toml")
@@ -218,7 +218,7 @@ def test_folds_that_do_not_fit_are_refused(model, tmp_path, text, said):
 
 
 def test_a_probe_without_training_pictures_is_refused_and_the_rest_done(model, tmp_path):
-    pytest.importorskip("diptych.evaluate.probe")
+    pytest.importorskip("diptych.evaluate.probe.search")
     write_shapes(tmp_path / "shapes")
     report = evaluate(model, tmp_path, write_own(tmp_path / "mine.toml"), protocols=("zeroshot", "probe"))
     assert [result.protocol for result in report.results] == ["zeroshot"]

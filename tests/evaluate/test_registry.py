@@ -3,7 +3,7 @@ from itertools import chain
 import pytest
 
 from diptych.errors import DatasetError, NotFoundError, UsageError
-from diptych.evaluate.registry import (
+from diptych.evaluate.datasets.registry import (
     SUITES,
     known_datasets,
     load_dataset,

@@ -15,12 +15,12 @@ import pytest
 import made_up_results as made
 from diptych.cli import main
 from diptych.errors import UsageError
-from diptych.evaluate.figures import FIGURES, build_charts
+from diptych.evaluate.metrics.robustness import TableRow
 from diptych.evaluate.references import PAPER27
-from diptych.evaluate.report import describe, write_report
+from diptych.evaluate.report.figures.build import FIGURES, build_charts
+from diptych.evaluate.report.html import describe, write_report
+from diptych.evaluate.report.results_table import load_study
 from diptych.evaluate.results import PROTOCOLS
-from diptych.evaluate.robustness import TableRow
-from diptych.evaluate.study import load_study
 
 pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
 pytest.importorskip("jinja2", reason="the extra `report` is not installed")

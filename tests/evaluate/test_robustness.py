@@ -8,8 +8,8 @@ import torch
 from scipy import special, stats
 
 from diptych.errors import NotFoundError, UsageError
-from diptych.evaluate.metrics import accuracy
-from diptych.evaluate.robustness import (
+from diptych.evaluate.metrics.measures import accuracy
+from diptych.evaluate.metrics.robustness import (
     effective_robustness,
     fit_line,
     fit_shift,

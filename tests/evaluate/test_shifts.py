@@ -13,12 +13,12 @@ from diptych.embed.images import ImageTower, embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.features import cut_border
-from diptych.evaluate.metrics import accuracy
-from diptych.evaluate.prompts import build_weights
-from diptych.evaluate.registry import load_dataset
+from diptych.evaluate.datasets.registry import load_dataset
+from diptych.evaluate.metrics.measures import accuracy
+from diptych.evaluate.metrics.robustness import map_classes
+from diptych.evaluate.models.features import cut_border
+from diptych.evaluate.protocols.prompts import build_weights
 from diptych.evaluate.results import Result, save_result
-from diptych.evaluate.robustness import map_classes
 from diptych.evaluate.run import run
 from diptych.image import decode
 from samples import TINY_VIT, draw, encode, make_loaded

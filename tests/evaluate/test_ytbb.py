@@ -9,8 +9,8 @@ from exams import pictures
 from recipes import ytbb
 
 from diptych.errors import DatasetError, NotFoundError, UsageError
-from diptych.evaluate.registry import Place, load_dataset
-from diptych.evaluate.sources import open_samples
+from diptych.evaluate.datasets.layouts import open_samples
+from diptych.evaluate.datasets.registry import Place, load_dataset
 
 ANCHORS = ["good", "bad", "unsure", "horse", "person"]
 PAIRS = ["similar", "dissimilar", "blur-increase", "bad-anchor", "correct"]

@@ -12,7 +12,7 @@ from diptych.errors import UsageError
 from diptych.model import cost
 from diptych.model.clip import CLIP
 from diptych.model.config import PRESETS, SMALL_PRESETS, get_preset
-from diptych.train.parallel import recompute_blocks
+from diptych.train.parallel.wrap import recompute_blocks
 from samples import TINY_RESNET, TINY_VIT
 
 PAIRS, TOKENS = 8, 13

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diptych.model import precision
 from diptych.model.clip import CLIP
 from diptych.model.config import TextConfig
-from diptych.model.precision import choose_precision, get_ready
+from diptych.model.inference import precision
+from diptych.model.inference.precision import choose_precision, get_ready
+from diptych.model.inference.text import encode_texts
 from diptych.model.text import TextTransformer
-from diptych.model.trie import encode_texts
 from diptych.tokenizer import Tokenizer
 from samples import TINY_VIT
 
@@ -99,7 +99,7 @@ def test_a_precision_that_does_not_exist_is_refused():
     # In a process of its own: here the type hook would speak first.
     code = (
         "import torch\n"
-        "from diptych.model.precision import choose_precision\n"
+        "from diptych.model.inference.precision import choose_precision\n"
         "try: choose_precision('bf16', torch.device('cpu'))\n"
         "except ValueError as error: print(error)\n"
     )

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diptych.model import int8
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig, TextConfig, ViTConfig
-from diptych.model.quick_vision import READ, attend, get_encoder
+from diptych.model.inference import int8
+from diptych.model.inference.vision import READ, attend, get_encoder
 from diptych.model.vision import VisionTransformer
 from reference.int8 import encode_int8
 from samples import TINY_RESNET, TINY_VIT

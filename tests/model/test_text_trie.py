@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from diptych.model.config import CLIPConfig
-from diptych.model.precision import get_ready
+from diptych.model.inference.precision import get_ready
+from diptych.model.inference.text import build_tries, encode_texts, sort_rows
 from diptych.model.text import TextTransformer
-from diptych.model.trie import build_tries, encode_texts, sort_rows
 from diptych.tokenizer import Tokenizer
 from reference import texts as slow
 from samples import TINY_VIT

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diptych.curate.job import Task
-from diptych.curate.records import with_reason
-from diptych.curate.tasks import part_name, run_stage
+from diptych.curate.rows import with_reason
 from diptych.pair import Pair, to_batch
+from diptych.stage.job import Task
+from diptych.stage.run import part_name, run_stage
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ characters that compose, vanish or stand alone, every blank and every mark that 
 import random
 import sys
 
-from diptych.curate.match import Matcher
+from diptych.curate.balance.match import Matcher
 from reference.match import find_queries
 
 PIECES = ["dog", "Dog", "hot", "hot dog", "straße", "STRASSE", "İ", "i̇", "ﬁ", "fi", "犬", "小犬", "🐶", "❤️", "\u200b"]

@@ -5,7 +5,7 @@
 
 from collections import defaultdict
 
-from diptych.curate.match import normalise
+from diptych.curate.text.words import normalise
 
 
 def pieces(text: str) -> set[str]:

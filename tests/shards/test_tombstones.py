@@ -6,7 +6,7 @@ import server
 import torch
 
 from diptych.errors import ShardError
-from diptych.evaluate.examine import open_set
+from diptych.evaluate.training_evaluators import open_set
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
 from diptych.shards.loader import Batch, Loader

@@ -14,7 +14,8 @@ from diptych.pair import Pair
 from diptych.shards.config import SourceConfig
 from diptych.shards.dataset import load_dataset
 from diptych.shards.write import write_shards
-from diptych.train import features, loop
+from diptych.train import loop
+from diptych.train.finetune import features
 from samples import TINY_VIT, encode, make_loaded, make_pairs, noise, train_config, write_samples
 
 

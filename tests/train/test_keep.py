@@ -11,10 +11,10 @@ import fsspec
 import jobs
 import pytest
 
-from diptych.checkpoint import native
+from diptych.checkpoint.formats import native
 from diptych.errors import CheckpointError, RunLockedError, UsageError
 from diptych.train import loop
-from diptych.train.keep import Mirror, locked
+from diptych.train.run_folder.checkpoints import Mirror, locked
 from samples import train_config, write_samples
 
 

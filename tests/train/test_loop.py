@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import kill
-from diptych.checkpoint import layouts, native
+from diptych.checkpoint import layouts
+from diptych.checkpoint.formats import native
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NonFiniteLossError, UsageError
-from diptych.evaluate.metrics import retrieval
+from diptych.evaluate.metrics.measures import retrieval
 from diptych.model.clip import CLIP
 from diptych.pair import Pair
 from diptych.shards.dataset import load_dataset

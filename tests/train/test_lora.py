@@ -11,8 +11,9 @@ from torch import nn
 
 from diptych.checkpoint import layouts
 from diptych.model.clip import CLIP
-from diptych.train import loop, lora
+from diptych.train import loop
 from diptych.train.config import StartConfig
+from diptych.train.finetune import lora
 from samples import TINY_RESNET, TINY_VIT, make_loaded, train_config, write_samples
 
 

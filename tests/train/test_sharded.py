@@ -8,7 +8,7 @@ from pathlib import Path
 import jobs
 import pytest
 
-from diptych.checkpoint import native
+from diptych.checkpoint.formats import native
 from samples import write_samples
 
 FILES = ("model.safetensors", "training.safetensors")

@@ -12,9 +12,9 @@ from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
 from diptych.train import loop
 from diptych.train.config import StartConfig, TrainConfig
+from diptych.train.finetune.start import choose_lr_scales, lock
 from diptych.train.optim import build_optimizer
 from diptych.train.recipe import FINETUNE
-from diptych.train.start import choose_lr_scales, lock
 from samples import SMALL_VOCABULARY, TINY_RESNET, TINY_VIT, make_loaded, small, train_config, write_samples
 
 

@@ -13,7 +13,7 @@ from diptych.model.clip import CLIP
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Position
 from diptych.train.loss import clip_loss, siglip_loss
-from diptych.train.micro import choose_micro_batch_size, kept_bytes
+from diptych.train.parallel.micro_batch import choose_micro_batch_size, kept_bytes
 from diptych.train.step import Step
 from samples import TINY_RESNET, TINY_VIT
 

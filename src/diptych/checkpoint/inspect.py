@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from diptych import files
-from diptych.checkpoint import archive
 from diptych.checkpoint.layouts import open_checkpoint
 from diptych.checkpoint.loaded import Loaded, Opened, build, build_meta
 from diptych.checkpoint.sources import expected_sha256
-from diptych.checkpoint.tensors import short
+from diptych.checkpoint.weights import archive
+from diptych.checkpoint.weights.tensors import short
 from diptych.config import to_dict
 from diptych.errors import ActivationUnknownError, CheckpointError
 from diptych.model.config import PRESETS, Activation, CLIPConfig

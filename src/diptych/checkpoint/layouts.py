@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from diptych import files
-from diptych.checkpoint import huggingface, native, onnx, open_clip, openai, sources, surgery
+from diptych.checkpoint import sources, surgery
+from diptych.checkpoint.formats import native, onnx, open_clip, openai, transformers
 from diptych.checkpoint.loaded import Loaded, Opened, build
-from diptych.checkpoint.tensors import read_json
+from diptych.checkpoint.weights.tensors import read_json
 from diptych.config import to_dict
 from diptych.errors import CheckpointError, NotFoundError, UsageError, unknown_name
 from diptych.model.config import Activation, check_activation
@@ -81,8 +82,10 @@ def open_checkpoint(source: str | Path, *, activation: Activation | None = None,
         opened = native.open_folder(folder)
     elif describes(open_clip.CONFIG, open_clip.WEIGHTS):
         return open_clip.open_folder(folder, weights, activation, published)
-    elif describes(huggingface.CONFIG, huggingface.WEIGHTS) and "model_type" in read_json(folder / huggingface.CONFIG):
-        opened = huggingface.open_folder(folder, weights)
+    elif describes(transformers.CONFIG, transformers.WEIGHTS) and "model_type" in read_json(
+        folder / transformers.CONFIG
+    ):
+        opened = transformers.open_folder(folder, weights)
     elif weights is not None:
         return openai.open_file(weights, activation, preset, published)
     elif any(folder.glob("step_*")):
@@ -101,7 +104,7 @@ def _no_checkpoint(folder: Path) -> NotFoundError:
     weights = sorted(file.name for pattern in ("*.pt", "*.bin", "*.safetensors") for file in folder.glob(pattern))
     hint = f"; name one of its files: {', '.join(weights[:5])}" if weights else ""
     return NotFoundError(
-        f"no checkpoint in {folder}: none of {native.DESCRIPTION}, {open_clip.CONFIG}, {huggingface.CONFIG}{hint}"
+        f"no checkpoint in {folder}: none of {native.DESCRIPTION}, {open_clip.CONFIG}, {transformers.CONFIG}{hint}"
     )
 
 
@@ -191,7 +194,7 @@ def check_place(out: Path, name: str, *, overwrite: bool) -> None:
 
 
 def _holds_a_model(folder: Path) -> bool:
-    names = {native.DESCRIPTION, open_clip.CONFIG, huggingface.CONFIG, *onnx.FILES.values()}
+    names = {native.DESCRIPTION, open_clip.CONFIG, transformers.CONFIG, *onnx.FILES.values()}
     return any((folder / name).is_file() for name in names) or not any(folder.iterdir())
 
 
@@ -209,7 +212,7 @@ def _write_onnx(folder: Path, loaded: Loaded) -> None:
 LAYOUTS: Mapping[str, Layout] = {
     "diptych": Layout(is_file=False, why_not=lambda _: None, write=native.write, check=_read_back),
     "open_clip": Layout(is_file=False, why_not=open_clip.why_not, write=open_clip.write, check=_read_back),
-    "transformers": Layout(is_file=False, why_not=huggingface.why_not, write=huggingface.write, check=_read_back),
+    "transformers": Layout(is_file=False, why_not=transformers.why_not, write=transformers.write, check=_read_back),
     "openai": Layout(is_file=True, why_not=openai.why_not, write=openai.write, check=_read_back),
     "onnx": Layout(
         is_file=False,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from diptych.checkpoint.tensors import TensorFile, short
-from diptych.checkpoint.weights import Source, Weights
+from diptych.checkpoint.weights.read import Source, Weights
+from diptych.checkpoint.weights.tensors import TensorFile, short
 from diptych.errors import CheckpointError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP

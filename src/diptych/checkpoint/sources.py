@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from diptych import files
-from diptych.checkpoint.tensors import beside, read_json, short
+from diptych.checkpoint.weights.tensors import beside, read_json, short
 from diptych.errors import CheckpointError, DownloadError, NotFoundError, UsageError, unknown_name
 from diptych.model.config import Activation
 

@@ -12,14 +12,18 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from diptych.curate.config_crawl import CrawlConfig, FilterConfig, NearTextConfig
-from diptych.curate.config_curate import DeleteConfig, EngineConfig, PipelineConfig, WriteConfig
-from diptych.curate.config_fetch import ContaminationConfig, FetchConfig, PicturesConfig
-from diptych.curate.config_match import BalanceConfig, MatchConfig, QueriesConfig
+from diptych.curate.balance.config import BalanceConfig, MatchConfig
+from diptych.curate.config import DeleteConfig, PipelineConfig, WriteConfig
+from diptych.curate.fetch.config import FetchConfig
+from diptych.curate.images.config import ContaminationConfig, PicturesConfig
+from diptych.curate.pages.config import CrawlConfig
+from diptych.curate.queries.config import QueriesConfig
+from diptych.curate.text.config import FilterConfig, NearTextConfig
+from diptych.stage.config import EngineConfig
 
 if TYPE_CHECKING:
     from diptych.checkpoint.loaded import Loaded
-    from diptych.curate.tasks import Execute, ExecuteJob, StageReport
+    from diptych.stage.run import Execute, ExecuteJob, StageReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class Queries:
     queries: QueriesConfig
 
     def __call__(self) -> int:
-        from diptych.curate import queries
+        from diptych.curate.queries import build as queries
 
         report = queries.run(self.queries)
         for name, source in report.sources.items():
@@ -47,7 +51,7 @@ class Crawl:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import crawl
+        from diptych.curate.pages import crawl
 
         with _executing(self.engine) as (execute, _):
             report = crawl.run(self.crawl, execute=execute)
@@ -62,7 +66,7 @@ class Filter:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import filters
+        from diptych.curate.text import filter as filters
 
         with _executing(self.engine) as (execute, _):
             report = filters.run(self.filter, execute=execute)
@@ -77,7 +81,7 @@ class Distinct:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import near_text
+        from diptych.curate.text import dedup as near_text
 
         with _executing(self.engine) as (execute, _):
             report = near_text.run(self.distinct, execute=execute)
@@ -92,7 +96,7 @@ class Match:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import match
+        from diptych.curate.balance import match
 
         with _executing(self.engine) as (execute, _):
             report = match.run(self.match, execute=execute)
@@ -107,7 +111,7 @@ class Balance:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import balance
+        from diptych.curate.balance import balance
 
         with _executing(self.engine) as (execute, _):
             report = balance.run(self.balance, execute=execute)
@@ -123,7 +127,7 @@ class Fetch:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import fetch
+        from diptych.curate.fetch import run as fetch
 
         with _executing(self.engine) as (execute, _), _counting("fetching") as show:
             report = fetch.run(self.fetch, execute=execute, on_progress=show)
@@ -139,7 +143,7 @@ class Pictures:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import select
+        from diptych.curate.images import select
 
         with _executing(self.engine) as (execute, _):
             score = None if self.pictures.model is None else ClipScore(self.pictures.model)
@@ -170,7 +174,7 @@ class Contamination:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate import contamination
+        from diptych.curate.images import contamination
 
         with _executing(self.engine) as (execute, _):
             report = contamination.run(self.contamination, execute=execute)
@@ -300,7 +304,7 @@ def _load_model(name: str) -> "Loaded":
 @contextlib.contextmanager
 def _executing(config: EngineConfig) -> "Iterator[tuple[Execute, ExecuteJob]]":
     """The engine, with a progress bar of the tasks of whatever stage is run."""
-    from diptych.curate.tasks import executors
+    from diptych.stage.run import executors
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

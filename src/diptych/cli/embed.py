@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diptych.cli.words import counted
-from diptych.embed.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
 from diptych.model.config import Activation
 
 if TYPE_CHECKING:
-    from diptych.embed.run import EmbedProgress, EmbedReport
+    from diptych.embed.bulk.run import EmbedProgress, EmbedReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Embed:
     work: WorkConfig = field(default_factory=WorkConfig)
 
     def __call__(self) -> int:
-        from diptych.embed.run import run
+        from diptych.embed.bulk.run import run
 
         config = EmbedConfig(
             model=self.model,

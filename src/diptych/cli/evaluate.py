@@ -19,9 +19,9 @@ from diptych.evaluate.results import Protocol
 from diptych.model.config import Activation, Precision
 
 if TYPE_CHECKING:
+    from diptych.evaluate.cell import EvaluateProgress
     from diptych.evaluate.results import Result
     from diptych.evaluate.run import EvaluateReport
-    from diptych.evaluate.step import EvaluateProgress
 
 
 _WIDTH = 160

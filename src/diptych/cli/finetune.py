@@ -31,8 +31,8 @@ from diptych.train.recipe import FINETUNE
 
 if TYPE_CHECKING:
     from diptych.checkpoint.loaded import Opened
-    from diptych.evaluate.examine import Examiner
-    from diptych.train.wise import Point
+    from diptych.evaluate.training_evaluators import Examiner
+    from diptych.train.finetune.wise_ft import Point
 
 LOST_STATUS = 3
 """Exit status of a run that the guard ended."""
@@ -66,7 +66,7 @@ class Finetune:
 
     def __call__(self) -> int:
         self._refuse_early()
-        from diptych.train.start import open_start
+        from diptych.train.finetune.start import open_start
 
         opened = open_start(self.out, self.model, self.start)
         config = TrainConfig(
@@ -95,7 +95,7 @@ class Finetune:
         if self.start.stop_when_lost is not None and not self.evaluate:
             raise UsageError("stop_when_lost needs something to be lost; add --evaluate NAME=PATH")
         if self.start.lora_rank is not None:
-            from diptych.train.lora import require_peft
+            from diptych.train.finetune.lora import require_peft
 
             require_peft()
         if self.optim.lr >= RISKY_LR and self.start.lora_rank is None:
@@ -144,29 +144,29 @@ class WiseFT:
         from diptych import files
         from diptych.checkpoint import layouts
         from diptych.model.device import choose_device
-        from diptych.train import guard, wise
+        from diptych.train.finetune import guard, wise_ft
 
         device = choose_device(self.device)
         models = [layouts.load(m, device=device, activation=self.activation) for m in (self.start, self.finetuned)]
         start, tuned = models
-        wise.require_same_kind(start, tuned)
+        wise_ft.require_same_kind(start, tuned)
         evaluators = build_evaluators(self.evaluate, start.tokenizer, start.preprocess, self.templates)
         for evaluator in evaluators:
             print(describe_evaluator(evaluator))
         names = [name for evaluator in evaluators for name in evaluator.metrics if name.endswith(guard.HEADLINES)]
         print("alpha  score   " + "  ".join(names))
-        points = wise.sweep(start.model, tuned.model, evaluators, on_point=lambda point: _print_point(point, names))
-        best = wise.choose(points)
+        points = wise_ft.sweep(start.model, tuned.model, evaluators, on_point=lambda point: _print_point(point, names))
+        best = wise_ft.choose(points)
         files.make_folder(self.out)
-        loaded = start._replace(model=wise.interpolate(start.model, tuned.model, best.alpha))
+        loaded = start._replace(model=wise_ft.interpolate(start.model, tuned.model, best.alpha))
         layouts.save(loaded, self.out / "model")
         files.write_json(self.out / "wise_ft.json", self._describe(points, best))
-        print(f"best: alpha {best.alpha:.1f} ({wise.RULE})")
+        print(f"best: alpha {best.alpha:.1f} ({wise_ft.RULE})")
         print(f"written: {self.out / 'model'} and {self.out / 'wise_ft.json'}")
         return 0
 
     def _describe(self, points: "list[Point]", best: "Point") -> dict[str, Any]:
-        from diptych.train.wise import RULE
+        from diptych.train.finetune.wise_ft import RULE
 
         curve = [dataclasses.asdict(point) for point in points]
         return {"start": self.start, "finetuned": self.finetuned, "rule": RULE, "best": best.alpha, "curve": curve}

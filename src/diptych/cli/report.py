@@ -12,7 +12,7 @@ from diptych.cli.words import counted
 from diptych.errors import UsageError
 
 if TYPE_CHECKING:
-    from diptych.evaluate.report import ReportFiles
+    from diptych.evaluate.report.html import ReportFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,10 @@ class Report:
     """Print one JSON object instead of lines."""
 
     def __call__(self) -> int:
-        from diptych.evaluate.report import write_report
-        from diptych.evaluate.robustness import read_table
-        from diptych.evaluate.shifts import imagenet_subsets
-        from diptych.evaluate.study import load_study
+        from diptych.evaluate.metrics.robustness import read_table
+        from diptych.evaluate.protocols.shifts import imagenet_subsets
+        from diptych.evaluate.report.html import write_report
+        from diptych.evaluate.report.results_table import load_study
 
         study = load_study(
             self.results,

@@ -20,10 +20,10 @@ from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 from diptych.train.recipe import CONTINUED, get_recipe
 
 if TYPE_CHECKING:
-    from diptych.evaluate.examine import Examiner
+    from diptych.evaluate.training_evaluators import Examiner
     from diptych.image import Preprocess
     from diptych.tokenizer import Tokenizer
-    from diptych.train.report import Evaluation, StepReport, TrainReport
+    from diptych.train.run_folder.report import Evaluation, StepReport, TrainReport
     from diptych.train.trainer import Evaluator
 
 
@@ -121,7 +121,7 @@ def build_evaluators(
     specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
 ) -> "list[Examiner]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
-    from diptych.evaluate.examine import KINDS, Examiner, Kind, open_set
+    from diptych.evaluate.training_evaluators import KINDS, Examiner, Kind, open_set
     from diptych.zeroshot import fill_template, load_templates
 
     prompts = tuple(t for name in templates for t in ([name] if "{}" in name else load_templates(name)))
@@ -207,7 +207,7 @@ def print_on_first_rank(line: str) -> None:
 
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Fine-tuning: the headlines so far, of which the end shows all; training from scratch has nothing to compare."""
-    from diptych.train.guard import HEADLINES
+    from diptych.train.finetune.guard import HEADLINES
 
     if evaluation.start and 0 < evaluation.step < evaluation.steps:
         now = {name: value for name, value in evaluation.metrics.items() if name.endswith(HEADLINES)}
@@ -218,7 +218,7 @@ def print_evaluation(evaluation: "Evaluation") -> None:
 
 def describe_changes(start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
     """A line for each share: at the start, now, and the difference in points of a hundred."""
-    from diptych.train.guard import changes
+    from diptych.train.finetune.guard import changes
 
     found = changes(start, now)
     width = max((len(change.name) for change in found), default=0)

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diptych import files
-from diptych.curate import parts
-from diptych.curate.config_curate import DeleteConfig
-from diptych.curate.parts import MANIFEST_FILE
-from diptych.curate.tasks import locked
+from diptych.curate.config import DeleteConfig
 from diptych.curate.write import COMPACTED
 from diptych.errors import NotFoundError
 from diptych.shards.compact import CompactReport, compact
 from diptych.shards.dataset import load_dataset
 from diptych.shards.tombstones import DELETED, read_tombstones, write_tombstones
+from diptych.stage import folder as parts
+from diptych.stage.folder import MANIFEST_FILE
+from diptych.stage.run import locked
 
 URLS = ("image_url", "page_url", "final_url", "url")
 """Where a sample's JSON holds addresses; `url` is img2dataset's."""

@@ -13,15 +13,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diptych.config import from_dict
-from diptych.curate import balance, crawl, fetch, filters, match, near_text, select, write
-from diptych.curate.config_crawl import CrawlConfig, FilterConfig, NearTextConfig
-from diptych.curate.config_curate import PipelineConfig, WriteConfig
-from diptych.curate.config_fetch import FetchConfig, PicturesConfig
-from diptych.curate.config_match import BalanceConfig, MatchConfig
-from diptych.curate.report import Funnel, read_funnel, write_report
-from diptych.curate.select import Score
-from diptych.curate.tasks import Execute, ExecuteJob
+from diptych.curate import write
+from diptych.curate.balance import balance, match
+from diptych.curate.balance.config import BalanceConfig, MatchConfig
+from diptych.curate.config import PipelineConfig, WriteConfig
+from diptych.curate.fetch import run as fetch
+from diptych.curate.fetch.config import FetchConfig
+from diptych.curate.funnel import Funnel, read_funnel, write_report
+from diptych.curate.images import select
+from diptych.curate.images.config import PicturesConfig
+from diptych.curate.images.select import Score
+from diptych.curate.pages import crawl
+from diptych.curate.pages.config import CrawlConfig
+from diptych.curate.text import dedup as near_text
+from diptych.curate.text import filter as filters
+from diptych.curate.text.config import FilterConfig, NearTextConfig
 from diptych.errors import NotFoundError, UsageError, unknown_name
+from diptych.stage.run import Execute, ExecuteJob
 
 STAGES = ("crawl", "filter", "distinct", "match", "balance", "fetch", "pictures", "shards")
 """Folders of the stages, in order."""

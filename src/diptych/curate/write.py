@@ -26,11 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from diptych import files
-from diptych.curate import parts
-from diptych.curate.config_curate import WriteConfig
-from diptych.curate.job import Task, task_fingerprint
-from diptych.curate.parts import DROPPED, MANIFEST_FILE, Done, Manifest
-from diptych.curate.tasks import ExecuteJob, StageReport, tasks_of
+from diptych.curate.config import WriteConfig
 from diptych.errors import UsageError
 from diptych.pair import Pair
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
@@ -38,6 +34,10 @@ from diptych.shards.index import load_index
 from diptych.shards.order import hash_positions
 from diptych.shards.tombstones import DELETED, read_tombstones
 from diptych.shards.write import shard_name, why_not, write_shard
+from diptych.stage import folder as parts
+from diptych.stage.folder import DROPPED, MANIFEST_FILE, Done, Manifest
+from diptych.stage.job import Task, task_fingerprint
+from diptych.stage.run import ExecuteJob, StageReport, tasks_of
 
 SCATTER = "scatter"
 """Folder of the first step, inside that of the shards; it goes when they are finished."""

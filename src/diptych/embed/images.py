@@ -17,16 +17,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.ahead import map_ahead
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
-from diptych.embed.space import hash_tower, name_space
+from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.errors import PictureError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
-from diptych.model.precision import Resolved, choose_precision
-from diptych.model.quick_vision import Encode, get_encoder
+from diptych.model.inference.precision import Resolved, choose_precision
+from diptych.model.inference.vision import Encode, get_encoder
 from diptych.model.vision import VisionTransformer
+from diptych.prefetch import map_ahead
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import pyarrow.parquet as pq
 import xxhash
 
-from diptych.embed.config import Kind
+from diptych.embed.config import InputKind
 from diptych.errors import PictureError
 from diptych.shards.index import IMAGE_SUFFIXES, load_index
 from diptych.shards.members import Damage, iter_members
@@ -81,7 +81,7 @@ class PictureSource:
     """Relative to the root."""
     fingerprint: str
     passed_over: dict[str, int] = field(default_factory=dict)
-    kind: Kind = "image"
+    kind: InputKind = "image"
     lost: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -108,7 +108,7 @@ class ShardSource:
     """Samples of one tar: their pictures, or their captions."""
 
     path: Path
-    kind: Kind
+    kind: InputKind
     fingerprint: str
     lost: tuple[tuple[str, str], ...]
     rows: int
@@ -119,7 +119,7 @@ class ShardSource:
         return str(self.path)
 
     @classmethod
-    def open(cls, path: Path, kind: Kind) -> "ShardSource":
+    def open(cls, path: Path, kind: InputKind) -> "ShardSource":
         fingerprint = xxhash.xxh3_128_hexdigest(f"{kind} {stamp(path)}".encode())
         if _is_indexed(path, kind):
             index = load_index(path)
@@ -139,7 +139,7 @@ class ShardSource:
             yield Row(row["key"], extent if self.kind == "image" else row["caption"])
 
 
-def _is_indexed(path: Path, kind: Kind) -> bool:
+def _is_indexed(path: Path, kind: InputKind) -> bool:
     """Captions need the index, pictures use the one that our own writer lays beside a shard."""
     return kind == "text" or path.with_suffix(".arrow").exists()
 
@@ -183,7 +183,7 @@ class ParquetSource:
         return f"{self.path}:{self.column}"
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> InputKind:
         return "text" if self.holds == "texts" else "image"
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
@@ -223,7 +223,7 @@ class TextSource:
     path: Path
     fingerprint: str
     rows: int
-    kind: Kind = "text"
+    kind: InputKind = "text"
     lost: tuple[tuple[str, str], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
 

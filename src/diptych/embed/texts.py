@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
-from diptych.embed.space import hash_tower, name_space
+from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.model.config import Precision
-from diptych.model.precision import choose_text_precision, get_ready
-from diptych.model.trie import encode_texts
+from diptych.model.inference.precision import choose_text_precision, get_ready
+from diptych.model.inference.text import encode_texts
 
 BATCH_SIZE = 16_384
 """Texts that are tokenized and sorted together; they are computed a few hundred at a time."""
@@ -25,7 +25,7 @@ def embed_texts(
     """Texts to features: float32, normalised, in the order they were given.
 
     Texts of a batch that begin alike share the work of what they begin with, and no padding is computed (see
-    `diptych.model.trie`). Both are exact; `precision="exact"` gives what `encode_text` gives, text by text.
+    `diptych.model.inference.text`). Both are exact; `precision="exact"` gives what `encode_text` gives, text by text.
     """
     model, _, tokenizer = loaded
     ready = get_ready(model.text.transformer, precision)

@@ -14,15 +14,15 @@ from pathlib import Path
 from diptych import files, ranks
 from diptych.embed.cache import FeatureCache
 from diptych.errors import DatasetError, DiptychError, NotFoundError, RunLockedError, UsageError
+from diptych.evaluate.cell import NEEDED, OnProgress, Refused, Step, everywhere
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.features import Embedder
-from diptych.evaluate.models import OpenedModel, model_names, open_model
-from diptych.evaluate.places import can_download, candidates, download, locate, where_to_get
-from diptych.evaluate.protocols import ALLOWED
-from diptych.evaluate.registry import Dataset, Kind, Place, load_suite
+from diptych.evaluate.datasets.download import can_download, candidates, download, locate, where_to_get
+from diptych.evaluate.datasets.layouts import open_samples
+from diptych.evaluate.datasets.registry import Dataset, Kind, Place, load_suite
+from diptych.evaluate.models.features import Embedder
+from diptych.evaluate.models.open import OpenedModel, model_names, open_model
+from diptych.evaluate.protocols.task import ALLOWED
 from diptych.evaluate.results import Protocol, Result, save_model
-from diptych.evaluate.sources import open_samples
-from diptych.evaluate.step import NEEDED, OnProgress, Refused, Step, everywhere
 from diptych.model.device import choose_device
 from diptych.ranks import Ranks
 

@@ -15,10 +15,10 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from diptych import ranks
-from diptych.checkpoint import native
+from diptych.checkpoint.formats import native
 from diptych.train.config import TrainConfig
-from diptych.train.keep import locked
-from diptych.train.report import Clock, Evaluation, StepReport, TrainReport
+from diptych.train.run_folder.checkpoints import locked
+from diptych.train.run_folder.report import Clock, Evaluation, StepReport, TrainReport
 from diptych.train.trainer import Evaluator, Trainer
 
 

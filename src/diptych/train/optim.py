@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diptych.model.clip import CLIP
 from diptych.model.config import ViTConfig
 from diptych.train.config import OptimConfig
-from diptych.train.parallel import fill_tensor, full
+from diptych.train.parallel.wrap import fill_tensor, full
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 

@@ -10,7 +10,7 @@ import torch
 from diptych.config import from_dict, to_dict
 from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
-from diptych.model.precision import has_fast_bfloat16
+from diptych.model.inference.precision import has_fast_bfloat16
 from diptych.tokenizer import Tokenizer
 from diptych.train.config import RunConfig, TrainConfig
 from diptych.train.loss import initial_logit_bias

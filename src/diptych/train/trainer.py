@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diptych import files
-from diptych.checkpoint import native
+from diptych.checkpoint.formats import native
 from diptych.checkpoint.loaded import Loaded, build_meta
 from diptych.config import from_dict, to_dict
 from diptych.errors import NonFiniteLossError, UsageError
@@ -23,17 +23,19 @@ from diptych.model.clip import CLIP, MAX_LOGIT_SCALE, CLIPOutput, Output
 from diptych.model.device import choose_device
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
-from diptych.train import features, guard, lora, parallel, sharded
 from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.finetune import features, guard, lora
+from diptych.train.finetune.start import choose_lr_scales, count_trained, load_start, lock
 from diptych.train.groups import group_pairs
-from diptych.train.keep import Keeper
-from diptych.train.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.loss import clip_loss, siglip_loss
-from diptych.train.micro import choose_micro_batch_size
 from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
-from diptych.train.report import CLOCK, Evaluation, State, StepReport
+from diptych.train.parallel import save as sharded
+from diptych.train.parallel import wrap as parallel
+from diptych.train.parallel.micro_batch import choose_micro_batch_size
+from diptych.train.run_folder.checkpoints import Keeper
+from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
+from diptych.train.run_folder.report import CLOCK, Evaluation, State, StepReport
 from diptych.train.setup import build_model, choose_dtype, load_tokenizer, require_same_run
-from diptych.train.start import choose_lr_scales, count_trained, load_start, lock
 from diptych.train.step import Step
 
 Evaluator = Callable[[CLIP], Mapping[str, float]]

@@ -1,0 +1,224 @@
+"""What is to be embedded, as sources: lists of rows with a fixed order, of which any range can be read anywhere.
+
+    photos/  'photos/**/*.png'  a.jpg   pictures; the id is the path relative to the folder, or where the glob begins
+    shards/  00000.tar                  the pictures of shards, or with kind text their captions; the id is the key
+    pairs.parquet:image                 a column of encoded pictures, paths or captions; the id is the row number
+    prompts.txt                         one text a line; the id is the line number
+
+Row and line numbers begin at 0. Several files, or a folder of them, are one source each, so a pair (source, id) is
+unique. A source is a plain value that travels to other machines; what it lists is read there. A file that is named is
+of a kind that is known or refused; others that a folder or a glob has too are counted as passed over.
+"""
+
+import glob
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diptych.embed.config import InputKind
+from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource
+from diptych.errors import NotFoundError, UsageError
+
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}
+)
+"""Files that are taken for pictures."""
+_OTHER_SUFFIXES = frozenset({".tar", ".parquet", ".txt"})
+_KNOWN = f"pictures ({' '.join(sorted(PICTURE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
+_LOOKED_AT = 100
+"""Values of a column of text that decide whether it holds paths."""
+
+
+def open_inputs(inputs: Sequence[str], kind: InputKind | None = None) -> list[Source]:
+    """Find and list everything that the inputs name; `kind` decides what columns of text and shards stand for.
+
+    Raises NotFoundError for what is not there and UsageError for what cannot be embedded, or is of the other kind.
+    """
+    if not all(inputs) or not inputs:
+        raise UsageError("no input was named; give folders, globs, shards, file.parquet:column or text files")
+    pictures = [given for given in inputs if _is_picture(given)]
+    others = [given for given in inputs if not _is_picture(given)]
+    sources = [source for given in others for source in _open(given, kind)]
+    if pictures:
+        sources.append(_open_pictures([Path(picture) for picture in pictures]))
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:
+            raise UsageError(f"{name} is named {count} times; its rows would not be told apart, so name it once")
+    _check_kinds(sources, kind)
+    if not any(source.rows for source in sources):
+        raise NotFoundError(f"nothing to embed in {' '.join(inputs)} ({_why_nothing(sources, kind)})")
+    return sources
+
+
+def _check_kinds(sources: Sequence[Source], kind: InputKind | None) -> None:
+    """Columns of text and shards become what is asked for; of the rest nothing is made that it is not."""
+    for source in sources:
+        if kind is not None and source.kind != kind:
+            holds, wanted = ("pictures", "texts") if source.kind == "image" else ("texts", "pictures")
+            raise UsageError(f"{source.name} holds {holds}; leave --kind {kind} out, or name inputs that hold {wanted}")
+
+
+def _why_nothing(sources: Sequence[Source], kind: InputKind | None) -> str:
+    reasons = Counter(reason for source in sources for _, reason in source.lost)
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    hint = "; without --kind text the pictures are embedded" if kind == "text" and "no_caption" in reasons else ""
+    return f"{counts}{hint}" if counts else "no rows"
+
+
+def _is_picture(given: str) -> bool:
+    return Path(given).is_file() and Path(given).suffix.lower() in PICTURE_SUFFIXES
+
+
+def _open_pictures(paths: Sequence[Path]) -> PictureSource:
+    """Single pictures are one source (a shell may have spelled a glob out), of the folder that they share."""
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    names = [str(path.relative_to(folder)) for path in paths]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice:
+        raise UsageError(f"{folder / twice} is named more than once; name every picture once")
+    return PictureSource.open(str(folder), folder, tuple(names))
+
+
+def _open(given: str, kind: InputKind | None) -> list[Source]:
+    if "://" in given:
+        raise UsageError(f"{given} is a URL; features are made of files, so copy it to a disk first")
+    place, column = _split(given)
+    path = Path(place)
+    if path.is_dir():
+        return _open_folder(path, column, kind)
+    if path.exists():
+        return [_open_file(path, column, kind)]
+    if not any(sign in place for sign in "*?["):
+        raise NotFoundError(f"no such input: {given} (a folder, glob, picture, .tar, file.parquet:column or .txt)")
+    return _open_glob(place, column, kind)
+
+
+def _split(given: str) -> tuple[str, str | None]:
+    """`file.parquet:column` in two; a path that exists is a path, whatever is in its name."""
+    place, colon, column = given.rpartition(":")
+    if not colon or Path(given).exists():
+        return given, None
+    return place, column
+
+
+def _open_file(path: Path, column: str | None, kind: InputKind | None) -> Source:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _open_parquet(path, column, kind)
+    if column is not None:
+        raise UsageError(f"{path} has no columns; only of a .parquet one is named, like pairs.parquet:image")
+    if suffix == ".tar":
+        return ShardSource.open(path, kind or "image")
+    if suffix == ".txt":
+        return TextSource.open(path)
+    raise UsageError(f"{path} is of no kind that can be embedded; known are {_KNOWN}: convert or rename it")
+
+
+def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> list[Source]:
+    """Shards if there are any, Parquet files if a column is named, else the pictures below."""
+    if column is None and (tars := sorted(folder.glob("*.tar"))):
+        return [ShardSource.open(tar, kind or "image") for tar in tars]
+    tables = sorted(folder.glob("*.parquet"))
+    if column is not None and tables:
+        return [_open_parquet(table, column, kind) for table in tables]
+    if column is not None:
+        raise NotFoundError(f"no .parquet files in {folder}, of which the column {column!r} was named")
+    names, passed_over = find_pictures(folder)
+    if not names and tables:
+        raise UsageError(_name_a_column(tables[0]))
+    if not names:
+        others = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(passed_over.items()))
+        raise NotFoundError(f"no pictures, .tar or .parquet in {folder} (other files: {others or 'none'})")
+    return [PictureSource.open(str(folder), folder, names, passed_over)]
+
+
+def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list[Source]:
+    """Shards, Parquet and text files are a source each, the pictures one; other files are passed over."""
+    found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    if not found:
+        raise NotFoundError(f"nothing matches {pattern}")
+    special = [path for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
+    sources = [_open_file(path, column, kind) for path in special]
+    pictures = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+    known = PICTURE_SUFFIXES | _OTHER_SUFFIXES
+    others = Counter(path.suffix.lower() for path in found if path.suffix.lower() not in known)
+    if len(special) < len(found) and column is not None:
+        first = next(path for path in found if path not in special)
+        raise UsageError(f"{pattern} matches {first}, which has no column {column!r}; match .parquet files only")
+    if not pictures and not special:
+        raise UsageError(f"{pattern} matches {found[0]}, and no file that can be embedded; known are {_KNOWN}")
+    if pictures:
+        fixed = itertools.takewhile(lambda part: not any(sign in part for sign in "*?["), Path(pattern).parts[:-1])
+        root = Path(*fixed)
+        names = tuple(str(path.relative_to(root)) for path in pictures)
+        sources.append(PictureSource.open(pattern, root, names))
+    sources[-1] = replace(sources[-1], passed_over=dict(sorted(others.items())))
+    return sources
+
+
+def find_pictures(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
+    """Paths of all pictures below a folder, relative to it and sorted, and how many other files there are by suffix.
+
+    What begins with a dot is left alone, and links to folders are not followed.
+    """
+    names: list[str] = []
+    others = Counter[str]()
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.startswith("."):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in PICTURE_SUFFIXES:
+                names.append(os.path.relpath(os.path.join(place, name), folder))
+            else:
+                others[suffix] += 1
+    return tuple(sorted(names)), others
+
+
+def _open_parquet(path: Path, column: str | None, kind: InputKind | None) -> ParquetSource:
+    if column is None:
+        raise UsageError(_name_a_column(path))
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            if column not in schema.names:
+                raise UsageError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
+            holds = _what_it_holds(path, column, schema.field(column).type, kind, _first_values(file, column))
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path} cannot be read as Parquet ({error}); write it again") from None
+    return ParquetSource.open(path, column, holds, rows)
+
+
+def _what_it_holds(path: Path, column: str, dtype: pa.DataType, kind: InputKind | None, first: Iterable[str]) -> str:
+    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
+        holds = "bytes"
+    elif pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:  # as Hugging Face datasets keep pictures
+        holds = "struct"
+    elif pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
+        values = list(first)
+        ends = bool(values) and all(os.path.splitext(value)[1].lower() in PICTURE_SUFFIXES for value in values)
+        holds = "paths" if kind == "image" or (kind is None and ends) else "texts"
+    else:
+        raise UsageError(f"column {column!r} of {path} is {dtype}; name one of bytes (pictures) or of strings")
+    if kind == "text" and holds != "texts":
+        raise UsageError(f"column {column!r} of {path} holds pictures; leave --kind text out, or name one of strings")
+    return holds
+
+
+def _first_values(file: pq.ParquetFile, column: str) -> Iterator[str]:
+    if not pa.types.is_string(kind := file.schema_arrow.field(column).type) and not pa.types.is_large_string(kind):
+        return
+    values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in batch[0].to_pylist())
+    yield from itertools.islice((value for value in values if value), _LOOKED_AT)
+
+
+def _name_a_column(path: Path) -> str:
+    names = ", ".join(pq.read_schema(path).names)
+    return f"{path} has columns; name the one to embed, like {path}:COLUMN. It has {names}"

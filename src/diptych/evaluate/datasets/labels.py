@@ -1,0 +1,109 @@
+"""From what a source says of a picture to the number of its class, in the order of a profile.
+
+Names are matched, never positions: a source whose classes are in another order gives the same labels, one with other
+classes is refused. Nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diptych.errors import DatasetError
+from diptych.evaluate.datasets.registry import OWN, Dataset, Place, Used, match_classes, match_names
+from diptych.evaluate.datasets.samples import Samples
+
+Several = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbered:
+    """Labels as class numbers, and what the classes are called."""
+
+    numbers: tuple[tuple[int, ...], ...]
+    """Of every sample: its classes; one of each if the dataset is of kind single."""
+    names: tuple[tuple[str, ...], ...]
+    templates: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def number_labels(used: Used, samples: Samples, place: Place) -> Numbered:
+    """Give every label its number; raises DatasetError for classes that are not the registry's."""
+    entry = used.dataset
+    labels: list[Several] = [one if isinstance(one, tuple) else (one,) for one in samples.labels]
+    templates = used.templates
+    if used.profile in ("clip_benchmark", OWN) and samples.templates:
+        templates = samples.templates  # CLIP_benchmark takes what lies beside the pictures
+    if not entry.classes:
+        numbers, names = _classes_of_source(entry, samples, labels)
+        return Numbered(numbers=numbers, names=names, templates=templates)
+    if used.profile == "clip_benchmark" and samples.layout == "wds" and samples.classnames:
+        names = tuple((name,) for name in samples.classnames)
+        return Numbered(
+            numbers=_checked(entry, labels, len(names)),
+            names=names,
+            templates=templates,
+            warnings=_compare(entry, samples.classnames),
+        )
+    place_of = {base: number for number, base in enumerate(used.order)}
+    base = _base_numbers(entry, samples, place, labels)
+    numbers = tuple(tuple(place_of[n] for n in several) for several in base)
+    return Numbered(numbers=numbers, names=used.names, templates=templates)
+
+
+def _classes_of_source(
+    entry: Dataset, samples: Samples, labels: Sequence[Several]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[str, ...], ...]]:
+    """For a dataset that lists no classes: those that its source names, or has."""
+    if samples.classnames:
+        names = samples.classnames
+        numbers = _checked(entry, labels, len(names))
+    else:
+        strings = {one for several in labels for one in several if isinstance(one, str)}
+        if not strings or any(isinstance(one, int) for several in labels for one in several):
+            raise DatasetError(
+                f"{entry.id}: labels are numbers, and nothing says what they are called; give `classes` in its TOML, "
+                'and order = "registry" in [data]'
+            )
+        names = tuple(sorted(strings))
+        number = {name: i for i, name in enumerate(names)}
+        numbers = tuple(tuple(number[str(one)] for one in several) for several in labels)
+    spelled = [name.replace("_", " ") for name in names] if samples.layout == "folders" else names
+    return numbers, tuple((name,) for name in spelled)
+
+
+def _base_numbers(
+    entry: Dataset, samples: Samples, place: Place, labels: Sequence[Several]
+) -> tuple[tuple[int, ...], ...]:
+    """Numbers in the order of `entry.classes`."""
+    named = any(isinstance(one, str) for several in labels for one in several)
+    if named:
+        number = match_names(entry, sorted({str(one) for several in labels for one in several}))
+        return tuple(tuple(number[str(one)] for one in several) for several in labels)
+    if place.order == "registry":
+        return _checked(entry, labels, len(entry.classes))
+    if not samples.classnames:
+        raise DatasetError(
+            f"{entry.id}: labels are numbers, and the source does not say what they are called; if they count the "
+            'classes of the registry, in its order, say so: order = "registry" in [data] of a TOML'
+        )
+    order = match_classes(entry, samples.classnames)
+    return tuple(tuple(order[n] for n in several) for several in _checked(entry, labels, len(order)))
+
+
+def _checked(entry: Dataset, labels: Sequence[Several], classes: int) -> tuple[tuple[int, ...], ...]:
+    """Labels that are numbers of classes."""
+    for several in labels:
+        for one in several:
+            if not isinstance(one, int) or one >= classes:
+                raise DatasetError(f"{entry.id}: {one!r} is no number of one of {classes} classes")
+    return tuple(tuple(int(one) for one in several) for several in labels)
+
+
+def _compare(entry: Dataset, classnames: tuple[str, ...]) -> tuple[str, ...]:
+    """CLIP_benchmark's profile takes the names of the source; it is said if they are not the registry's."""
+    if len(classnames) != len(entry.classes):
+        match_classes(entry, classnames)  # raises
+    try:
+        match_classes(entry, classnames)
+    except DatasetError as error:
+        return (f"class names of the source are not those of the registry: {error}",)
+    return ()

@@ -1,0 +1,102 @@
+"""What ImageNet's classes say of a set whose classes are theirs: zero-shot by all 1,000 names, and ImageNet's probes.
+
+A class of such a set covers one or several classes of ImageNet and takes the best score among them (section 3.3, as
+wise-ft has it). That is what adapting to a set's own class names is compared with, and how probes that
+were trained on ImageNet, on all its pictures (Figure 14) or on few (Figure 15), answer about a shift.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diptych.errors import UsageError
+from diptych.evaluate.datasets.labels import Numbered
+from diptych.evaluate.datasets.registry import Used, load_dataset, match_classes
+from diptych.evaluate.datasets.samples import Samples
+from diptych.evaluate.metrics.robustness import IMAGENET, map_classes
+from diptych.evaluate.models.features import EmbedTexts
+from diptych.evaluate.protocols.prompts import build_weights
+from diptych.evaluate.references import SHIFTS
+from diptych.evaluate.results import Protocol, result_path
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def imagenet_groups(used: Used, numbered: Numbered, samples: Samples) -> Groups | None:
+    """For each class of a set the classes of ImageNet that it covers, as the registry or the source says, in the order
+    of its labels; None if it has none, or if its source has an order of its own."""
+    entry = used.dataset
+    if entry.id == IMAGENET or numbered.names != used.names:
+        return None
+    if entry.imagenet_groups:
+        groups = entry.imagenet_groups
+    elif entry.class_list == IMAGENET:
+        groups = tuple((number,) for number in entry.subset or range(len(entry.classes)))
+    elif samples.imagenet_groups and samples.classnames:
+        of_class = dict(zip(match_classes(entry, samples.classnames), samples.imagenet_groups, strict=True))
+        groups = tuple(of_class[number] for number in range(len(entry.classes)))
+    else:
+        return None
+    return tuple(groups[number] for number in used.order)
+
+
+def imagenet_subsets() -> dict[str, list[int]]:
+    """Shift -> the classes of ImageNet that it covers, of the shifts that do not have all of them."""
+    found = {}
+    for shift in SHIFTS:
+        entry = load_dataset(shift)
+        classes = sorted({number for group in entry.imagenet_groups for number in group}) or list(entry.subset)
+        if classes:
+            found[shift] = classes
+    return found
+
+
+def pooled_scores(
+    joint: Float[Tensor, "N E"], embed: EmbedTexts, used: Used, groups: Groups
+) -> Float[Tensor, "N G"] | None:
+    """Cosines of pictures with all of ImageNet's classes, pooled; None where each class is one of ImageNet's, which
+    gives nothing that its own names do not."""
+    if all(len(group) == 1 for group in groups):
+        return None
+    imagenet = load_dataset(IMAGENET).as_used(used.profile)
+    return map_classes(joint @ build_weights(embed, imagenet.names, imagenet.templates), groups)
+
+
+def probe_of_imagenet(out: Path, model: str, protocol: Protocol) -> Path:
+    """Where the probe lies that was trained on ImageNet, on all pictures or on few."""
+    return result_path(out, model, IMAGENET, protocol).with_suffix(".npz")
+
+
+def ask_probe(path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile: str) -> Float[Tensor, "N G"]:
+    """Scores of the probe that was trained on ImageNet, pooled."""
+    with np.load(path) as kept:
+        _check_kept(path, kept, "probe", profile)
+        return _ask(kept["weight"], kept["bias"], pooled, groups)
+
+
+def ask_few_shots(
+    path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile: str
+) -> Iterator[tuple[int, list[Float[Tensor, "N G"]]]]:
+    """The same of probes that were trained on few pictures: shots, and scores for each draw."""
+    with np.load(path) as kept:
+        _check_kept(path, kept, "fewshot", profile)
+        for shots in kept["shots"].tolist():
+            draws = zip(kept[f"weight_{shots}"], kept[f"bias_{shots}"], strict=True)
+            yield shots, [_ask(weight, bias, pooled, groups) for weight, bias in draws]
+
+
+def _check_kept(path: Path, kept: Mapping[str, np.ndarray], protocol: Protocol, profile: str) -> None:
+    """UsageError for a file without weights, and for classes of another profile."""
+    if {"probe": "weight", "fewshot": "shots"}[protocol] not in kept:
+        raise UsageError(f"{path} has no weights; make it again: --suite imagenet --protocols {protocol} --redo")
+    if kept["names"].tolist() != [several[0] for several in load_dataset(IMAGENET).as_used(profile).names]:
+        raise UsageError(f"{path} has classes in another order than the registry; evaluate imagenet in profile paper")
+
+
+def _ask(weight: np.ndarray, bias: np.ndarray, pooled: Tensor, groups: Groups) -> Tensor:
+    scores = pooled.double() @ torch.from_numpy(weight).double().T + torch.from_numpy(bias).double()
+    return map_classes(scores, groups).float()

@@ -1,0 +1,163 @@
+"""What a figure shows, as numbers: computed apart from drawing, so that tests and readers can look at it.
+
+    Chart -> panels: Plot (series of marks, lines) or Bars -> draw.py
+
+Nothing here imports torch or matplotlib.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from diptych.evaluate.datasets.registry import known_datasets
+from diptych.evaluate.references import PAPER27
+
+Axis = Literal["percent", "logit", "log", "shots", "points", "share", "error"]
+"""percent: 0..1 shown in percent. logit: the same, with logits as distances. log: a positive number. shots: examples a
+class, 0 at the left. points: a difference of percentages. share: of pictures, 0..1. error: 1 - value, both on a log."""
+Whose = Literal["ours", "baseline", "confirmed", "unconfirmed"]
+"""Ours: a CLIP that was measured here. baseline: another model that was measured here. The rest is published."""
+MADE = ("digits", "rendered_text", "counting")
+"""The suite that is made here (made.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A point of a plot."""
+
+    x: float
+    y: float
+    label: str = ""
+    low: float | None = None
+    """Ends of the interval of y."""
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Marks that belong together."""
+
+    name: str
+    marks: tuple[Mark, ...]
+    whose: Whose = "ours"
+    joined: bool = False
+    """Whether a line goes from mark to mark."""
+    labelled: bool = True
+    """Whether each mark carries its label."""
+    family: str = ""
+    """Series of one family have one colour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide:
+    """A line to look along: the identity, a fit, a mean."""
+
+    name: str
+    points: tuple[tuple[float, float], ...] = ()
+    """Where it goes, from left to right."""
+    at: float | None = None
+    """Of a Bars: the value at which it stands, instead of points."""
+    whose: Whose = "ours"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Marks over two axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x_axis: Axis
+    y_axis: Axis
+    series: tuple[Series, ...]
+    guides: tuple[Guide, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A bar, and what is published of the same."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    published: float | None = None
+    confirmed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """Bars from top to bottom."""
+
+    title: str
+    x_label: str
+    axis: Axis
+    bars: tuple[Bar, ...]
+    guides: tuple[Guide, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure of the paper, made of results."""
+
+    number: str
+    """As in the paper."""
+    name: str
+    """For file names."""
+    title: str
+    caption: str
+    """What it shows and what is missing, in sentences."""
+    panels: tuple[Plot | Bars, ...]
+    command: str
+    """What computed the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A figure that cannot be drawn."""
+
+    number: str
+    title: str
+    why: str
+    command: str
+    """What would supply the results."""
+
+
+def count(number: int, noun: str) -> str:
+    """So many of something, in words that agree."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def mean(values: Sequence[float]) -> float:
+    """The average; an empty one is a bug of the caller."""
+    return sum(values) / len(values)
+
+
+def sentence(*parts: str) -> str:
+    """Sentences that are not empty, as one text."""
+    return " ".join(part for part in parts if part)
+
+
+def list_few(names: Sequence[str], few: int = 8) -> str:
+    """Names as a text; of many the first, and how many more."""
+    shown = ", ".join(names[:few])
+    return shown if len(names) <= few else f"{shown} and {len(names) - few} more"
+
+
+def left_out(names: Sequence[str], why: str) -> str:
+    """A sentence about what is not shown; nothing if all is."""
+    return f"Left out: {list_few(names)} ({why})." if names else ""
+
+
+def evaluate_command(datasets: Sequence[str], *protocols: str, several: bool = False) -> str:
+    """What to type for these results: of the paper's datasets the suite, of others their names."""
+    if not datasets or set(datasets) <= set(PAPER27):
+        suite = "paper27"
+    elif set(datasets) <= set(MADE):
+        suite = "made"
+    else:
+        known = known_datasets()
+        suite = " ".join(name if name in known else f"{name}.toml" for name in datasets)
+    models = "--model A --model B ..." if several else "--model MODEL"
+    chosen = f" --protocols {' '.join(protocols)}" if protocols else ""
+    return f"diptych evaluate {models} --suite {suite}{chosen}"
