@@ -101,7 +101,7 @@ def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
         "from pathlib import Path\n"
         "from diptych import ranks\n"
         "from diptych.embed.cache import FeatureCache\n"
-        "from diptych.evaluate import features\n"
+        "from diptych.evaluate.models import features\n"
         "from diptych.evaluate.datasets.registry import Place\n"
         "from diptych.evaluate.datasets.layouts import open_samples\n"
         "from samples import TINY_VIT, make_loaded\n"

@@ -13,9 +13,9 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="compiling n
 SCRIPT = """
 import sys, time, torch
 from torch.nn import functional as F
-from diptych.model import int8
+from diptych.model.inference import int8
 from diptych.model.clip import CLIP
-from diptych.model.quick_vision import get_encoder
+from diptych.model.inference.vision import get_encoder
 from samples import TINY_VIT
 torch.manual_seed(0)
 model = CLIP(TINY_VIT).eval()

@@ -77,7 +77,9 @@ def test_a_picture_alone_is_the_picture_among_others(precision, uncompiled):
     encode = get_encoder(model.visual, precision, MEAN, STD)
     together = encode(pixels)
     for i in (0, 5):
-        torch.testing.assert_close(encode(pixels[i : i + 1])[0], together[i], rtol=2e-2, atol=2e-3)
+        alone = encode(pixels[i : i + 1])[0]
+        # Kernels differ by batch size on some processors (AMX), so int8 rounds some activations the other way: 0.6 % seen.
+        assert (alone - together[i]).norm() < 0.02 * together[i].norm()
 
 
 @torch.inference_mode()

@@ -133,7 +133,8 @@ import samples
 from diptych import ranks as jobs
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
-from diptych.train import loss, parallel
+from diptych.train import loss
+from diptych.train.parallel import wrap as parallel
 from diptych.train.step import Step
 torch.set_num_threads(1)
 config, ranks, sent = samples.{model}, jobs.connect(device="cpu"), Counter()

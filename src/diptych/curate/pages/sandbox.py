@@ -120,7 +120,7 @@ class Parser:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._set_progress(-1)
-        package = str(Path(__file__).resolve().parents[2])
+        package = str(Path(__file__).resolve().parents[3])
         paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "diptych.curate.pages.sandbox", str(self._shared_file.fileno())],
