@@ -22,7 +22,7 @@ from pathlib import Path
 import tyro
 
 from diptych import files
-from diptych.cli import ending_on_errors
+from diptych.cli import exit_on_error
 from diptych.cli.train import print_train_report, train_with_progress
 from diptych.curate import pipeline
 from diptych.curate.config import PipelineConfig
@@ -206,5 +206,5 @@ def _run(*command: str, where: Path) -> None:
 
 
 if __name__ == "__main__":
-    with ending_on_errors():
+    with exit_on_error():
         main(tyro.cli(CurateDemo, description=__doc__))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from diptych.cli import ending_on_errors
+from diptych.cli import exit_on_error
 from recipes.made.datasets import MADE, make_datasets
 
 
@@ -27,5 +27,5 @@ def main(config: Datasets) -> None:
 
 
 if __name__ == "__main__":
-    with ending_on_errors():
+    with exit_on_error():
         main(tyro.cli(Datasets, description=__doc__))

@@ -19,7 +19,7 @@ import tyro
 
 from diptych import files
 from diptych.checkpoint import layouts
-from diptych.cli import ending_on_errors
+from diptych.cli import exit_on_error
 from diptych.cli.train import print_train_report, train_with_progress
 from diptych.config import to_dict
 from diptych.embed.images import embed_images
@@ -206,5 +206,5 @@ def _digits() -> tuple[Sequence[Picture], Classnames, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    with ending_on_errors():
+    with exit_on_error():
         main(tyro.cli(Demo, description=__doc__))

@@ -17,7 +17,7 @@ import tyro
 import diptych
 from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
-from diptych.cli import ending_on_errors
+from diptych.cli import exit_on_error
 from diptych.embed.images import BATCH_SIZE, embed_images, image_space
 from diptych.errors import PictureError, UsageError
 from diptych.evaluate.metrics import bias
@@ -159,5 +159,5 @@ def _facts(loaded: Loaded, config: FaceProbe) -> ModelFacts:
 
 
 if __name__ == "__main__":
-    with ending_on_errors():
+    with exit_on_error():
         main(tyro.cli(FaceProbe, description=__doc__))

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from diptych import files
-from diptych.cli import ending_on_errors
+from diptych.cli import exit_on_error
 from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate.datasets.layouts import read_json
 
@@ -115,5 +115,5 @@ def short(path: str) -> str:
 
 
 if __name__ == "__main__":
-    with ending_on_errors():
+    with exit_on_error():
         print(main(tyro.cli(Convert, description=__doc__)))

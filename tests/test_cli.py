@@ -11,7 +11,7 @@ import torch
 from diptych import __version__
 from diptych.checkpoint import layouts
 from diptych.checkpoint.formats import native, openai
-from diptych.cli import ending_on_errors, main
+from diptych.cli import exit_on_error, main
 from diptych.cli.classify import find_pictures
 from diptych.errors import NotFoundError
 from diptych.train import loop
@@ -175,7 +175,7 @@ def test_a_reader_that_stops_early_is_no_error(arguments):
 
 
 def test_another_pipe_that_breaks_is_not_passed_over(capfd):
-    with pytest.raises(BrokenPipeError), ending_on_errors():
+    with pytest.raises(BrokenPipeError), exit_on_error():
         raise BrokenPipeError
 
 

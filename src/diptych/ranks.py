@@ -41,7 +41,7 @@ class Ranks:
         """Whether this is the rank that writes and speaks."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
+    def shard(self, count: int) -> range:
         """This rank's part of `count` things: every `world_size`-th one."""
         return range(self.rank, count, self.world_size)
 
@@ -61,7 +61,7 @@ class Ranks:
         parts = everyone.split(longest)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    def scatter_sum(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def reduce_scatter(self, rows: Tensor, counts: list[int]) -> Tensor:
         """The reverse of `gather`: sum [M, ...] over the ranks, keep this rank's [N, ...]."""
         if self.world_size == 1:
             return rows
@@ -83,7 +83,7 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def largest(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         """The largest of every rank's number."""
         if self.world_size == 1:
             return value
@@ -101,7 +101,7 @@ class Ranks:
         dist.all_gather_single(everyone, torch.tensor([mine], device=self._device))
         return everyone.tolist()
 
-    def tell(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """What the first rank says, for every rank."""
         if self.world_size == 1:
             return value
@@ -117,18 +117,18 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         return everyone
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank has come here."""
-        self.largest(0.0)
+        self.all_reduce_max(0.0)
 
     @contextlib.contextmanager
     def one_after_the_other(self) -> Iterator[None]:
         """The first rank alone, then the others: for what is made once and then found."""
         if not self.is_first:
-            self.wait()
+            self.barrier()
         yield
         if self.is_first:
-            self.wait()
+            self.barrier()
 
     @property
     def _device(self) -> torch.device:
@@ -158,7 +158,7 @@ def connect(timeout: float = TIMEOUT, device: str = "auto") -> Ranks:
     on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
     if on_gpu:
         torch.cuda.set_device(ranks.local_rank)
-    with lost_ranks_named(ranks):
+    with name_lost_ranks(ranks):
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             rank=ranks.rank,
@@ -187,7 +187,7 @@ def disconnect(ranks: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def lost_ranks_named(ranks: Ranks) -> Iterator[None]:
+def name_lost_ranks(ranks: Ranks) -> Iterator[None]:
     """Turn what the engine says when another rank does not answer into RankLostError."""
     try:
         yield

@@ -7,7 +7,7 @@ import pytest
 
 from diptych.embed.bulk.folder import plan_parts
 from diptych.embed.bulk.inputs import open_inputs
-from diptych.embed.bulk.pipeline import iter_stretches
+from diptych.embed.bulk.pipeline import iter_contiguous_parts
 from diptych.embed.sources import Source, fetch
 from diptych.errors import NotFoundError, PictureError, UsageError
 from samples import draw, encode, write_samples, write_tar
@@ -178,8 +178,8 @@ def test_parts_cover_every_row_once_and_neighbours_are_read_together(tmp_path):
         *((1, 0, 10), (2, 0, 1)),
     ]
     todo = [part for part in parts if part.number != 1]
-    assert [[part.number for part in stretch] for stretch in iter_stretches(todo)] == [[0], [2], [3], [4]]
-    assert [[part.number for part in stretch] for stretch in iter_stretches(parts, 2)] == [[0, 1], [2], [3], [4]]
+    assert [[part.number for part in stretch] for stretch in iter_contiguous_parts(todo)] == [[0], [2], [3], [4]]
+    assert [[part.number for part in stretch] for stretch in iter_contiguous_parts(parts, 2)] == [[0, 1], [2], [3], [4]]
 
 
 def test_a_named_file_of_no_known_kind_is_refused_with_the_kinds_that_are(tmp_path):

@@ -106,13 +106,13 @@ def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
         "from diptych.evaluate.datasets.layouts import open_samples\n"
         "from samples import TINY_VIT, make_loaded\n"
         "features.CHUNK = 5\n"
-        "root, us = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"
-        "cache = FeatureCache(root / f'cache{us.rank}')\n"
-        "ours = features.Embedder(features.eyes_of(make_loaded(TINY_VIT), 'exact'), cache, 4, us)\n"
+        "root, job = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"
+        "cache = FeatureCache(root / f'cache{job.rank}')\n"
+        "ours = features.Embedder(features.eyes_of(make_loaded(TINY_VIT), 'exact'), cache, 4, job)\n"
         "seen = []\n"
         "found = ours.embed(open_samples(Place(), root / 'shapes', 'test', 'single'), on_pictures=seen.append)\n"
-        "torch.save((found.pooled, found.kept, sum(seen)), root / f'rank{us.rank}.pt')\n"
-        "ranks.disconnect(us)\n"
+        "torch.save((found.pooled, found.kept, sum(seen)), root / f'rank{job.rank}.pt')\n"
+        "ranks.disconnect(job)\n"
     )
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
     processes = [

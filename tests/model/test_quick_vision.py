@@ -78,7 +78,7 @@ def test_a_picture_alone_is_the_picture_among_others(precision, uncompiled):
     together = encode(pixels)
     for i in (0, 5):
         alone = encode(pixels[i : i + 1])[0]
-        # Kernels differ by batch size on some processors (AMX), so int8 rounds some activations the other way: 0.6 % seen.
+        # Kernels differ by batch size on some processors (AMX), so int8 rounds a few activations the other way: 0.6 %.
         assert (alone - together[i]).norm() < 0.02 * together[i].norm()
 
 

@@ -109,31 +109,31 @@ import numpy as np, torch
 from diptych import ranks
 from diptych.train.loss import clip_loss, siglip_loss
 from test_loss import CASES, assert_equal, features, twin
-us = ranks.connect(30)
-for name, counts, grouped in CASES[us.world_size]:
+job = ranks.connect(30)
+for name, counts, grouped in CASES[job.world_size]:
     n = sum(counts)
     image, text = features(n, width=16)
     groups = [i % max(1, n // 2) for i in range(n)] if grouped else None
-    first = sum(counts[: us.rank])
-    mine = slice(first, first + counts[us.rank])
+    first = sum(counts[: job.rank])
+    mine = slice(first, first + counts[job.rank])
     x, y = (torch.tensor(f[mine]).requires_grad_() for f in (image, text))
     t, b = (torch.tensor(v, requires_grad=True) for v in (np.log(14.3), -2.0))
     g = None if groups is None else torch.tensor(groups)[mine]
     more = () if name == "clip" else (b,)
-    loss = {{"clip": clip_loss, "siglip": siglip_loss}}[name](x, y, t.exp().float(), *more, groups=g, ranks=us)
+    loss = {{"clip": clip_loss, "siglip": siglip_loss}}[name](x, y, t.exp().float(), *more, groups=g, ranks=job)
     loss.backward()
     expected = twin(name, image, text, 14.3, groups=groups)
-    scalars = us.sum(torch.stack([t.grad.double(), *(v.grad.double() for v in more)]))
+    scalars = job.sum(torch.stack([t.grad.double(), *(v.grad.double() for v in more)]))
     assert_equal([loss.item(), x.grad, y.grad], [expected[0], expected[1][mine], expected[2][mine]])
     assert_equal(scalars.tolist(), expected[3:])
-rows = torch.arange(us.rank + 1.0)[:, None]
-assert us.gather(rows).flatten().tolist() == [float(i) for r in range(us.world_size) for i in range(r + 1)]
-assert us.counts(us.rank) == list(range(us.world_size))
-assert us.tell("said" if us.is_first else None) == "said"
-assert us.gather_objects(us.rank) == list(range(us.world_size))
-assert us.largest(us.rank) == us.world_size - 1
-assert us.sent["all_gather"] > 0
-ranks.disconnect(us)
+rows = torch.arange(job.rank + 1.0)[:, None]
+assert job.gather(rows).flatten().tolist() == [float(i) for r in range(job.world_size) for i in range(r + 1)]
+assert job.counts(job.rank) == list(range(job.world_size))
+assert job.broadcast("said" if job.is_first else None) == "said"
+assert job.gather_objects(job.rank) == list(range(job.world_size))
+assert job.all_reduce_max(job.rank) == job.world_size - 1
+assert job.sent["all_gather"] > 0
+ranks.disconnect(job)
 print("good")
 """
 
@@ -170,8 +170,8 @@ def test_several_ranks_have_the_loss_of_the_whole_batch_and_their_part_of_its_gr
 
 def test_one_rank_alone_exchanges_nothing():
     rows = torch.ones(3, 2)
-    us = Ranks()
-    assert us.gather(rows) is rows
-    assert us.scatter_sum(rows, [3]) is rows
-    assert us.counts(3) == [3]
-    assert not us.sent
+    ranks = Ranks()
+    assert ranks.gather(rows) is rows
+    assert ranks.reduce_scatter(rows, [3]) is rows
+    assert ranks.counts(3) == [3]
+    assert not ranks.sent

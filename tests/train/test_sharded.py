@@ -12,8 +12,8 @@ from diptych.checkpoint.formats import native
 from samples import write_samples
 
 FILES = ("model.safetensors", "training.safetensors")
-AGAIN = """us = loop.ranks.connect(60.0, 'cpu'); t = trainer.Trainer(config, us, lambda _: None)
-    print(t.resume()); t.save(); loop.ranks.disconnect(us)"""
+AGAIN = """job = loop.connect(60.0, 'cpu'); t = trainer.Trainer(config, job, lambda _: None)
+    print(t.resume()); t.save(); loop.disconnect(job)"""
 """Continue from the newest checkpoint and write it again."""
 
 
@@ -63,12 +63,12 @@ def test_a_run_goes_on_with_two_then_one_then_four_ranks(data, tmp_path):
 
 LARGE = """import os; config = dataclasses.replace(config, model=dataclasses.replace(config.model,
         vision=dataclasses.replace(config.model.vision, width=384, layers=12, heads=6)))
-    us = loop.ranks.connect(60.0, 'cpu'); t = trainer.Trainer(config, us, lambda _: None)
+    job = loop.connect(60.0, 'cpu'); t = trainer.Trainer(config, job, lambda _: None)
     config.out.mkdir(exist_ok=True)
     def status(field):
         return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0]) << 10
     def growth(action):
-        us.wait(); Path('/proc/self/clear_refs').write_text('5'); before = status('VmRSS'); action()
+        job.barrier(); Path('/proc/self/clear_refs').write_text('5'); before = status('VmRSS'); action()
         return status('VmHWM') - before
     if {resumes}:
         grown = growth(t.resume)
@@ -80,7 +80,7 @@ LARGE = """import os; config = dataclasses.replace(config, model=dataclasses.rep
         t.save()  # what torch makes when it is first asked is no part of a checkpoint
         grown = growth(t.save)
     print(grown)
-    loop.ranks.disconnect(us)"""
+    loop.disconnect(job)"""
 
 
 def test_no_rank_holds_the_whole_model_or_optimizer_when_a_checkpoint_is_written_or_read(data, tmp_path):

@@ -46,7 +46,7 @@ _PIPE_CLOSED = 128 + 13
 
 
 @contextlib.contextmanager
-def ending_on_errors() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Let our errors be one line and exit code 2: of commands, and of the recipes. Whoever reads what is printed may
     stop at any line."""
     try:
@@ -78,7 +78,7 @@ def _has_no_reader(descriptor: int) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with ending_on_errors():
+    with exit_on_error():
         if arguments[:1] == ["--version"]:
             print(f"diptych {__version__}")
             sys.exit(0)

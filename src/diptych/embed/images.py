@@ -162,7 +162,7 @@ def encode_each(
         return
     threads, ahead = tower.streams, (tower.streams + 2) * batch_size
     decoded = map_ahead(
-        attempt, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=work_alone
+        attempt, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=use_one_thread
     )
     with closing(decoded), closing(compute_ahead(encode, _split(decoded, batch_size), threads)) as batches:
         for batch in batches:
@@ -179,13 +179,13 @@ def compute_ahead(function: Callable[[Batch], Result], batches: Iterable[Batch],
     threads = torch.get_num_threads()
     try:
         yield from map_ahead(
-            function, batches, threads=streams, ahead=streams + 1, prepare=work_alone if streams > 1 else None
+            function, batches, threads=streams, ahead=streams + 1, prepare=use_one_thread if streams > 1 else None
         )
     finally:
         torch.set_num_threads(threads)  # what a thread sets for itself is also what later threads begin with
 
 
-def work_alone() -> None:
+def use_one_thread() -> None:
     """Let this thread compute by itself: PyTorch's count of threads belongs to the thread that sets it."""
     torch.set_num_threads(1)
 

@@ -83,15 +83,15 @@ class EvaluateProgress:
 OnProgress = Callable[[EvaluateProgress], None]
 
 
-def everywhere(us: Ranks, work: Callable[[], None], *, only_first: bool = False) -> str:
+def everywhere(ranks: Ranks, work: Callable[[], None], *, only_first: bool = False) -> str:
     """Do something on every rank, or on the first; what went wrong on any of them, for all of them."""
     problem = ""
     try:
-        if us.is_first or not only_first:
+        if ranks.is_first or not only_first:
             work()
     except DiptychError as error:
         problem = str(error)
-    return next((text for text in us.gather_objects(problem) if text), "")
+    return next((text for text in ranks.gather_objects(problem) if text), "")
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Step:
     """One model and one dataset."""
 
     config: EvaluateConfig
-    us: Ranks
+    ranks: Ranks
     model: OpenedModel
     embedder: Embedder
     entry: Dataset
@@ -115,7 +115,7 @@ class Step:
 
     def run(self) -> None:
         """Measure what is not done."""
-        config, us = self.config, self.us
+        config, ranks = self.config, self.ranks
         used = self.entry.as_used(config.profile)
         wanted = config.protocols or (NATURAL[self.entry.kind],)
         protocols_here: list[Protocol] = [one for one in NEEDED if one in wanted and one in ALLOWED[self.entry.kind]]
@@ -123,7 +123,7 @@ class Step:
         opened: dict[str, Samples] = {}
         problems: dict[str, str] = {}
         for split in needed:
-            if problem := everywhere(us, lambda split=split: self._open(split, opened)):
+            if problem := everywhere(ranks, lambda split=split: self._open(split, opened)):
                 problems[split] = problem
         if "test" in problems:
             self._refuse("", problems["test"])
@@ -139,7 +139,7 @@ class Step:
         for one in pending:
             if trouble := next((f"{split}: {problems[split]}" for split in NEEDED[one] if split in problems), ""):
                 self._refuse(one, trouble)
-            elif us.is_first:
+            elif ranks.is_first:
                 self._try(one, used, splits, earlier, settings[one])
         self.results = [earlier[one] for one in protocols_here if one in earlier]
         self.resumed = len(done)
@@ -206,7 +206,7 @@ class Step:
         config = self.config
         done: dict[Protocol, Result] = {}
         problem = ""
-        for one in settings if self.us.is_first else ():
+        for one in settings if self.ranks.is_first else ():
             path = result_path(config.out, self.model.name, self.entry.id, one)
             if not path.is_file():
                 continue
@@ -224,9 +224,9 @@ class Step:
                     )
             except UsageError as error:
                 problem = "" if config.redo else str(error)
-        if problem := self.us.tell(problem):
+        if problem := self.ranks.broadcast(problem):
             raise UsageError(problem)
-        done = self.us.tell(done)
+        done = self.ranks.broadcast(done)
         return done, [one for one in settings if one not in done]
 
     def _prepare(self, used: Used, split: str, opened: Mapping[str, Samples], splits: dict[str, Split]) -> str:
@@ -245,7 +245,7 @@ class Step:
                     EvaluateProgress(model=self.model.name, dataset=name, split=split, done=done, total=total)
                 )
 
-        if problem := everywhere(self.us, check):
+        if problem := everywhere(self.ranks, check):
             return problem
         try:
             embedded = self.embedder.embed(samples, self.entry.border, tell)

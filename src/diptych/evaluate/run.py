@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diptych import files, ranks
+from diptych import files
 from diptych.embed.cache import FeatureCache
 from diptych.errors import DatasetError, DiptychError, NotFoundError, RunLockedError, UsageError
 from diptych.evaluate.cell import NEEDED, OnProgress, Refused, Step, everywhere
@@ -24,7 +24,7 @@ from diptych.evaluate.models.open import OpenedModel, model_names, open_model
 from diptych.evaluate.protocols.task import ALLOWED
 from diptych.evaluate.results import Protocol, Result, save_model
 from diptych.model.device import choose_device
-from diptych.ranks import Ranks
+from diptych.ranks import Ranks, connect, disconnect, name_lost_ranks
 
 _TIMEOUT = 6 * 3600.0
 """Seconds that ranks wait for the first one while it measures."""
@@ -49,18 +49,18 @@ class EvaluateReport:
 
 def run(config: EvaluateConfig, *, on_progress: OnProgress | None = None) -> EvaluateReport:
     """Evaluate; raises NotFoundError if none of the datasets is there."""
-    us = ranks.connect(_TIMEOUT, config.device)
+    ranks = connect(_TIMEOUT, config.device)
     try:
-        with ranks.lost_ranks_named(us), _locked(config.out, us):
-            return _Run(config, us, on_progress).run()
+        with name_lost_ranks(ranks), _locked(config.out, ranks):
+            return _Run(config, ranks, on_progress).run()
     finally:
-        ranks.disconnect(us)
+        disconnect(ranks)
 
 
 @contextlib.contextmanager
-def _locked(out: Path, us: Ranks) -> Iterator[None]:
+def _locked(out: Path, ranks: Ranks) -> Iterator[None]:
     """Two processes may fill one folder, not at once."""
-    if not us.is_first:
+    if not ranks.is_first:
         yield
         return
     files.make_folder(out)
@@ -94,7 +94,7 @@ def _is_whole(entry: Dataset, place: tuple[Place, Path] | None) -> bool:
 @dataclass
 class _Run:
     config: EvaluateConfig
-    us: Ranks
+    ranks: Ranks
     on_progress: OnProgress | None
     results: list[Result] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
@@ -103,7 +103,7 @@ class _Run:
 
     def run(self) -> EvaluateReport:
         started = time.monotonic()
-        choose_device(self.config.device, self.us)  # before data are looked for
+        choose_device(self.config.device, self.ranks)  # before data are looked for
         names = model_names(self.config.models)
         datasets = load_suite(self.config.suite)
         self._check_overlap(datasets)
@@ -111,7 +111,7 @@ class _Run:
         cache = FeatureCache(self.config.cache or self.config.out / ".features", self.config.cache_bytes)
         try:
             for name, source in names.items():
-                self._run_model(open_model(name, source, self.config, cache, self.us), datasets, places, cache)
+                self._run_model(open_model(name, source, self.config, cache, self.ranks), datasets, places, cache)
         finally:
             cache.close()
         return EvaluateReport(
@@ -134,7 +134,7 @@ class _Run:
         for entry in datasets:
             place = locate(entry, self.config.data)
             if self.config.download and can_download(entry) and not _is_whole(entry, place):
-                problem = everywhere(self.us, lambda entry=entry: self._download(entry), only_first=True)
+                problem = everywhere(self.ranks, lambda entry=entry: self._download(entry), only_first=True)
                 if problem:
                     self.missing[entry.id] = f"{where_to_get(entry)} ({problem})"
                     continue
@@ -174,12 +174,12 @@ class _Run:
         places: Mapping[str, tuple[Place, Path]],
         cache: FeatureCache,
     ) -> None:
-        if self.us.is_first:
+        if self.ranks.is_first:
             save_model(self.config.out, model.facts)
-        embedder = Embedder(model.eyes, cache, self.config.batch_size, self.us)
+        embedder = Embedder(model.eyes, cache, self.config.batch_size, self.ranks)
         for entry in datasets:
             if entry.id in places:
-                step = Step(self.config, self.us, model, embedder, entry, *places[entry.id], self.on_progress)
+                step = Step(self.config, self.ranks, model, embedder, entry, *places[entry.id], self.on_progress)
                 step.run()
                 self.results += step.results
                 self.resumed += step.resumed

@@ -19,14 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diptych import ranks
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.images import BATCH_SIZE
 from diptych.errors import NotFoundError, PictureError, ShardError, UsageError
 from diptych.evaluate.metrics.measures import accuracy, mean_per_class_recall, retrieval
 from diptych.image import Preprocess, open_picture
 from diptych.model.clip import CLIP
-from diptych.ranks import Ranks
+from diptych.ranks import Ranks, current
 from diptych.shards.dataset import load_dataset
 from diptych.shards.index import IMAGE_SUFFIXES
 from diptych.shards.members import Member, iter_members
@@ -195,20 +194,20 @@ class Examiner:
 
     @torch.inference_mode()
     def __call__(self, model: CLIP) -> dict[str, float]:
-        us = ranks.current()
+        ranks = current()
         loaded = Loaded(model, self.preprocess, self.tokenizer)
-        rows, features = self._embed_pictures(loaded, us)
+        rows, features = self._embed_pictures(loaded, ranks)
         values = self._classify if self.exam.kind == "zeroshot" else self._retrieve
-        found = values(loaded, rows, features, us) if len(rows) else {}
+        found = values(loaded, rows, features, ranks) if len(rows) else {}
         found |= {"images": float(len(rows)), "skipped": float(len(self.exam.questions) - len(rows))}
         return {metric: float(found.get(metric.removeprefix(f"{self.name}/"), 0.0)) for metric in self.metrics}
 
-    def _classify(self, loaded: Loaded, rows: list[int], features: Tensor, us: Ranks) -> dict[str, float]:
+    def _classify(self, loaded: Loaded, rows: list[int], features: Tensor, ranks: Ranks) -> dict[str, float]:
         number = {name: i for i, name in enumerate(self.exam.classnames)}
         labels = [number[self.exam.questions[row].label or ""] for row in rows]
         target = torch.tensor(labels, device=features.device)
         prompts = [fill_template(template, name) for name in self.exam.classnames for template in self.templates]
-        texts = embed_shared_texts(loaded, prompts, us).unflatten(0, (len(number), len(self.templates)))
+        texts = embed_shared_texts(loaded, prompts, ranks).unflatten(0, (len(number), len(self.templates)))
         scores = features @ torch.nn.functional.normalize(texts.mean(dim=1), dim=-1).T
         return {
             "acc1": accuracy(scores, target),
@@ -216,33 +215,33 @@ class Examiner:
             "mean_per_class_recall": mean_per_class_recall(scores, target),
         }
 
-    def _retrieve(self, loaded: Loaded, rows: list[int], features: Tensor, us: Ranks) -> dict[str, float]:
+    def _retrieve(self, loaded: Loaded, rows: list[int], features: Tensor, ranks: Ranks) -> dict[str, float]:
         captions = [(i, caption) for i, row in enumerate(rows) for caption in self.exam.questions[row].captions]
-        texts = embed_shared_texts(loaded, [caption for _, caption in captions], us)
+        texts = embed_shared_texts(loaded, [caption for _, caption in captions], ranks)
         of_text = torch.tensor([i for i, _ in captions], device=features.device)
-        return dict(retrieval(features, texts, KS, image_of_text=of_text, ranks=us))
+        return dict(retrieval(features, texts, KS, image_of_text=of_text, ranks=ranks))
 
-    def _embed_pictures(self, loaded: Loaded, us: Ranks) -> tuple[list[int], Float[Tensor, "N E"]]:
+    def _embed_pictures(self, loaded: Loaded, ranks: Ranks) -> tuple[list[int], Float[Tensor, "N E"]]:
         """Which questions have a picture that can be used, in order, and its features: on every rank all of them."""
         device = loaded.model.logit_scale.device
         self.broken.clear()
         rows: list[int] = []
         features = [torch.empty(0, loaded.model.config.embed_dim, device=device)]
-        for first, pixels in self._read_batches(us):
+        for first, pixels in self._read_batches(ranks):
             image = self.preprocess.normalize(pixels.to(device))
             usable = [i for i in range(BATCH_SIZE) if first + i in self._usable]
             features.append(loaded.model.encode_image(image, normalize=True).float()[usable])
             rows += [first + i for i in usable]
-        self.broken = sum((Counter(part) for part in us.gather_objects(dict(self.broken))), Counter[str]())
-        everyone = us.gather(torch.tensor(rows, dtype=torch.int64, device=device))
+        self.broken = sum((Counter(part) for part in ranks.gather_objects(dict(self.broken))), Counter[str]())
+        everyone = ranks.gather(torch.tensor(rows, dtype=torch.int64, device=device))
         order = everyone.argsort()
-        return everyone[order].tolist(), us.gather(torch.cat(features))[order]
+        return everyone[order].tolist(), ranks.gather(torch.cat(features))[order]
 
-    def _read_batches(self, us: Ranks) -> Iterator[tuple[int, Tensor]]:
+    def _read_batches(self, ranks: Ranks) -> Iterator[tuple[int, Tensor]]:
         """This rank's batches: number of the first question, and BATCH_SIZE pictures, black where there is none."""
         self._usable: set[int] = set()
         count, size = len(self.exam.questions), self.preprocess.image_size
-        firsts = [batch * BATCH_SIZE for batch in us.share(-(-count // BATCH_SIZE))]
+        firsts = [batch * BATCH_SIZE for batch in ranks.shard(-(-count // BATCH_SIZE))]
         mine = iter([row for first in firsts for row in range(first, min(first + BATCH_SIZE, count))])
         waiting: deque[Future[Tensor | str]] = deque()
         with ThreadPoolExecutor(THREADS, thread_name_prefix="diptych-examine") as pool:
@@ -268,17 +267,17 @@ class Examiner:
             return "unreadable"
 
 
-def embed_shared_texts(loaded: Loaded, texts: Sequence[str], us: Ranks) -> Float[Tensor, "N E"]:
+def embed_shared_texts(loaded: Loaded, texts: Sequence[str], ranks: Ranks) -> Float[Tensor, "N E"]:
     """Features of all texts on every rank, each computed by one; batches are whole, so that shapes recur."""
     device = loaded.model.logit_scale.device
     tokens = loaded.tokenizer(list(texts))
     order = tokens.argmax(dim=-1).argsort(stable=True)
     batches = order.split(BATCH_SIZE)
     features, rows = [torch.empty(0, loaded.model.config.embed_dim, device=device)], [order[:0]]
-    for number in us.share(len(batches)):
+    for number in ranks.shard(len(batches)):
         batch = batches[number]
         padded = torch.cat([batch, batch[-1:].expand(BATCH_SIZE - len(batch))])
         features.append(loaded.model.encode_text(tokens[padded].to(device), normalize=True).float()[: len(batch)])
         rows.append(batch)
-    everyone = us.gather(torch.cat(rows).to(device))
-    return us.gather(torch.cat(features))[everyone.argsort()]
+    everyone = ranks.gather(torch.cat(rows).to(device))
+    return ranks.gather(torch.cat(features))[everyone.argsort()]

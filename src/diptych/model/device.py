@@ -6,12 +6,12 @@ from diptych.errors import UsageError
 from diptych.ranks import Ranks
 
 
-def choose_device(name: str, us: Ranks | None = None) -> torch.device:
+def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
     """`auto` takes a GPU if there is one; every rank of a machine its own. UsageError for one that is not there."""
     there = _count_devices()
     kind = ("cuda" if "cuda" in there else "cpu") if name == "auto" else name
-    if kind == "cuda" and us is not None and us.world_size > 1:
-        kind = f"cuda:{us.local_rank}"
+    if kind == "cuda" and ranks is not None and ranks.world_size > 1:
+        kind = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(kind)
     except RuntimeError:  # no name that PyTorch knows

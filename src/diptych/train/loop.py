@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-from diptych import ranks
 from diptych.checkpoint.formats import native
+from diptych.ranks import connect, disconnect, name_lost_ranks
 from diptych.train.config import TrainConfig
 from diptych.train.run_folder.checkpoints import locked
 from diptych.train.run_folder.report import Clock, Evaluation, StepReport, TrainReport
@@ -31,17 +31,17 @@ def run(
     on_note: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
     """Train, or continue the unfinished run in `config.out`; on every rank of the job that the environment names."""
-    us = ranks.connect(config.run.timeout, config.run.device)
+    ranks = connect(config.run.timeout, config.run.device)
     try:
         with ExitStack() as stack:
-            stack.enter_context(ranks.lost_ranks_named(us))
-            if us.is_first:
+            stack.enter_context(name_lost_ranks(ranks))
+            if ranks.is_first:
                 stack.enter_context(locked(config.out))
-            us.wait()
-            trainer = Trainer(config, us, on_note)
+            ranks.barrier()
+            trainer = Trainer(config, ranks, on_note)
             return _run(trainer, evaluators, on_step, on_evaluation)
     finally:
-        ranks.disconnect(us)
+        disconnect(ranks)
 
 
 def _run(
@@ -50,7 +50,7 @@ def _run(
     on_step: Callable[[StepReport], None],
     on_evaluation: Callable[[Evaluation], None],
 ) -> TrainReport:
-    started, config, us = time.monotonic(), trainer.config, trainer.ranks
+    started, config, ranks = time.monotonic(), trainer.config, trainer.ranks
     resumed_from, passed_over = trainer.resume()
     clock = Clock(trainer.steps, config.loader.batch_size, trainer.device)
     with closing(iter(trainer.loader)) as batches, closing(trainer), _Signals() as signals:
@@ -62,8 +62,8 @@ def _run(
             on_step(report)
             if trainer.is_due(trainer.evaluate_every) and evaluators:
                 on_evaluation(trainer.evaluate(evaluators))
-            stop = us.largest(float(signals.number)) if us.world_size > 1 else signals.number
-            late = us.largest(float(trainer.keeper.is_late())) if config.run.checkpoint_minutes else False
+            stop = ranks.all_reduce_max(float(signals.number)) if ranks.world_size > 1 else signals.number
+            late = ranks.all_reduce_max(float(trainer.keeper.is_late())) if config.run.checkpoint_minutes else False
             if stop or late or trainer.lost() or trainer.keeper.is_due(trainer.state.step, trainer.steps):
                 trainer.save()
             if stop:

@@ -159,7 +159,7 @@ class _TiledLoss(torch.autograd.Function):
         by_loss = outputs[0].float()
         d_scale = (d_scale * by_loss / tiles.scale).float()
         d_image.mul_(tiles.scale * by_loss)
-        d_text = tiles.ranks.scatter_sum(d_text.mul_(tiles.scale * by_loss), ctx.counts)
+        d_text = tiles.ranks.reduce_scatter(d_text.mul_(tiles.scale * by_loss), ctx.counts)
         return (
             None,
             d_image.to(image_features.dtype),

@@ -47,21 +47,21 @@ CONFIG = "config.json"
 class Trainer:
     """A run's moving parts on one rank."""
 
-    def __init__(self, config: TrainConfig, us: Ranks, on_note: Callable[[str], None]) -> None:
-        self.config, self.ranks = config, us
-        self.device = choose_device(config.run.device, us)
+    def __init__(self, config: TrainConfig, ranks: Ranks, on_note: Callable[[str], None]) -> None:
+        self.config, self.ranks = config, ranks
+        self.device = choose_device(config.run.device, ranks)
         self.dtype = choose_dtype(config.run, self.device)
         start = load_start(config)
         self.tokenizer = start.tokenizer if start else load_tokenizer(config)
         self.preprocess = start.preprocess if start else Preprocess(image_size=config.model.vision.image_size)
-        with us.one_after_the_other():  # the first rank indexes foreign shards, the others find the index
+        with ranks.one_after_the_other():  # the first rank indexes foreign shards, the others find the index
             self.loader = Loader(
                 config.data,
                 config.loader,
                 config.model.vision.image_size,
                 self.tokenizer,
-                rank=us.rank,
-                world_size=us.world_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
                 prepare=lambda data: self.preprocess.pixels(open_picture(data)),
             )
         self.skipped_by_index = [s for source in self.loader.sources for s in source.dataset.skipped]
@@ -77,13 +77,13 @@ class Trainer:
             self._prepare_start(on_note)
         if config.run.recompute:
             parallel.recompute_blocks(self.model)
-        self.module = parallel.wrap(self.model, us, config.run.sharding)
+        self.module = parallel.wrap(self.model, ranks, config.run.sharding)
         scales = choose_lr_scales(self.model, config.start.layer_decay) if start else None
         self.optimizer = build_optimizer(self.model, config.optim, scales)
         self.state = State()
         self.micro_batch_size = config.run.micro_batch_size
         self.keeper = Keeper(config.out, config.run)
-        self.logs = Logs(config.out, config.run.log, active=us.is_first)
+        self.logs = Logs(config.out, config.run.log, active=ranks.is_first)
         self.step = Step(
             model=self.module,
             plain=self.model,
@@ -178,7 +178,7 @@ class Trainer:
                 require_same_run(json.loads((out / CONFIG).read_text()), self.config)
             files.write_json(out / CONFIG, to_dict(self.config))
             found = newest, tuple(passed_over) + tuple(f"{folder.name}: {why}" for folder, why in damaged)
-        newest, passed_over = self.ranks.tell(found)
+        newest, passed_over = self.ranks.broadcast(found)
         if newest is not None:
             self._restore(newest)
         self.logs.open(self.state.log_bytes)
@@ -330,7 +330,7 @@ class Trainer:
         elif is_cut:
             for file in (self.model.state_dict(), tensors):  # in the order of native.write
                 sharded.write(file, None, self.ranks)
-        self.ranks.wait()
+        self.ranks.barrier()
 
     def _write(self, folder: Path, tensors: Mapping[str, Tensor], put: native.SaveTensors) -> None:
         values = {

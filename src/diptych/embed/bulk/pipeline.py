@@ -18,7 +18,7 @@ from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.bulk.config import EmbedConfig
 from diptych.embed.bulk.folder import FeatureFolder, Part
-from diptych.embed.images import ImageTower, compute_ahead, count_cores, work_alone
+from diptych.embed.images import ImageTower, compute_ahead, count_cores, use_one_thread
 from diptych.embed.sources import Row, Source, fetch
 from diptych.embed.texts import embed_texts
 from diptych.errors import PictureError
@@ -73,7 +73,7 @@ class Pipeline:
             _iter_rows(sources, parts),
             threads=self.threads,
             ahead=(self.streams + 2) * self.batch_size,
-            prepare=work_alone,
+            prepare=use_one_thread,
         )
         sizes = {"image": self.batch_size, "text": TEXT_BATCH}
         batches = compute_ahead(
@@ -120,7 +120,7 @@ class Pipeline:
         )
 
 
-def iter_stretches(parts: Sequence[Part], most: int | None = None) -> Iterator[tuple[Part, ...]]:
+def iter_contiguous_parts(parts: Sequence[Part], most: int | None = None) -> Iterator[tuple[Part, ...]]:
     """Put parts together that are neighbours in one source, at most so many: what is read in one go."""
     for _, group in itertools.groupby(enumerate(parts), lambda pair: (pair[1].source, pair[1].number - pair[0])):
         run_of = [part for _, part in group]
@@ -130,7 +130,7 @@ def iter_stretches(parts: Sequence[Part], most: int | None = None) -> Iterator[t
 
 
 def _iter_rows(sources: Sequence[Source], parts: Sequence[Part]) -> Iterator[Row]:
-    for stretch in iter_stretches(parts):
+    for stretch in iter_contiguous_parts(parts):
         yield from sources[stretch[0].source].read(stretch[0].start, stretch[-1].stop)
 
 

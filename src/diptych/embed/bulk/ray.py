@@ -12,7 +12,7 @@ from typing import Any
 
 from diptych.embed.bulk.config import EmbedConfig
 from diptych.embed.bulk.folder import FeatureFolder, Part
-from diptych.embed.bulk.pipeline import compute_parts, iter_stretches, open_pipeline
+from diptych.embed.bulk.pipeline import compute_parts, iter_contiguous_parts, open_pipeline
 from diptych.embed.sources import Source
 from diptych.errors import RankLostError, UsageError
 
@@ -61,7 +61,7 @@ def run_on_ray(
     config = replace(config, work=replace(config.work, threads=threads))
     shared = [ray.put(value) for value in (config, folder, list(sources))]
     kind: Any = ray.remote(**resources)(Actor)
-    waiting = deque(iter_stretches(parts, max(1, min(PARTS, -(-len(parts) // (2 * actors))))))
+    waiting = deque(iter_contiguous_parts(parts, max(1, min(PARTS, -(-len(parts) // (2 * actors))))))
     tries: dict[int, int] = {}
     running: dict[Any, tuple[Any, tuple[Part, ...]]] = {}
     idle = [kind.remote(*shared) for _ in range(min(actors, len(waiting)))]

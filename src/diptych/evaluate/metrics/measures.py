@@ -201,11 +201,11 @@ def retrieval(
     Text i belongs to image `image_of_text[i]`, by default to image i. An image with several texts is found by any of
     them; each text looks for its one image. With `ranks` each of them ranks its share of the queries.
     """
-    us = ranks or Ranks()
+    ranks = ranks or Ranks()
     images = torch.arange(len(image_features), device=image_features.device)
     of_text = images if image_of_text is None else image_of_text
-    hits_image = _hits(text_features, image_features, of_text, images, ks, us)
-    hits_text = _hits(image_features, text_features, images, of_text, ks, us)
+    hits_image = _hits(text_features, image_features, of_text, images, ks, ranks)
+    hits_text = _hits(image_features, text_features, images, of_text, ks, ranks)
     return {
         f"image_retrieval_recall@{k}": hits / max(1, len(of_text)) for k, hits in zip(ks, hits_image, strict=True)
     } | {f"text_retrieval_recall@{k}": hits / max(1, len(images)) for k, hits in zip(ks, hits_text, strict=True)}
@@ -217,12 +217,12 @@ def _hits(
     of_query: Int[Tensor, " Q"],
     of_candidate: Int[Tensor, " C"],
     ks: tuple[int, ...],
-    us: Ranks,
+    ranks: Ranks,
 ) -> list[int]:
     """How many queries have a partner (a candidate of the same image) among the k first; ties as in `accuracy`."""
     hits = torch.zeros(len(ks), dtype=torch.int64, device=queries.device)
     index = torch.arange(len(candidates), device=queries.device)
-    for chunk in us.share(-(-len(queries) // _ROWS)):
+    for chunk in ranks.shard(-(-len(queries) // _ROWS)):
         rows = slice(chunk * _ROWS, (chunk + 1) * _ROWS)
         scores = queries[rows] @ candidates.T
         own = of_query[rows, None] == of_candidate
@@ -230,4 +230,4 @@ def _hits(
         first = index.where(own & (scores == best), len(candidates)).amin(dim=1, keepdim=True)
         ahead = ((scores > best) | ((scores == best) & (index < first))).sum(dim=1)
         hits += torch.stack([(ahead < k).sum() for k in ks])
-    return us.sum(hits).tolist()
+    return ranks.sum(hits).tolist()

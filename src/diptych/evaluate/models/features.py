@@ -71,9 +71,9 @@ def eyes_of(loaded: Loaded, precision: Precision) -> Eyes:
 class Embedder:
     """A model, ready to compute features of pictures."""
 
-    def __init__(self, eyes: Eyes, cache: FeatureCache, batch_size: int, us: Ranks | None = None) -> None:
+    def __init__(self, eyes: Eyes, cache: FeatureCache, batch_size: int, ranks: Ranks | None = None) -> None:
         self.tower, self.space, self.project = eyes.tower, eyes.space, eyes.project
-        self.cache, self.batch_size, self.us = cache, batch_size, us or Ranks()
+        self.cache, self.batch_size, self.ranks = cache, batch_size, ranks or Ranks()
 
     def embed(self, samples: Samples, border: int = 0, on_pictures: Callable[[int], None] | None = None) -> Embedded:
         """Features of all samples, on every rank. `border` pixels are cut off each side of a picture.
@@ -84,7 +84,7 @@ class Embedder:
         rows: list[int] = []
         features = [torch.empty(0, self.tower.embed_dim)]
         skipped = Counter[str]()
-        for number in self.us.share(-(-len(samples) // CHUNK)):
+        for number in self.ranks.shard(-(-len(samples) // CHUNK)):
             wanted = range(number * CHUNK, min(len(samples), (number + 1) * CHUNK))
             kept, found = self._embed_chunk(space, samples, wanted, border, skipped)
             rows += kept
@@ -92,16 +92,16 @@ class Embedder:
             if on_pictures is not None:
                 on_pictures(len(wanted))
         device = self.tower.device
-        everyone = self.us.gather(torch.tensor(rows, dtype=torch.int64, device=device))
+        everyone = self.ranks.gather(torch.tensor(rows, dtype=torch.int64, device=device))
         order = everyone.argsort()
-        pooled = self.us.gather(torch.cat(features).to(device))[order].cpu()
+        pooled = self.ranks.gather(torch.cat(features).to(device))[order].cpu()
         kept = everyone[order].tolist()
         if len(broken := (~pooled.isfinite().all(dim=1)).nonzero()):
             raise DatasetError(
                 f"{samples.path}: the model gives NaN or infinity for {len(broken)} of {len(pooled)} pictures "
                 f"(first: {samples.keys[kept[broken[0, 0]]]}); its weights are broken or its precision too low"
             )
-        counts = sum((Counter(part) for part in self.us.gather_objects(dict(skipped))), Counter[str]())
+        counts = sum((Counter(part) for part in self.ranks.gather_objects(dict(skipped))), Counter[str]())
         return Embedded(kept=tuple(kept), pooled=pooled, joint=self.project(pooled), skipped=counts)
 
     def _embed_chunk(

@@ -64,9 +64,9 @@ def _name_of(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", source.removeprefix(HUB)).strip("-.")
 
 
-def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCache, us: Ranks) -> OpenedModel:
+def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCache, ranks: Ranks) -> OpenedModel:
     """Load a model to where it is to be computed."""
-    device = choose_device(config.device, us)
+    device = choose_device(config.device, ranks)
     if is_baseline(source):
         return _open_baseline(name, source, str(device))
     loaded = load(source, device=device, activation=config.activation, preset=config.preset)

@@ -105,7 +105,7 @@ class Tower:
 
 
 def store(
-    config: StartConfig, tower: Tower, loader: Loader, us: Ranks, say: Callable[[int, int], None] = lambda *_: None
+    config: StartConfig, tower: Tower, loader: Loader, ranks: Ranks, say: Callable[[int, int], None] = lambda *_: None
 ) -> StoredFeatures:
     """Have the features of every sample of the loader; what is missing is computed now, each shard by one rank.
 
@@ -116,17 +116,17 @@ def store(
     fingerprint = tower.fingerprint()
     shards = [shard for source in loader.sources for shard in source.dataset.shards]
     places = [folder / _name(fingerprint, shard) for shard in shards]
-    mine = [i for i in us.share(len(shards)) if _open(places[i]) is None]
-    rounds = int(us.largest(float(len(mine))))
+    mine = [i for i in ranks.shard(len(shards)) if _open(places[i]) is None]
+    rounds = int(ranks.all_reduce_max(float(len(mine))))
     with ThreadPoolExecutor(THREADS, thread_name_prefix="diptych-features") as pool:
         for number in range(rounds):
             if number < len(mine):
                 _compute(tower, shards[mine[number]], places[mine[number]], pool)
                 say(number + 1, len(mine))
-            us.wait()  # after every shard, so that nobody waits longer than one takes
+            ranks.barrier()  # after every shard, so that nobody waits longer than one takes
         pairs = zip(shards, places, strict=True)  # another machine's shards are not here if folders are not shared
         opened = [_open(place) or _compute(tower, shard, place, pool) for shard, place in pairs]
-    us.wait()
+    ranks.barrier()
     firsts = np.cumsum([0, *(len(source.dataset.shards) for source in loader.sources)])
 
     def read(source: int, shard: int, row: int) -> np.ndarray | str:

@@ -35,7 +35,7 @@ def choose_micro_batch_size(step: Step, batch: Batch, ranks: Ranks, free: int | 
             f"{per_pair / 2**20:.0f} MiB each; use a smaller model, --recompute, or more memory"
         )
     fits = min(count, room // per_pair)
-    fits = -int(ranks.largest(-float(fits)))  # every rank takes the smallest
+    fits = -int(ranks.all_reduce_max(-float(fits)))  # every rank takes the smallest
     return count if fits >= count else 1 << (fits.bit_length() - 1)
 
 

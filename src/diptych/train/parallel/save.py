@@ -43,7 +43,7 @@ def write(tensors: Mapping[str, Tensor], path: Path | None, ranks: Ranks) -> Non
     except OSError as error:
         failure = str(error)
     target: Path
-    target, failure = ranks.tell((path, failure))
+    target, failure = ranks.broadcast((path, failure))
     try:
         if failure is None:
             _write_parts(tensors, target, ranks)
