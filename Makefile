@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo curate-demo test check fix bench parity hostile kill-test peers docs golden clean help
+.PHONY: demo curate-demo test test-slow check fix bench parity hostile kill-test peers docs golden clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -14,8 +15,11 @@ demo: .venv/demo ## build real pairs, train a small CLIP on them, ask it what it
 curate-demo: .venv/demo .venv/curate ## crawl real pages from a server of one's own, through every stage into shards and a training run
 	$(VENV)/python -m recipes.curate_demo $(ARGS)
 
-test: .venv/demo .venv/dev ## run the tests
-	$(VENV)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+test: .venv/demo .venv/dev ## run the quick tests (under 8 minutes on 2 cores)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: .venv/demo .venv/dev ## run the tests that are long by nature: compiling, many ranks, kills (under 20 minutes)
+	$(PYTEST) -m slow $(ARGS)
 
 check: .venv/demo .venv/dev ## ruff, pyright, import-linter
 	$(VENV)/ruff check .

@@ -1,3 +1,7 @@
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of workers and all they start: on few cores, more threads wait for each other
+
 import pytest
 import torch
 

@@ -210,6 +210,7 @@ def test_missing_settings_and_queries_are_told_before_anything_is_done(site, tmp
     assert not (tmp_path / "work/match").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_ends_with_the_same_hash(site, straight, tmp_path):
     work, report = straight
     config = configure(site, tmp_path / "work")

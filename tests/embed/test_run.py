@@ -192,6 +192,7 @@ def test_an_unfinished_or_damaged_folder_is_not_read(model, pictures, tmp_path):
         load_features(tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_every_picture_comes_once(model, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -173,6 +173,7 @@ def test_the_best_checkpoint_stays(data, tmp_path):
     assert {folder.name for folder in out.glob("step_*")} == {f"step_{best:08d}", "step_00000008"}
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_an_evaluation_ends_with_the_same_bits(data, tmp_path):
     options = {
         "steps": 12,

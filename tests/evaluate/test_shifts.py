@@ -137,6 +137,7 @@ def test_probes_of_few_shots_of_imagenet_are_asked_about_a_shift(model, tmp_path
         evaluate(model, tmp_path, "objectnet", "fewshot")
 
 
+@pytest.mark.slow
 def test_few_shots_of_imagenet_leave_their_probes(model, tmp_path):
     names = [str(name) for name in load_dataset("imagenet").names]
     pictures = drawn()

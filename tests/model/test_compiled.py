@@ -47,6 +47,7 @@ def run(cache, *flags: str, **env: str) -> tuple[float, float, bool, bool, str]:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_functions_are_compiled_once_and_loaded_after_that(tmp_path):
     folder = tmp_path / "diptych" / "compiled"
     worst, first, is_plain, _, _ = run(tmp_path, "-W", "error::UserWarning:diptych")

@@ -68,5 +68,6 @@ for is_causal in (False, True):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_attention_compiles_in_one_graph_and_equals_itself() -> None:
     subprocess.run([sys.executable, "-c", COMPILED], check=True)  # here types are checked, which does not compile

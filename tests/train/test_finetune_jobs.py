@@ -47,7 +47,7 @@ def fingerprint(out: Path) -> dict[str, str]:
 KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 
 
-@pytest.mark.parametrize("setting", ["cache", "lora"])
+@pytest.mark.parametrize("setting", ["cache", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(data, start, tmp_path, setting):
     evaluate = (f"found=retrieval:{data}",)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -68,6 +68,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(data, start, tmp_pa
     assert fingerprint(killed) == fingerprint(straight)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_model_of_one(data, start, tmp_path):
     for world_size in (1, 2):
         out = tmp_path / f"run{world_size}"

@@ -64,7 +64,10 @@ def fingerprint(out: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.parametrize(("workers", "compile"), [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)])
+@pytest.mark.parametrize(("workers", "compile"), [
+    *((0, False), (1, False), (2, False)),
+    *(pytest.param(workers, True, marks=pytest.mark.slow) for workers in (0, 1, 2)),  # compiling takes a minute
+])  # fmt: skip
 def test_a_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path, workers, compile):
     if compile and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
@@ -209,6 +212,7 @@ def test_auto_precision_depends_on_the_processor_not_on_the_clock():
     assert setup.choose_dtype(dataclasses.replace(run, precision="bfloat16"), torch.device("cpu")) == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_five_kills_at_awkward_moments_lose_nothing(tmp_path):
     moments = ("any time", "checkpoint", "checkpoint", "evaluation", "evaluation")
     data = write_samples(tmp_path / "data")

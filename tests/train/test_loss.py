@@ -154,7 +154,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_several_ranks_have_the_loss_of_the_whole_batch_and_their_part_of_its_gradients(world_size):
     port = str(jobs.free_port())
     here = Path(__file__).parent

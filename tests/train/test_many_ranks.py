@@ -40,7 +40,10 @@ def assert_same(out: Path, expected: Path, step: int = 50) -> None:
             assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9, key
 
 
-@pytest.mark.parametrize(("world_size", "sharding"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("world_size", "sharding"), [
+    *((2, "ddp"), (2, "fsdp")),
+    pytest.param(4, "ddp", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_any_number_of_ranks_trains_the_same_model(data, alone, tmp_path, world_size, sharding):
     jobs.run(
         data, tmp_path / "run", world_size, steps=50, checkpoint_every=50, sharding=sharding,
@@ -49,7 +52,7 @@ def test_any_number_of_ranks_trains_the_same_model(data, alone, tmp_path, world_
     assert_same(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_of_two_ranks_goes_on_with_another_number(data, alone, tmp_path, world_size):
     stop = "report.step == 25 and __import__('os').kill(__import__('os').getpid(), 15)"
     jobs.run(data, tmp_path / "run", 2, steps=50, checkpoint_every=50, loss={"patch_dropout": 0.5}, on_step=stop)
@@ -59,12 +62,12 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(data, alone, tmp_path, w
 
 
 @pytest.mark.parametrize("options", [
-    {"micro_batch_size": 3},
+    pytest.param({"micro_batch_size": 3}, marks=pytest.mark.slow),
     {"micro_batch_size": 3, "sharding": "fsdp"},
     {"recompute": True, "loss": {"positives": "caption"}},
-    {"recompute": True, "sharding": "fsdp"},
+    pytest.param({"recompute": True, "sharding": "fsdp"}, marks=pytest.mark.slow),
     {"loss": {"loss": "siglip"}},
-    {"half_statistics": True, "sharding": "fsdp"},
+    pytest.param({"half_statistics": True, "sharding": "fsdp"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_way_of_sharing_agrees_with_one_process(data, tmp_path, options):
     plain = {name: value for name, value in options.items() if name in ("loss", "half_statistics")}

@@ -50,6 +50,7 @@ def test_any_number_of_ranks_writes_the_file_of_one_process(data, tmp_path, size
         native.read_description(folder)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_two_then_one_then_four_ranks(data, tmp_path):
     jobs.run(data, tmp_path / "alone", 1, steps=12, checkpoint_every=12)
     for world_size, last in ((2, 4), (1, 8), (4, 12)):
@@ -83,6 +84,7 @@ LARGE = """import os; config = dataclasses.replace(config, model=dataclasses.rep
     loop.disconnect(job)"""
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_whole_model_or_optimizer_when_a_checkpoint_is_written_or_read(data, tmp_path):
     grown = {}
     for resumes in (False, True):
@@ -123,7 +125,7 @@ DIES = (
 )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_killed_while_it_writes_costs_no_more_than_the_steps_since_the_last_checkpoint(
     data, straight, tmp_path, rank
 ):
@@ -135,6 +137,7 @@ def test_a_rank_killed_while_it_writes_costs_no_more_than_the_steps_since_the_la
     assert_goes_on_as(straight, data, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_in_one_clear_error_within_the_timeout(data, straight, tmp_path):
     output, codes, ended = disturb(data, tmp_path / "run", 1, "os.kill(os.getpid(), 19)", timeout=5.0)
     assert codes == [2, -9]
