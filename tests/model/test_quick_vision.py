@@ -76,10 +76,8 @@ def test_a_picture_alone_is_the_picture_among_others(precision, uncompiled):
     model, pixels = build(CONFIGS["quick_gelu"])
     encode = get_encoder(model.visual, precision, MEAN, STD)
     together = encode(pixels)
-    for i in (0, 5):
-        alone = encode(pixels[i : i + 1])[0]
-        # Kernels differ by batch size on some processors (AMX), so int8 rounds a few activations the other way: 0.6 %.
-        assert (alone - together[i]).norm() < 0.02 * together[i].norm()
+    for i in (0, 5):  # one picture alone may be rounded otherwise; another picture is a hundredth away
+        assert F.cosine_similarity(encode(pixels[i : i + 1])[0].double(), together[i].double(), dim=0) > 1 - 1e-4
 
 
 @torch.inference_mode()
