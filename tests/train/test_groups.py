@@ -4,7 +4,7 @@ import torch
 from test_step import make_batch
 
 from diptych.ranks import Ranks
-from diptych.train.groups import group_pairs
+from diptych.train.step import group_pairs
 from samples import TINY_VIT
 
 CPU = torch.device("cpu")

@@ -15,14 +15,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import xxhash
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP, Output
 from diptych.model.config import ViTConfig
+from diptych.ranks import Ranks
 from diptych.shards.loader import Batch
 from diptych.shards.order import derive_seed, hash_positions
+from diptych.train.config import Positives
 
 Criterion = Callable[[Output, Tensor | None], Tensor]
 """(features and scale, groups) -> the loss of the global batch."""
@@ -118,3 +122,31 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for buffer, value in before:
             buffer.copy_(value)
+
+
+def group_pairs(batch: Batch, positives: Positives, ranks: Ranks, device: torch.device) -> Int[Tensor, " N"] | None:
+    """Number the groups of pairs that are right answers for each other; None if a pair has only itself.
+
+    `caption` compares tokens, `image` the pictures' files, by a 64-bit hash. With `either` pairs that are linked
+    through others are one group too: the first's picture equal to the second's, the second's caption to the third's.
+    """
+    if positives == "pair":
+        return None
+    hashes = [xxhash.xxh3_64_intdigest(row.numpy().tobytes()) for row in batch.text]
+    captions, images = (
+        torch.tensor([number - (1 << 63) for number in numbers], dtype=torch.int64, device=device)
+        for numbers in (hashes, batch.pictures)
+    )
+    if positives != "either":
+        return captions if positives == "caption" else images
+    count = len(captions)
+    links = [ranks.gather(numbers).unique(return_inverse=True)[1] for numbers in (captions, images)]
+    group = torch.arange(len(links[0]), device=device)
+    while True:
+        before = group
+        for link in links:  # each takes the smallest number among those it is linked to
+            smallest = group.new_full((int(link.max()) + 1,), len(group)).scatter_reduce(0, link, group, "amin")
+            group = smallest[link]
+        if torch.equal(group, before):
+            first = sum(ranks.counts(count)[: ranks.rank])
+            return group[first : first + count]

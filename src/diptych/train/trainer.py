@@ -26,7 +26,6 @@ from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.finetune import features, guard, lora
 from diptych.train.finetune.start import choose_lr_scales, count_trained, load_start, lock
-from diptych.train.groups import group_pairs
 from diptych.train.loss import clip_loss, siglip_loss
 from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
 from diptych.train.parallel import save as sharded
@@ -36,7 +35,7 @@ from diptych.train.run_folder.checkpoints import Keeper
 from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.run_folder.report import CLOCK, Evaluation, State, StepReport
 from diptych.train.setup import build_model, choose_dtype, load_tokenizer, require_same_run
-from diptych.train.step import Step
+from diptych.train.step import Step, group_pairs
 
 Evaluator = Callable[[CLIP], Mapping[str, float]]
 """Takes the model in evaluation mode, returns named numbers. Training is given evaluators, it never imports them."""
