@@ -141,7 +141,7 @@ def ours(root: Path, source: str | None, names: Sequence[str]) -> dict[str, dict
     from diptych.embed.cache import FeatureCache
     from diptych.evaluate.config import EvaluateConfig
     from diptych.evaluate.datasets.download import locate
-    from diptych.evaluate.datasets.labels import number_labels
+    from diptych.evaluate.datasets.labels import index_labels
     from diptych.evaluate.datasets.layouts import open_samples
     from diptych.evaluate.datasets.registry import load_own
     from diptych.evaluate.models.features import Embedder
@@ -156,10 +156,10 @@ def ours(root: Path, source: str | None, names: Sequence[str]) -> dict[str, dict
         profile = "metric = 'mean_average_precision'" if kind == "multi" else ""
         toml.write_text(f"kind = '{kind}'\n[data]\npath = '{name}'\n[profiles.clip_benchmark]\n{profile}\n")
         entry = load_own(toml)
-        used, place = entry.as_used("clip_benchmark"), locate(entry, root)
+        used, place = entry.resolve("clip_benchmark"), locate(entry, root)
         assert place is not None
         samples = open_samples(*place, "test", entry.kind)
-        numbered = NO_CLASSES if kind == "captions" else number_labels(used, samples, place[0])
+        numbered = NO_CLASSES if kind == "captions" else index_labels(used, samples, place[0])
         embedded = embedder.embed(samples)
         assert len(embedded.kept) == len(samples)
         texts = prompts_of(samples, numbered)

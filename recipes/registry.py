@@ -60,11 +60,11 @@ def _named(classes: list[str | list[str]]) -> Lists:
 def compare(openai: Path, clip_benchmark: Path) -> Iterator[str]:
     """What the sources have and the registry has not."""
     entries = [load_dataset(name) for name in known_datasets()]
-    paper = [(used.names, used.templates) for used in (entry.as_used("paper") for entry in entries)]
+    paper = [(used.names, used.templates) for used in (entry.resolve("paper") for entry in entries)]
     for title, lists in {**read_prompts(openai), "ImageNet": read_notebook(openai)}.items():
         if lists not in paper:
             yield f"openai/CLIP, {title}: no dataset has its classes and templates"
-    theirs = [entry.as_used("clip_benchmark") for entry in entries if _has_profile(entry)]
+    theirs = [entry.resolve("clip_benchmark") for entry in entries if _has_profile(entry)]
     by_name, templates = read_clip_benchmark(clip_benchmark)
     for title, classes in by_name.items():
         if classes not in [used.names for used in theirs] + [names for names, _ in paper]:

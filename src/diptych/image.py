@@ -211,7 +211,7 @@ class Crop:
     """Which square of a picture to take, in fractions, so that it does not depend on the picture's size."""
 
     side: float = 1.0
-    """Of the shorter side, in (0, 1]."""
+    """Crop's share of the shorter side, in (0, 1]."""
     left: float = 0.5
     """0 touches the left edge, 1 the right."""
     top: float = 0.5

@@ -12,7 +12,7 @@ import pytest
 
 from diptych.curate.rows import CANDIDATES, key_of, with_reason
 from diptych.curate.text.config import NearTextConfig
-from diptych.curate.text.dedup import DUPLICATE, SIGNED, MinHash, Strike, band_rows, judge, run
+from diptych.curate.text.dedup import DUPLICATE, SIGNED, DropDuplicates, MinHash, band_rows, judge, run
 from diptych.errors import ShardError, UsageError
 from diptych.stage.folder import part_paths, read_part, read_rows
 from diptych.stage.run import Task, part_name, run_stage
@@ -136,7 +136,7 @@ def test_verdicts_of_other_rows_are_refused(tmp_path):
     for judged in (3, rows - 1, rows + 1):
         np.save(tmp_path / "part-00000.npy", np.zeros(judged, np.uint8))
         with pytest.raises(ShardError, match=f"has not the {judged} rows that were judged; run the stage anew"):
-            list(Strike(verdicts=str(tmp_path))(iter([pa.record_batch({"path": [str(path)]})])))
+            list(DropDuplicates(verdicts=str(tmp_path))(iter([pa.record_batch({"path": [str(path)]})])))
 
 
 def test_verdicts_are_made_once_for_the_same_signatures(tmp_path):

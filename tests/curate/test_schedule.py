@@ -1,8 +1,8 @@
-from diptych.curate.fetch.schedule import Job, Schedule, host_of
+from diptych.curate.fetch.schedule import Download, Schedule, host_of
 
 
-def jobs(*urls: str) -> list[Job]:
-    return [Job(url, host_of(url)) for url in urls]
+def jobs(*urls: str) -> list[Download]:
+    return [Download(url, host_of(url)) for url in urls]
 
 
 def test_no_host_has_more_than_its_share():
@@ -10,11 +10,11 @@ def test_no_host_has_more_than_its_share():
     for job in jobs("http://a/1", "http://a/2", "http://a/3", "http://b/1"):
         schedule.add(job)
     first = [schedule.take(0.0) for _ in range(3)]
-    assert sorted(job.url for job in first if isinstance(job, Job)) == ["http://a/1", "http://a/2", "http://b/1"]
+    assert sorted(job.url for job in first if isinstance(job, Download)) == ["http://a/1", "http://a/2", "http://b/1"]
     assert schedule.take(0.0) is None  # until one of a's is finished
-    schedule.finish(next(job for job in first if isinstance(job, Job) and job.host == "a"))
+    schedule.finish(next(job for job in first if isinstance(job, Download) and job.host == "a"))
     third = schedule.take(0.0)
-    assert isinstance(third, Job)
+    assert isinstance(third, Download)
     assert third.url == "http://a/3"
     assert len(schedule) == 0
 

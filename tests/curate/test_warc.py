@@ -156,7 +156,7 @@ def test_a_false_length_is_found_when_the_next_record_follows_at_once():
 def test_going_back_for_false_lengths_ends_somewhere(monkeypatch):
     made = [one.replace(b"Content-Length: ", b"Content-Length: 99999") for one in make(4)]
     assert read(b"".join(made)) == ([], [TRUNCATED] * len(made))
-    monkeypatch.setattr(warc, "_MOST_AGAIN", 300_000)
+    monkeypatch.setattr(warc, "_MAX_REREAD", 300_000)
     assert 1 < len(read(b"".join(made))[1]) < 9  # the last of these takes all that is left along
 
 

@@ -227,7 +227,7 @@ def test_the_command_says_what_it_did(model, pictures, tmp_path, capsys):
     assert ended.value.code == 1
     output = capsys.readouterr().out
     assert "23 inputs, 21 features (image float32)" in output
-    assert "left out: not_a_picture 1, truncated 1" in output
+    assert "skipped: not_a_picture 1, truncated 1" in output
     assert "not taken for pictures: .md 1" in output
 
 

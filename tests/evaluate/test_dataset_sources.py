@@ -19,7 +19,7 @@ from diptych.embed.sources import fetch
 from diptych.errors import DatasetError, DownloadError, NotFoundError, UsageError
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.download import fetch_wds, locate
-from diptych.evaluate.datasets.labels import number_labels
+from diptych.evaluate.datasets.labels import index_labels
 from diptych.evaluate.datasets.layouts import find_layout, open_samples
 from diptych.evaluate.datasets.registry import Place, load_dataset, load_own
 from diptych.evaluate.datasets.samples import Samples
@@ -258,7 +258,7 @@ def numbered(tmp_path, names, text, **place):
     write_shapes(tmp_path / "shapes", names)
     entry = load_own(write_own(tmp_path / "mine.toml", text))
     samples = open_samples(entry.data, tmp_path, "test", entry.kind)
-    return samples, number_labels(entry.as_used("paper"), samples, entry.data)
+    return samples, index_labels(entry.resolve("paper"), samples, entry.data)
 
 
 def test_a_source_in_another_order_gives_the_same_labels(tmp_path):
@@ -281,28 +281,28 @@ def test_numbers_without_names_need_a_word_on_their_order(tmp_path):
     entry = load_own(write_own(tmp_path / "a.toml", "classes = ['circle', 'square', 'triangle', 'cross']"))
     samples = open_samples(entry.data, tmp_path, "test", "single")
     with pytest.raises(DatasetError, match='order = "registry"'):
-        number_labels(entry.as_used("paper"), samples, entry.data)
+        index_labels(entry.resolve("paper"), samples, entry.data)
     text = "classes = ['circle', 'square', 'triangle', 'cross']"
     entry = load_own(write_own(tmp_path / "b.toml", text, "path = 'shapes'\norder = 'registry'"))
-    assert number_labels(entry.as_used("paper"), samples, entry.data).numbers[3] == (3,)
+    assert index_labels(entry.resolve("paper"), samples, entry.data).numbers[3] == (3,)
     entry = load_own(write_own(tmp_path / "c.toml", "classes = ['a', 'b']", "path = 'shapes'\norder = 'registry'"))
     with pytest.raises(DatasetError, match="2 is no number of one of 2 classes"):
-        number_labels(entry.as_used("paper"), samples, entry.data)
+        index_labels(entry.resolve("paper"), samples, entry.data)
     with pytest.raises(DatasetError, match="nothing says what they are called"):
-        number_labels(load_own(write_own(tmp_path / "d.toml")).as_used("paper"), samples, Place())
+        index_labels(load_own(write_own(tmp_path / "d.toml")).resolve("paper"), samples, Place())
 
 
 def test_clip_benchmarks_profile_takes_what_lies_beside_the_pictures(tmp_path):
     names = ["eight", "three", "four", "five", "six", "seven", "nine", "ten"]
     entry = load_dataset("clevr_counts")
     samples = Samples(tmp_path, "wds", ["a", "b"], [0, 2], classnames=tuple(names), templates=("{} things",))
-    theirs = number_labels(entry.as_used("clip_benchmark"), samples, Place())
+    theirs = index_labels(entry.resolve("clip_benchmark"), samples, Place())
     assert (theirs.names[0], theirs.templates, theirs.numbers) == (("eight",), ("{} things",), ((0,), (2,)))
-    ours = number_labels(entry.as_used("paper"), samples, Place())
+    ours = index_labels(entry.resolve("paper"), samples, Place())
     assert [ours.names[n[0]] for n in ours.numbers] == [("8",), ("4",)]
     assert ours.templates == ("a photo of {} objects.",)
     samples.classnames = (*names[:-1], "many")
-    assert "only the source has 'many'" in number_labels(entry.as_used("clip_benchmark"), samples, Place()).warnings[0]
+    assert "only the source has 'many'" in index_labels(entry.resolve("clip_benchmark"), samples, Place()).warnings[0]
 
 
 def test_labels_count_in_the_order_of_the_profile(tmp_path):
@@ -310,7 +310,7 @@ def test_labels_count_in_the_order_of_the_profile(tmp_path):
     samples = Samples(tmp_path, "folders", ["a", "b"], [0, 9], classnames=EUROSAT)
     entry = load_dataset("eurosat")
     for profile, numbers in (("paper", ((7,), (5,))), ("clip_benchmark", ((0,), (9,)))):
-        found = number_labels(entry.as_used(profile), samples, Place())
+        found = index_labels(entry.resolve(profile), samples, Place())
         assert found.numbers == numbers
         assert [found.names[n[0]] for n in found.numbers] == [("annual crop land",), ("lake or sea",)]
 

@@ -109,7 +109,7 @@ def test_what_no_dataset_is_for_and_what_was_left_out_is_said(model, tmp_path, c
         main([*command, "--protocols", "zeroshot", "retrieval"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert f"left out: {model.name}, mine: pictures that cannot be used (" in printed
+    assert f"skipped: {model.name}, mine: pictures that cannot be used (" in printed
     assert "not measured: retrieval: it is for datasets of kind captions, and there is none among these" in printed
     with pytest.raises(SystemExit) as ended:
         main([*command, "--protocols", "retrieval"])
@@ -205,7 +205,7 @@ def test_the_command_prints_a_table_and_a_refused_set_is_code_1(model, tmp_path,
         main([*arguments, "--out", str(tmp_path / "results")])
     assert end.value.code == 1
     assert (
-        "refused: tiny, mnist, zeroshot: test: mnist: the source has 4 classes, the registry 10"
+        "failed: tiny, mnist, zeroshot: test: mnist: the source has 4 classes, the registry 10"
         in capsys.readouterr().out
     )
     write_shapes(tmp_path / "shapes")

@@ -30,7 +30,7 @@ def folders(path: Path) -> Path:
     return path
 
 
-def ask(spec: str, **options) -> tuple[training_evaluators.Examiner, dict[str, float]]:
+def ask(spec: str, **options) -> tuple[training_evaluators.TrainingEvaluator, dict[str, float]]:
     loaded = make_loaded(TINY_VIT)
     (evaluator,) = build_evaluators((spec,), loaded.tokenizer, loaded.preprocess, **options)
     return evaluator, evaluator(loaded.model)

@@ -13,7 +13,7 @@ from diptych.errors import DatasetError
 from diptych.evaluate.datasets.layouts import open_samples
 from diptych.evaluate.datasets.registry import Place
 from diptych.evaluate.models import features
-from diptych.evaluate.models.features import Embedder, cut_border, eyes_of
+from diptych.evaluate.models.features import Embedder, clip_image_model, cut_border
 from diptych.image import decode
 from samples import TINY_RESNET, TINY_VIT, draw, encode, make_loaded
 
@@ -24,7 +24,7 @@ def shapes(tmp_path):
 
 
 def embedder(tmp_path, config=TINY_VIT, loaded=None):
-    return Embedder(eyes_of(loaded or make_loaded(config), "exact"), FeatureCache(tmp_path / "cache"), 4)
+    return Embedder(clip_image_model(loaded or make_loaded(config), "exact"), FeatureCache(tmp_path / "cache"), 4)
 
 
 @pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET])
@@ -108,7 +108,7 @@ def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
         "features.CHUNK = 5\n"
         "root, job = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"
         "cache = FeatureCache(root / f'cache{job.rank}')\n"
-        "ours = features.Embedder(features.eyes_of(make_loaded(TINY_VIT), 'exact'), cache, 4, job)\n"
+        "ours = features.Embedder(features.clip_image_model(make_loaded(TINY_VIT), 'exact'), cache, 4, job)\n"
         "seen = []\n"
         "found = ours.embed(open_samples(Place(), root / 'shapes', 'test', 'single'), on_pictures=seen.append)\n"
         "torch.save((found.pooled, found.kept, sum(seen)), root / f'rank{job.rank}.pt')\n"

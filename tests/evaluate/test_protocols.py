@@ -19,7 +19,7 @@ from diptych.checkpoint import layouts
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
-from diptych.evaluate.cell import NEEDED
+from diptych.evaluate.cell import REQUIRED_SPLITS
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.metrics.measures import accuracy
 from diptych.evaluate.protocols.prompts import build_weights, embed_templates, join_templates, search_templates
@@ -319,6 +319,6 @@ def test_two_ranks_write_what_one_writes(model, tmp_path):
 
 def test_every_pair_of_protocols_keeps_its_order():
     """Later ones look at the results of earlier ones."""
-    order = list(NEEDED)
+    order = list(REQUIRED_SPLITS)
     for first, second in combinations(("zeroshot", "probe", "fewshot"), 2):
         assert order.index(first) < order.index(second)

@@ -29,7 +29,7 @@ def test_the_suites_have_what_the_paper_evaluates():
 
 
 def test_classes_and_templates_have_the_counts_of_the_paper():
-    counts = {entry.id: (len(entry.classes), len(entry.as_used("paper").templates)) for entry in PAPER}
+    counts = {entry.id: (len(entry.classes), len(entry.resolve("paper").templates)) for entry in PAPER}
     assert counts == {
         "birdsnap": (500, 1), "caltech101": (102, 34), "cifar10": (10, 18), "cifar100": (100, 18),
         "clevr_counts": (8, 1), "country211": (211, 5), "dtd": (47, 8), "eurosat": (10, 3), "fer2013": (7, 6),
@@ -54,7 +54,7 @@ def test_metrics_are_those_of_the_paper():
 def test_every_entry_can_be_used_in_both_profiles(name):
     entry = load_dataset(name)
     for profile in ("paper", "clip_benchmark"):
-        used = entry.as_used(profile)
+        used = entry.resolve(profile)
         assert sorted(used.order) == list(range(len(entry.classes)))
         assert all(fill_template(template, "x") for template in used.templates)
         assert all(name or name == "" for name in chain.from_iterable(used.names))
@@ -71,10 +71,10 @@ def test_only_imagenet_has_classes_of_the_same_name():
 
 
 def test_profiles_match_labels_by_name_not_by_place():
-    used = load_dataset("clevr_counts").as_used("clip_benchmark")
+    used = load_dataset("clevr_counts").resolve("clip_benchmark")
     assert used.names[0] == ("three",)
     assert [used.dataset.classes[i] for i in used.order] == ["3", "4", "5", "6", "7", "8", "9", "10"]
-    pets = load_dataset("oxford_pets").as_used("clip_benchmark")
+    pets = load_dataset("oxford_pets").resolve("clip_benchmark")
     spelled = [str(pets.dataset.classes[i]).lower() for i in pets.order]
     assert spelled == [names[0].lower() for names in pets.names]
     assert list(pets.order) != sorted(pets.order)
@@ -108,7 +108,7 @@ def test_other_classes_are_named():
 
 
 def test_counts_that_belong_to_another_profile_are_named():
-    sun = load_dataset("sun397").as_used("paper")
+    sun = load_dataset("sun397").resolve("paper")
     sun.expect("test", 19850)
     sun.expect("val", 5)
     with pytest.raises(DatasetError, match=r"108,754 pictures, the profile paper says 19,850; .* profile clip_benchm"):
@@ -141,7 +141,7 @@ def test_counts_that_belong_to_another_profile_are_named():
 def test_a_toml_that_is_wrong_says_where(tmp_path, text, reason):
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UsageError, match=reason) as error:
-        load_own(tmp_path / "mine.toml").as_used("paper").templates
+        load_own(tmp_path / "mine.toml").resolve("paper").templates
     assert "templates" in text or str(tmp_path / "mine.toml") in str(error.value)
 
 
@@ -162,4 +162,4 @@ def test_suites_are_named_and_may_be_files(tmp_path):
 
 
 def test_imagenet_80_is_the_list_of_the_zero_shot_room():
-    assert load_dataset("imagenet").as_used("paper").templates == load_templates("imagenet_80")
+    assert load_dataset("imagenet").resolve("paper").templates == load_templates("imagenet_80")

@@ -84,7 +84,7 @@ def test_zero_shot_has_the_accuracy_of_pooled_classes_too(model, tmp_path):
     (result,) = evaluate(model, tmp_path, "objectnet").results
     imagenet, entry, loaded = load_dataset("imagenet"), load_dataset("objectnet"), make_loaded(TINY_VIT)
     images = embed_images(loaded, [cut_border(decode(data), 2) for data in drawn()])
-    weights = build_weights(partial(embed_texts, loaded), imagenet.names, imagenet.as_used("paper").templates)
+    weights = build_weights(partial(embed_texts, loaded), imagenet.names, imagenet.resolve("paper").templates)
     pooled = map_classes(images @ weights, entry.imagenet_groups)
     assert result.metrics["acc1_pooled"] == accuracy(pooled, labels)
 

@@ -44,7 +44,7 @@ def test_a_deleted_sample_gives_its_place_to_the_next_and_all_else_stays(data, s
 
 
 def test_more_deleted_neighbours_than_broken_ones_are_allowed_are_passed_over(data, monkeypatch):
-    monkeypatch.setattr("diptych.shards.loader.MAX_STAND_INS", 3)
+    monkeypatch.setattr("diptych.shards.loader.MAX_CONSECUTIVE_BROKEN", 3)
     keys = [key for shard in load_dataset(data).shards for key in shard.table["key"].to_pylist()]
     write_tombstones(data, keys[:40])
     assert {key for batch in take(SourceConfig(path=data), 6) for key in batch.keys} == set(keys[40:])

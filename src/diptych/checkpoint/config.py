@@ -7,7 +7,7 @@ Resize = Literal["open_clip", "transformers"]
 `interpolate_pos_encoding`). They differ in both directions: PyTorch's two bicubic kernels are not the same."""
 
 Precision = Literal["float32", "float16", "bfloat16"]
-"""Of the weights in a file."""
+"""Type of the weights in a file."""
 
 LayoutName = Literal["diptych", "open_clip", "transformers", "openai", "onnx"]
 """What can be written: our own folder, OpenCLIP's, transformers', OpenAI's state dict, an ONNX file a tower."""

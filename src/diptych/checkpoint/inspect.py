@@ -75,7 +75,7 @@ class Verification:
     """What was found sound."""
 
     sha256: Mapping[str, str]
-    """Of every file."""
+    """SHA-256 of every file."""
     checked_against: Mapping[str, str]
     """File -> what its content was held against."""
     tensors: int
@@ -83,7 +83,7 @@ class Verification:
     temperature: float
     """1 / exp(logit_scale)."""
     features: str
-    """Of the forward pass."""
+    """Result of the forward pass."""
 
 
 def verify(source: str | Path, *, activation: Activation | None = None, preset: str | None = None) -> Verification:

@@ -37,7 +37,7 @@ class Layout:
     check: Callable[[Path, Loaded], dict[str, float]]
     """Largest difference of each tower's features between what was written and the model."""
     tolerance: float = 1e-5
-    """Of that difference in float32, relative to the features' length; more where another engine computes."""
+    """Largest allowed difference in float32, relative to the features' length; more where another engine computes."""
 
 
 ROUNDING: Mapping[str, float] = {"float32": 0.0, "float16": 1e-2, "bfloat16": 1e-1}

@@ -53,14 +53,14 @@ class Published:
     repository: str
     activation: Activation
     mean: tuple[float, float, float] | None = None
-    """Of the preprocessing, where it is not OpenAI's; so the next three."""
+    """Mean of the preprocessing, where it is not OpenAI's."""
     std: tuple[float, float, float] | None = None
     resize: Literal["shorter_side", "squash"] | None = None
     interpolation: Literal["bicubic", "bilinear"] | None = None
     file: str | None = None
     """Name under which the weights were also published as a single file."""
     sha256: str | None = None
-    """Of that file, or the beginning of it."""
+    """SHA-256 of the published file, or the beginning of it."""
 
 
 class Resolved(NamedTuple):

@@ -19,7 +19,7 @@ class Inspect:
     model: Annotated[str, tyro.conf.Positional]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
     json: bool = False
@@ -55,7 +55,7 @@ class Convert:
     context_length: int | None = None
     """Make the text tower take another number of tokens."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
     overwrite: bool = False
@@ -84,7 +84,7 @@ class Verify:
     model: Annotated[str, tyro.conf.Positional]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
 

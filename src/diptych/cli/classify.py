@@ -23,7 +23,7 @@ PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 
 @dataclass(frozen=True, kw_only=True)
 class Classify:
-    """Name what is on pictures, choosing among labels the model was never trained on."""
+    """Zero-shot classification of images with labels you choose."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Pictures, folders of pictures, or globs."""
@@ -33,7 +33,7 @@ class Classify:
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai); by default
     the one that `make demo` made."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     templates: tuple[str, ...] = ("simple",)
     """Names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
     precision: Precision | None = None

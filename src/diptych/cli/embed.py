@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Turn many pictures or texts into a folder of features; killed and started again, it goes on."""
+    """Embed many images or texts into a folder of features. Resumable: rerun the same command to continue."""
 
     model: Annotated[str, tyro.conf.Positional]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
@@ -30,7 +30,7 @@ class Embed:
     out: Path
     """The folder of features: new, or one that the same command began."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
     json: bool = False
@@ -96,7 +96,7 @@ def print_report(report: "EmbedReport", *, as_json: bool) -> None:
         print(f"done before: {report.resumed:,}, now: {new:,}")
     if report.skipped:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in report.skipped.items())
-        print(f"left out: {reasons}; each is named in {report.out / 'skipped.jsonl'}")
+        print(f"skipped: {reasons}; each is named in {report.out / 'skipped.jsonl'}")
     if report.passed_over:
         others = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in report.passed_over.items())
         print(f"files that were not taken for pictures: {others}")

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 _WIDTH = 160
-"""Of a table that goes into a file."""
+"""Width of a table that goes into a file, characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure models by the paper's protocols; killed and started again, it goes on."""
+    """Evaluate models by the paper's protocols. Resumable: rerun the same command to continue."""
 
     model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name; NAME=SOURCE gives it a name.
@@ -46,9 +46,9 @@ class Evaluate:
     profile: ProfileName = EvaluateConfig.profile
     """Whose class names, templates, splits and metric."""
     precision: Precision = EvaluateConfig.precision
-    """Of the towers: exact, float32, bfloat16, int8 (of pictures); auto: bfloat16 where it is fast."""
+    """Precision of the towers: exact, float32, bfloat16, int8 (image tower only); auto: bfloat16 where it is fast."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
     device: str = EvaluateConfig.device
@@ -68,11 +68,11 @@ class Evaluate:
     overlap: Path | None = None
     """overlap.parquet of `diptych curate contamination`, for the protocol overlap: one dataset at a time."""
     shots: tuple[int, ...] = EvaluateConfig.shots
-    """Of the protocol fewshot: pictures of a class."""
+    """Images a class for the protocol fewshot."""
     seeds: int = EvaluateConfig.seeds
-    """Of the protocol fewshot: draws."""
+    """Random draws for the protocol fewshot."""
     seed: int = EvaluateConfig.seed
-    """Of every draw."""
+    """Seed of every draw: bootstrap, prompt search, validation sets, shots."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -159,11 +159,11 @@ def print_report(report: "EvaluateReport", *, as_json: bool) -> None:
             print(f"warning: {result.model}, {result.dataset}, {result.protocol}: {warning}")
     for model, dataset, skipped in dict.fromkeys((r.model, r.dataset, _counts(r.skipped)) for r in report.results):
         if skipped:
-            print(f"left out: {model}, {dataset}: pictures that cannot be used ({skipped})")
+            print(f"skipped: {model}, {dataset}: pictures that cannot be used ({skipped})")
     for one in report.refused:
-        print(f"refused: {one.model}, {one.dataset}{', ' + one.protocol if one.protocol else ''}: {one.reason}")
+        print(f"failed: {one.model}, {one.dataset}{', ' + one.protocol if one.protocol else ''}: {one.reason}")
     for name, where in report.missing.items():
-        print(f"not there: {name} ({where})")
+        print(f"missing: {name} ({where})")
     for protocol, kinds in report.unfit.items():
         print(f"not measured: {protocol}: it is for datasets of kind {kinds}, and there is none among these")
     new = len(report.results) - report.resumed

@@ -31,7 +31,7 @@ from diptych.train.recipe import FINETUNE
 
 if TYPE_CHECKING:
     from diptych.checkpoint.loaded import Opened
-    from diptych.evaluate.training_evaluators import Examiner
+    from diptych.evaluate.training_evaluators import TrainingEvaluator
     from diptych.train.finetune.wise_ft import Point
 
 LOST_STATUS = 3
@@ -104,7 +104,7 @@ class Finetune:
                 f"what the model knows (the default is {FINETUNE.optim.lr:g})"
             )
 
-    def _open_evaluators(self, opened: "Opened") -> "list[Examiner]":
+    def _open_evaluators(self, opened: "Opened") -> "list[TrainingEvaluator]":
         if not self.evaluate:
             check_keep_best(self.run.keep_best, [])
             return []
@@ -117,7 +117,7 @@ class Finetune:
 
 @dataclass(frozen=True, kw_only=True)
 class WiseFT:
-    """Ask the models between a start and what was fine-tuned from it (WiSE-FT), and write the best one.
+    """Interpolate between a pre-trained and a fine-tuned model (WiSE-FT) and save the best one.
 
     Weights are (1 - alpha) * start + alpha * fine-tuned, for alpha 0, 0.1, ..., 1. The best is the one with the highest
     mean over evaluations (acc1, or else the mean of both recalls at 1); of equal ones the nearest to the start.
@@ -134,7 +134,7 @@ class WiseFT:
     templates: tuple[str, ...] = ("simple",)
     """For zero-shot sets: names of template lists, or templates with a {}."""
     activation: Activation | None = None
-    """Of bare files that do not show which activation they were trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     device: str = "cpu"
     """`cpu`, `cuda`, ..."""
 

@@ -20,7 +20,7 @@ from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 from diptych.train.recipe import CONTINUED, get_recipe
 
 if TYPE_CHECKING:
-    from diptych.evaluate.training_evaluators import Examiner
+    from diptych.evaluate.training_evaluators import TrainingEvaluator
     from diptych.image import Preprocess
     from diptych.tokenizer import Tokenizer
     from diptych.train.run_folder.report import Evaluation, StepReport, TrainReport
@@ -86,7 +86,7 @@ class Train:
                     print(f"  {evaluator.name}: pictures left out: {_counts(evaluator.broken)}")
         return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
 
-    def _open_evaluators(self, config: TrainConfig) -> "list[Examiner]":
+    def _open_evaluators(self, config: TrainConfig) -> "list[TrainingEvaluator]":
         """Before training: a set that is not there or a misspelled metric must not be found out at its end."""
         if not self.evaluate:
             check_keep_best(config.run.keep_best, [])
@@ -119,9 +119,9 @@ def with_recipe(arguments: Sequence[str]) -> type[Train]:
 
 def build_evaluators(
     specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
-) -> "list[Examiner]":
+) -> "list[TrainingEvaluator]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
-    from diptych.evaluate.training_evaluators import KINDS, Examiner, Kind, open_set
+    from diptych.evaluate.training_evaluators import KINDS, Kind, TrainingEvaluator, open_set
     from diptych.zeroshot import fill_template, load_templates
 
     prompts = tuple(t for name in templates for t in ([name] if "{}" in name else load_templates(name)))
@@ -129,7 +129,7 @@ def build_evaluators(
         raise UsageError("no template was named; use simple, imagenet_80, imagenet_7, none, or a text with a {}")
     for prompt in prompts:
         fill_template(prompt, "")
-    evaluators: dict[str, Examiner] = {}
+    evaluators: dict[str, TrainingEvaluator] = {}
     for spec in specs:
         name, equals, place = spec.partition("=")
         if not (equals and name and place) or "/" in name:
@@ -138,11 +138,11 @@ def build_evaluators(
             raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
         kind: Kind | None = next((kind for kind in KINDS if place.startswith(f"{kind}:")), None)
         exam = open_set(Path(place.removeprefix(f"{kind}:")), kind)
-        evaluators[name] = Examiner(name, exam, tokenizer, preprocess, prompts)
+        evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
     return list(evaluators.values())
 
 
-def check_keep_best(name: str | None, evaluators: "Sequence[Examiner]") -> None:
+def check_keep_best(name: str | None, evaluators: "Sequence[TrainingEvaluator]") -> None:
     """Refuse a metric that no evaluation will yield."""
     known = [metric for evaluator in evaluators for metric in evaluator.metrics]
     if name is not None and not known:
@@ -151,7 +151,7 @@ def check_keep_best(name: str | None, evaluators: "Sequence[Examiner]") -> None:
         raise unknown_name("keep_best metric", name, known)
 
 
-def describe_evaluator(evaluator: "Examiner") -> str:
+def describe_evaluator(evaluator: "TrainingEvaluator") -> str:
     """What will be asked, and what was left out."""
     exam = evaluator.exam
     classes = f" of {len(exam.classnames)} classes" if exam.classnames else ""

@@ -24,7 +24,7 @@ class PipelineConfig:
     limit: int = 20_000
     """Pairs a query; 20,000 in the paper."""
     seed: int = 0
-    """Of every choice."""
+    """Seed of every random choice."""
     allow_host: tuple[str, ...] = ()
     """host:port of this machine that may be asked although its address is not public, for example 127.0.0.1:8000."""
     settings: Path | None = None
@@ -47,7 +47,7 @@ class WriteConfig:
     shards_per_task: int = 4
     """Shards that a process makes at once; their pictures have to fit in its memory."""
     seed: int = 0
-    """Of the order, which does not depend on where a pair came from."""
+    """Seed of the order, which does not depend on where a pair came from."""
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1 or self.shards_per_task < 1:

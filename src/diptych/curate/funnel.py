@@ -33,7 +33,7 @@ class Step:
     dropped: dict[str, int]
     """Reason -> rows, the most frequent first."""
     hash: str
-    """Of the stage's manifest."""
+    """SHA-256 of the stage's manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)

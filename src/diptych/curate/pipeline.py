@@ -43,12 +43,12 @@ class PipelineReport:
     """What came of all stages."""
 
     folder: Path
-    """Of the last stage: the shards, unless the run was to end before."""
+    """Folder of the last stage: the shards, unless the run was to end before."""
     funnel: Funnel
     html: Path
     """The funnel for people."""
     hash: str
-    """Of the last stage's manifest, and so of everything before it."""
+    """SHA-256 of the last stage's manifest, and so of everything before it."""
 
 
 def run(

@@ -35,7 +35,7 @@ from diptych.shards.order import hash_positions
 from diptych.shards.tombstones import DELETED, read_tombstones
 from diptych.shards.write import shard_name, why_not, write_shard
 from diptych.stage import folder as parts
-from diptych.stage.folder import DROPPED, MANIFEST_FILE, Done, Manifest
+from diptych.stage.folder import DROPPED, MANIFEST_FILE, Manifest, TaskRecord
 from diptych.stage.job import Task, task_fingerprint
 from diptych.stage.run import ExecuteJob, StageReport, tasks_of
 
@@ -132,7 +132,7 @@ class Scatter:
     seed: int
     cuts: tuple[int, ...]
 
-    def __call__(self, task: Task) -> Done:
+    def __call__(self, task: Task) -> TaskRecord:
         """Sort one part; it is held in memory."""
         table = pa.Table.from_batches(list(task.read()), schema=_schema_of(task))
         wide = pa.field("image", pa.large_binary())  # a binary column ends at 2 GiB
@@ -149,7 +149,7 @@ class Scatter:
                 for number in filled:
                     writer.write_table(table.take(groups[number]).cast(schema), len(groups[number]))
             digest = files.sha256(path)
-        done = Done(
+        done = TaskRecord(
             fingerprint=task_fingerprint(self.fingerprint, task),
             rows=len(table),
             kept=len(table),
@@ -173,7 +173,7 @@ class Gather:
     config: WriteConfig
     inputs: tuple[Path, ...]
 
-    def __call__(self, task: Task) -> Done:
+    def __call__(self, task: Task) -> TaskRecord:
         """Write the shards of one task."""
         bucket = int(task.name.rpartition("-")[2])
         batches = [batch for path in self.inputs for batch in _read_group(path, bucket)]
@@ -191,7 +191,7 @@ class Gather:
         with files.atomic_file(self.folder / name) as path:
             pq.write_table(pa.Table.from_pylist(dropped, schema=DROPPED), path, compression="zstd")
             written[name] = files.sha256(path)
-        done = Done(
+        done = TaskRecord(
             fingerprint=task_fingerprint(self.fingerprint, task),
             rows=len(pairs) + len(dropped),
             kept=len(pairs),

@@ -34,7 +34,7 @@ class Extent(NamedTuple):
     offset: int
     size: int
     xxh3: int | None
-    """Of the content, if an index knows it."""
+    """XXH3 of the content, if an index knows it."""
 
 
 class Row(NamedTuple):

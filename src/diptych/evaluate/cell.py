@@ -22,22 +22,22 @@ import diptych
 from diptych import files
 from diptych.errors import DatasetError, DiptychError, NotFoundError, UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.datasets.labels import number_labels
+from diptych.evaluate.datasets.labels import index_labels
 from diptych.evaluate.datasets.layouts import open_samples
-from diptych.evaluate.datasets.registry import Dataset, Place, Used
+from diptych.evaluate.datasets.registry import Dataset, Place, ResolvedDataset
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.models.features import Embedder
 from diptych.evaluate.models.open import OpenedModel
 from diptych.evaluate.protocols import probe as protocols_probe
 from diptych.evaluate.protocols import task as protocols
 from diptych.evaluate.protocols.shifts import probe_of_imagenet
-from diptych.evaluate.protocols.task import ALLOWED, NATURAL, Arrays, Split, Task
+from diptych.evaluate.protocols.task import ALLOWED, DEFAULT_PROTOCOL, Arrays, Split, Task
 from diptych.evaluate.results import Protocol, Result, load_result, result_path, save_result
 from diptych.ranks import Ranks
 
 VERSION = 2
-"""Of what is measured: a higher one does not take up results of a lower one."""
-NEEDED: Mapping[Protocol, tuple[str, ...]] = {
+"""Version of what is measured: a higher one does not take up results of a lower one."""
+REQUIRED_SPLITS: Mapping[Protocol, tuple[str, ...]] = {
     "zeroshot": ("test",),
     "prompts": ("test", "train"),
     "retrieval": ("test",),
@@ -47,7 +47,7 @@ NEEDED: Mapping[Protocol, tuple[str, ...]] = {
     "fewshot": ("test", "train"),
 }
 """Splits that a protocol looks at; all but test may not be there."""
-SAID: dict[str, str] = {
+SETTING_LABELS: dict[str, str] = {
     "version": "an older version of diptych",
     "names": "class names",
     "data": "files or labels of the dataset",
@@ -83,7 +83,7 @@ class EvaluateProgress:
 OnProgress = Callable[[EvaluateProgress], None]
 
 
-def everywhere(ranks: Ranks, work: Callable[[], None], *, only_first: bool = False) -> str:
+def run_on_all_ranks(ranks: Ranks, work: Callable[[], None], *, only_first: bool = False) -> str:
     """Do something on every rank, or on the first; what went wrong on any of them, for all of them."""
     problem = ""
     try:
@@ -95,7 +95,7 @@ def everywhere(ranks: Ranks, work: Callable[[], None], *, only_first: bool = Fal
 
 
 @dataclass
-class Step:
+class Cell:
     """One model and one dataset."""
 
     config: EvaluateConfig
@@ -108,7 +108,7 @@ class Step:
     root: Path
     on_progress: OnProgress | None = None
     results: list[Result] = field(default_factory=list)
-    """Of the protocols, in order, those that were there included."""
+    """Results of the protocols, in order, earlier ones included."""
     resumed: int = 0
     """Results that were there."""
     refused: list[Refused] = field(default_factory=list)
@@ -116,14 +116,16 @@ class Step:
     def run(self) -> None:
         """Measure what is not done."""
         config, ranks = self.config, self.ranks
-        used = self.entry.as_used(config.profile)
-        wanted = config.protocols or (NATURAL[self.entry.kind],)
-        protocols_here: list[Protocol] = [one for one in NEEDED if one in wanted and one in ALLOWED[self.entry.kind]]
-        needed = sorted({split for one in protocols_here for split in NEEDED[one]})
+        used = self.entry.resolve(config.profile)
+        wanted = config.protocols or (DEFAULT_PROTOCOL[self.entry.kind],)
+        protocols_here: list[Protocol] = [
+            one for one in REQUIRED_SPLITS if one in wanted and one in ALLOWED[self.entry.kind]
+        ]
+        needed = sorted({split for one in protocols_here for split in REQUIRED_SPLITS[one]})
         opened: dict[str, Samples] = {}
         problems: dict[str, str] = {}
         for split in needed:
-            if problem := everywhere(ranks, lambda split=split: self._open(split, opened)):
+            if problem := run_on_all_ranks(ranks, lambda split=split: self._open(split, opened)):
                 problems[split] = problem
         if "test" in problems:
             self._refuse("", problems["test"])
@@ -133,11 +135,15 @@ class Step:
         done, pending = self._look(settings)
         splits: dict[str, Split] = {}
         for split in (split for split in needed if split in opened and split not in problems):
-            if any(split in NEEDED[one] for one in pending) and (problem := self._prepare(used, split, opened, splits)):
+            if any(split in REQUIRED_SPLITS[one] for one in pending) and (
+                problem := self._prepare(used, split, opened, splits)
+            ):
                 problems[split] = problem
         earlier = dict(done)
         for one in pending:
-            if trouble := next((f"{split}: {problems[split]}" for split in NEEDED[one] if split in problems), ""):
+            if trouble := next(
+                (f"{split}: {problems[split]}" for split in REQUIRED_SPLITS[one] if split in problems), ""
+            ):
                 self._refuse(one, trouble)
             elif ranks.is_first:
                 self._try(one, used, splits, earlier, settings[one])
@@ -147,7 +153,7 @@ class Step:
     def _try(
         self,
         protocol: Protocol,
-        used: Used,
+        used: ResolvedDataset,
         splits: Mapping[str, Split],
         earlier: dict[Protocol, Result],
         settings: Mapping[str, Any],
@@ -175,10 +181,10 @@ class Step:
             if split == "test":
                 raise
 
-    def _settings(self, protocol: Protocol, used: Used, opened: Mapping[str, Samples]) -> dict[str, Any]:
+    def _settings(self, protocol: Protocol, used: ResolvedDataset, opened: Mapping[str, Samples]) -> dict[str, Any]:
         """What a result depends on; as JSON would give it back."""
         config = self.config
-        data = {split: opened[split].fingerprint for split in NEEDED[protocol] if split in opened}
+        data = {split: opened[split].fingerprint for split in REQUIRED_SPLITS[protocol] if split in opened}
         settings = {
             "version": VERSION,
             "profile": used.profile,
@@ -217,7 +223,9 @@ class Step:
                     done[one] = result
                 elif not config.redo:
                     keys = settings[one].keys() | before.keys()
-                    other = sorted({SAID.get(k, str(k)) for k in keys if settings[one].get(k) != before.get(k)})
+                    other = sorted(
+                        {SETTING_LABELS.get(k, str(k)) for k in keys if settings[one].get(k) != before.get(k)}
+                    )
                     problem = (
                         f"{path} was made with other settings: {', '.join(other)}; name another --out, "
                         "or say --redo to make it again"
@@ -229,7 +237,9 @@ class Step:
         done = self.ranks.broadcast(done)
         return done, [one for one in settings if one not in done]
 
-    def _prepare(self, used: Used, split: str, opened: Mapping[str, Samples], splits: dict[str, Split]) -> str:
+    def _prepare(
+        self, used: ResolvedDataset, split: str, opened: Mapping[str, Samples], splits: dict[str, Split]
+    ) -> str:
         """Number the labels of a split and embed its pictures; or why that cannot be."""
         samples, done = opened[split], 0
 
@@ -245,7 +255,7 @@ class Step:
                     EvaluateProgress(model=self.model.name, dataset=name, split=split, done=done, total=total)
                 )
 
-        if problem := everywhere(self.ranks, check):
+        if problem := run_on_all_ranks(self.ranks, check):
             return problem
         try:
             embedded = self.embedder.embed(samples, self.entry.border, tell)
@@ -256,11 +266,11 @@ class Step:
         splits[split] = replace(splits[split], embedded=embedded)
         return ""
 
-    def _check(self, used: Used, split: str, samples: Samples) -> Split:
+    def _check(self, used: ResolvedDataset, split: str, samples: Samples) -> Split:
         """Hold a split against the registry; DatasetError, or warnings if those are enough."""
         numbered = protocols.NO_CLASSES
         if self.entry.kind != "captions":
-            numbered = number_labels(used, samples, self.place)
+            numbered = index_labels(used, samples, self.place)
         problems = []
         try:
             used.expect(split, len(samples) + samples.skipped.total())

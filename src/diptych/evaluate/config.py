@@ -30,9 +30,9 @@ class EvaluateConfig:
     profile: ProfileName = "paper"
     """Whose class names, templates, splits and metric: the paper's or CLIP_benchmark's."""
     precision: Precision = "exact"
-    """Of the towers: exact, float32, bfloat16, int8 (of pictures); auto: bfloat16 where it is fast."""
+    """Precision of the towers: exact, float32, bfloat16, int8 (image tower only); auto: bfloat16 where it is fast."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
     device: str = "auto"
@@ -44,8 +44,8 @@ class EvaluateConfig:
     redo: bool = False
     """Compute results again that are there with other settings; otherwise that is an error."""
     on_mismatch: Literal["stop", "warn"] = "stop"
-    """What a dataset gets that is not what the registry says (another count, damage, a class without pictures): it is
-    refused with the reason, or evaluated with the reason as a warning."""
+    """What to do when a dataset does not match the registry (counts, damage, empty classes): skip it, or evaluate it
+    with a warning."""
     cache: Path | None = None
     """Folder of computed image features; by default `.features` in the results folder."""
     cache_bytes: int = 32 << 30
@@ -53,11 +53,11 @@ class EvaluateConfig:
     overlap: Path | None = None
     """overlap.parquet of `diptych curate contamination`, for the protocol overlap: one dataset at a time."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Of the protocol fewshot: pictures of a class."""
+    """Images a class for the protocol fewshot."""
     seeds: int = 10
-    """Of the protocol fewshot: draws."""
+    """Random draws for the protocol fewshot."""
     seed: int = 0
-    """Of every draw: bootstrap, prompt search, validation sets, shots."""
+    """Seed of every draw: bootstrap, prompt search, validation sets, shots."""
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -41,7 +41,7 @@ class ModelFacts:
     image_size: int
     parameters: int | None = None
     gflops: float | None = None
-    """Of the image tower, for one picture."""
+    """GFLOPs of the image tower, for one picture."""
     baseline: bool = False
     """Whether it is not a CLIP: pictures to features only, no texts."""
 

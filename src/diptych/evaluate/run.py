@@ -1,6 +1,6 @@
-"""Models x datasets x protocols into a results folder; `Step` is what is done with one model and one dataset.
+"""Models x datasets x protocols into a results folder; `Cell` is what is done with one model and one dataset.
 
-Datasets are looked for, or fetched if that is asked for. What is not there, or refused by its `Step`, is said and
+Datasets are looked for, or fetched if that is asked for. What is not there, or refused by its `Cell`, is said and
 passed over.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from diptych import files
 from diptych.embed.cache import FeatureCache
 from diptych.errors import DatasetError, DiptychError, NotFoundError, RunLockedError, UsageError
-from diptych.evaluate.cell import NEEDED, OnProgress, Refused, Step, everywhere
+from diptych.evaluate.cell import REQUIRED_SPLITS, Cell, OnProgress, Refused, run_on_all_ranks
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.download import can_download, candidates, download, locate, where_to_get
 from diptych.evaluate.datasets.layouts import open_samples
@@ -35,7 +35,7 @@ class EvaluateReport:
     """What came out."""
 
     results: tuple[Result, ...]
-    """Of this suite, those that were there included."""
+    """All results of the suite, earlier ones included."""
     resumed: int
     """Results that were there."""
     missing: Mapping[str, str]
@@ -134,7 +134,7 @@ class _Run:
         for entry in datasets:
             place = locate(entry, self.config.data)
             if self.config.download and can_download(entry) and not _is_whole(entry, place):
-                problem = everywhere(self.ranks, lambda entry=entry: self._download(entry), only_first=True)
+                problem = run_on_all_ranks(self.ranks, lambda entry=entry: self._download(entry), only_first=True)
                 if problem:
                     self.missing[entry.id] = f"{where_to_get(entry)} ({problem})"
                     continue
@@ -163,7 +163,7 @@ class _Run:
     def _download(self, entry: Dataset) -> None:
         download(entry, self.config.data, "test")
         for protocol in self.config.protocols:
-            for split in NEEDED[protocol][1:]:
+            for split in REQUIRED_SPLITS[protocol][1:]:
                 with contextlib.suppress(DiptychError):
                     download(entry, self.config.data, split)
 
@@ -179,7 +179,7 @@ class _Run:
         embedder = Embedder(model.eyes, cache, self.config.batch_size, self.ranks)
         for entry in datasets:
             if entry.id in places:
-                step = Step(self.config, self.ranks, model, embedder, entry, *places[entry.id], self.on_progress)
+                step = Cell(self.config, self.ranks, model, embedder, entry, *places[entry.id], self.on_progress)
                 step.run()
                 self.results += step.results
                 self.resumed += step.resumed

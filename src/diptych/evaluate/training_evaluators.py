@@ -43,7 +43,7 @@ _AHEAD = 2 * BATCH_SIZE
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalSample:
     """One picture, and what is known of it."""
 
     file: Path
@@ -60,17 +60,17 @@ class Question:
 
 
 @dataclass(frozen=True)
-class ExamSet:
+class EvalSet:
     """Pictures of one kind of question."""
 
     kind: Kind
-    questions: tuple[Question, ...]
+    questions: tuple[EvalSample, ...]
     classnames: tuple[str, ...]
     skipped: Counter[str]
     """Reason -> samples that were left out on opening."""
 
 
-def open_set(path: Path, kind: Kind | None = None) -> ExamSet:
+def open_set(path: Path, kind: Kind | None = None) -> EvalSet:
     """Open a set; without a kind it is zero-shot if anything carries a label, else retrieval.
 
     Raises NotFoundError for a path that is not there and UsageError for a set without a usable question.
@@ -96,13 +96,13 @@ def open_set(path: Path, kind: Kind | None = None) -> ExamSet:
             "zeroshot needs class folders or samples with a label, retrieval needs captions"
         )
     names = classnames or tuple(sorted({q.label for q in usable if q.label is not None}))
-    return ExamSet(kind, tuple(usable), names if kind == "zeroshot" else (), skipped)
+    return EvalSet(kind, tuple(usable), names if kind == "zeroshot" else (), skipped)
 
 
-def _open_folders(path: Path) -> list[Question]:
+def _open_folders(path: Path) -> list[EvalSample]:
     """Every folder in `path` is a class by its name; pictures may lie deeper."""
     return [
-        Question(file, 0, None, folder.name.replace("_", " "), ())
+        EvalSample(file, 0, None, folder.name.replace("_", " "), ())
         for folder in sorted(path.iterdir())
         if folder.is_dir() and not folder.name.startswith(".")
         for file in sorted(folder.rglob("*"))
@@ -110,7 +110,7 @@ def _open_folders(path: Path) -> list[Question]:
     ]
 
 
-def _open_shards(path: Path, skipped: Counter[str]) -> list[Question]:
+def _open_shards(path: Path, skipped: Counter[str]) -> list[EvalSample]:
     """Samples with the `label` of their JSON, and its `captions`, or else the one caption they have."""
     try:
         dataset = load_dataset(path)
@@ -134,7 +134,7 @@ def _open_shards(path: Path, skipped: Counter[str]) -> list[Question]:
                 tuple(c for c in several if isinstance(c, str) and c.strip()) if isinstance(several, list) else ()
             )
             questions.append(
-                Question(
+                EvalSample(
                     shard.path,
                     row["offset"],
                     row["size"],
@@ -145,11 +145,11 @@ def _open_shards(path: Path, skipped: Counter[str]) -> list[Question]:
     return questions
 
 
-def _open_wds(path: Path, skipped: Counter[str]) -> tuple[list[Question], tuple[str, ...]]:
+def _open_wds(path: Path, skipped: Counter[str]) -> tuple[list[EvalSample], tuple[str, ...]]:
     """CLIP Benchmark's layout: tars in the folder or its `test`, a class number in each .cls."""
     names = tuple(line.strip() for line in (path / CLASSNAMES).read_text("utf-8").splitlines() if line.strip())
     tars = sorted(path.glob("*.tar")) or sorted((path / "test").glob("*.tar"))
-    questions: list[Question] = []
+    questions: list[EvalSample] = []
     for tar in tars:
         samples: dict[str, dict[str, Member]] = {}
         for member in iter_members(tar):
@@ -163,20 +163,20 @@ def _open_wds(path: Path, skipped: Counter[str]) -> tuple[list[Question], tuple[
             if picture is None or "cls" not in members:
                 skipped["no_image" if picture is None else "no_label"] += 1
                 continue
-            label = Question(tar, members["cls"].offset, members["cls"].size, None, ()).read().strip()
+            label = EvalSample(tar, members["cls"].offset, members["cls"].size, None, ()).read().strip()
             if not label.isdigit() or int(label) >= len(names):
                 skipped["bad_label"] += 1
                 continue
-            questions.append(Question(tar, picture.offset, picture.size, names[int(label)], ()))
+            questions.append(EvalSample(tar, picture.offset, picture.size, names[int(label)], ()))
     return questions, names
 
 
 @dataclass
-class Examiner:
+class TrainingEvaluator:
     """Asks a model all questions of one set; an evaluator of training."""
 
     name: str
-    exam: ExamSet
+    exam: EvalSet
     tokenizer: Tokenizer
     preprocess: Preprocess
     templates: Sequence[str]
@@ -258,7 +258,7 @@ class Examiner:
                         self._usable.add(first + i)
                 yield first, pixels
 
-    def _read_picture(self, question: Question) -> Tensor | str:
+    def _read_picture(self, question: EvalSample) -> Tensor | str:
         try:
             return torch.from_numpy(self.preprocess.pixels(open_picture(question.read())))
         except PictureError as error:

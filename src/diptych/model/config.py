@@ -136,7 +136,7 @@ class CLIPConfig:
     text: TextConfig = field(default_factory=TextConfig)
     """The text tower."""
     activation: Activation = "quick_gelu"
-    """Of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
+    """Activation of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
     logit_bias: bool = False
     """Whether logits have a bias: what the sigmoid loss (SigLIP) needs, and the paper's loss has no use for."""
 

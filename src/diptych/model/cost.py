@@ -13,12 +13,12 @@ from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one layer, or of many."""
+    """Cost of one layer, or of many."""
 
     parameters: int = 0
     """Numbers that are trained."""
     flops: int = 0
-    """Of one pair's forward pass: matrix products and convolutions, a multiply-add counted as two."""
+    """FLOPs of one pair's forward pass: matrix products and convolutions, a multiply-add counted as two."""
     saved: int = 0
     """Elements of one pair that are kept for the backward pass, in the type of the products."""
     saved_float32: int = 0
@@ -60,17 +60,17 @@ class TowerCost:
 
     @property
     def parameters(self) -> int:
-        """Of the whole tower."""
+        """Parameters of the whole tower."""
         return self._whole.parameters
 
     @property
     def flops(self) -> int:
-        """Of one pair's forward pass."""
+        """FLOPs of one pair's forward pass."""
         return self._whole.flops
 
     @property
     def recomputed_flops(self) -> int:
-        """Of one pair, when every block is computed again for its backward pass."""
+        """FLOPs of one pair, when every block is computed again for its backward pass."""
         return sum(block.inside.flops - block.last_product.flops for block in self.blocks)
 
     @property
@@ -95,7 +95,7 @@ class TowerCost:
 
 
 def image_tower(config: CLIPConfig) -> TowerCost:
-    """Of the image tower, for one picture."""
+    """Cost of the image tower, for one picture."""
     match config.vision:
         case ViTConfig():
             return _vit(config.vision, config.embed_dim)
@@ -104,7 +104,7 @@ def image_tower(config: CLIPConfig) -> TowerCost:
 
 
 def text_tower(config: CLIPConfig, tokens: int) -> TowerCost:
-    """Of the text tower, for a caption of so many tokens, start and end included: padding behind it costs nothing."""
+    """Cost of the text tower for a caption of `tokens`, start and end included; padding behind it costs nothing."""
     text = config.text
     if not 2 <= tokens <= text.context_length:
         raise UsageError(f"a caption of {tokens} tokens does not fit; use 2 to {text.context_length}, the text tower's")
@@ -145,7 +145,7 @@ def _stem(config: ViTConfig) -> Cost:
 
 
 def _blocks(config: ViTConfig | TextConfig, tokens: int) -> tuple[Block, ...]:
-    """Of the last block only one token is computed, but its keys and values are those of all."""
+    """Cost of each block; the last computes one token only, but its keys and values are those of all."""
 
     def build(queries: int) -> Block:
         return Block(
@@ -238,7 +238,7 @@ def _norm(tokens: int, width: int) -> Cost:
 
 
 def _convolution(before: int, after: int, side: int, *, kernel: int = 1, stride: int = 1) -> Cost:
-    """Of a square map of `side`; keeps its input."""
+    """Cost of a convolution over a square map of `side`; keeps its input."""
     weights, out = kernel**2 * before * after, -(-side // stride)
     return Cost(parameters=weights, flops=2 * weights * out**2, saved=before * side**2)
 

@@ -32,7 +32,7 @@ class CompactReport:
     freed: int
     """Bytes."""
     dataset_hash: str
-    """Of what is left."""
+    """Hash of the dataset that is left."""
 
 
 def compact(folder: Path) -> CompactReport:

@@ -56,7 +56,7 @@ class LoaderConfig:
     batch_size: int = 256
     """Pairs in the global batch, over all ranks."""
     seed: int = 0
-    """Of the sample order and the crops."""
+    """Seed of the sample order and the crops."""
     min_crop: float = 0.9
     """Side of the random square crop: uniform between this share of the shorter side and all of it."""
     augment: bool = True

@@ -52,7 +52,7 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """Of all samples in order; independent of where the dataset lies."""
+        """Hash of all samples in order; independent of where the dataset lies."""
         return xxhash.xxh3_128_hexdigest(" ".join(shard.content_hash for shard in self.shards).encode())
 
     @property

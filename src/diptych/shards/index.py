@@ -22,7 +22,7 @@ from diptych.shards.members import Damage, Member, iter_members
 
 INDEX_VERSION = 1
 SCAN_VERSION = 2
-"""Of the rules by which a foreign tar is read: a cached index by other rules is made anew."""
+"""Version of the rules by which a foreign tar is read: a cached index by other rules is rebuilt."""
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 INDEX_SCHEMA = pa.schema(
     [
@@ -56,7 +56,7 @@ class ShardIndex:
 
     @property
     def content_hash(self) -> str:
-        """Of everything the index says; the same wherever the shard lies."""
+        """Hash of everything the index says; the same wherever the shard lies."""
         digest = xxhash.xxh3_128()
         for column in ("key", "caption", "offset", "size", "xxh3"):
             digest.update(json.dumps(self.table.column(column).to_pylist(), ensure_ascii=False).encode())

@@ -37,7 +37,7 @@ from diptych.shards.tombstones import DELETED, TOMBSTONES_FILE
 PREFETCH_BYTES = 2 << 30
 """Batches that are kept ready take no more than this, unless one alone does."""
 
-MAX_STAND_INS = 100
+MAX_CONSECUTIVE_BROKEN = 100
 """Broken neighbours in a row after which a dataset is not skipped through any further."""
 
 
@@ -68,9 +68,9 @@ class Batch:
     skipped: tuple[tuple[str, str], ...]
     """(key, reason) of pictures that could not be used and were stood in for."""
     image_features: Float[Tensor, "N E"] | None = None
-    """Of a locked image tower that has seen the data before; `image` has no pixels then."""
+    """Features by a locked image tower that has seen the data before; `image` has no pixels then."""
     text_features: Float[Tensor, "N E"] | None = None
-    """Of a locked text tower."""
+    """Features by a locked text tower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class StoredFeatures:
     """What a tower that does not change made of every sample."""
 
     image: bool
-    """Of the pictures, which need not be decoded any more, or else of the captions."""
+    """Whether features of the pictures are stored, which need not be decoded any more; else of the captions."""
     read: Callable[[int, int, int], Float[np.ndarray, " E"] | str]
     """(source, shard, row) -> the feature, or the reason why that picture cannot be used."""
 
@@ -225,7 +225,7 @@ class Loader:
     def _read_sample(self, chosen: Place, crop: Crop, skipped: list[tuple[str, str]]) -> "_Sample":
         source = self.sources[chosen.source]
         row, broken = chosen.row, 0
-        while broken < MAX_STAND_INS:
+        while broken < MAX_CONSECUTIVE_BROKEN:
             try:
                 return self._read_row(chosen.source, row, crop)
             except PictureError as error:
@@ -235,7 +235,9 @@ class Loader:
                     if self.config.strict:
                         raise ShardError(f"sample {source.key(row)} in {source.dataset.path}: {error}") from None
             row = (row + 1) % source.order.samples
-        raise ShardError(f"{MAX_STAND_INS} broken pictures in a row in {source.dataset.path}; the last: {skipped[-1]}")
+        raise ShardError(
+            f"{MAX_CONSECUTIVE_BROKEN} broken pictures in a row in {source.dataset.path}; the last: {skipped[-1]}"
+        )
 
     def _read_row(self, number: int, row: int, crop: Crop) -> "_Sample":
         source, feature = self.sources[number], None

@@ -18,7 +18,7 @@ from typing import Any
 
 from diptych.errors import TaskLostError, UsageError
 from diptych.stage.config import Engine
-from diptych.stage.folder import Done
+from diptych.stage.folder import TaskRecord
 from diptych.stage.job import Job, Task
 
 TRIES = 2
@@ -26,8 +26,8 @@ TRIES = 2
 
 
 def run_tasks(
-    job: Job, tasks: Sequence[Task], *, processes: int, engine: Engine, crew: "Crew | None" = None
-) -> Iterator[tuple[str, Done]]:
+    job: Job, tasks: Sequence[Task], *, processes: int, engine: Engine, crew: "WorkerPool | None" = None
+) -> Iterator[tuple[str, TaskRecord]]:
     """Do tasks in any order; yields each as it is done. A crew is one whose processes live on behind this job."""
     if engine == "ray":
         return _run_on_ray(job, tasks, processes)
@@ -40,14 +40,14 @@ def run_tasks(
     return crew.run(job, tasks, processes) if crew is not None else _run_alone(job, tasks, processes)
 
 
-def _run_here(job: Job, tasks: Sequence[Task]) -> Iterator[tuple[str, Done]]:
+def _run_here(job: Job, tasks: Sequence[Task]) -> Iterator[tuple[str, TaskRecord]]:
     for task in tasks:
         with _naming(job, task):
             yield task.name, job(task)
 
 
-def _run_alone(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, Done]]:
-    crew = Crew()
+def _run_alone(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, TaskRecord]]:
+    crew = WorkerPool()
     try:
         yield from crew.run(job, tasks, processes)
     finally:
@@ -73,7 +73,7 @@ class _Worker:
     task: Task | None = None
 
 
-class Crew:
+class WorkerPool:
     """Processes that are given one task after the other, of one job after the other."""
 
     def __init__(self) -> None:
@@ -81,15 +81,15 @@ class Crew:
         self._waiting: deque[Task] = deque()
         self._tries: Counter[str] = Counter()
 
-    def run(self, job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, Done]]:
+    def run(self, job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, TaskRecord]]:
         """Do tasks with so many processes; yields each as it is done."""
         self._waiting, self._tries = deque(tasks), Counter()
         wanted = min(processes, len(tasks))
         try:
             while len(self._workers) < wanted:
-                self._hire()
+                self._start()
             for worker in self._workers[:wanted]:
-                self._hand_out(job, worker)
+                self._assign(job, worker)
             while busy := [worker for worker in self._workers if worker.task is not None]:
                 ready = wait([worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy])
                 for worker in busy:
@@ -97,14 +97,14 @@ class Crew:
                         yield from self._take(job, worker)
         finally:
             for worker in [worker for worker in self._workers if worker.task is not None]:
-                self._dismiss(worker)
+                self._stop(worker)
 
     def close(self) -> None:
         """End all processes."""
         for worker in list(self._workers):
-            self._dismiss(worker)
+            self._stop(worker)
 
-    def _hire(self) -> _Worker:
+    def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs,), daemon=True, name="diptych-curate")
@@ -113,7 +113,7 @@ class Crew:
         self._workers.append(_Worker(process, ours))
         return self._workers[-1]
 
-    def _hand_out(self, job: Job, worker: _Worker) -> None:
+    def _assign(self, job: Job, worker: _Worker) -> None:
         worker.task = self._waiting.popleft() if self._waiting else None
         if worker.task is None:
             return
@@ -122,31 +122,31 @@ class Crew:
             worker.pipe.send((job if worker.job is not job else None, worker.task))
         worker.job = job
 
-    def _take(self, job: Job, worker: _Worker) -> Iterator[tuple[str, Done]]:
+    def _take(self, job: Job, worker: _Worker) -> Iterator[tuple[str, TaskRecord]]:
         """What a worker sent: the record of its task, an exception, or nothing because it died."""
         assert worker.task is not None
         try:
             answer = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._bury(job, worker)
+            self._replace(job, worker)
             return
         name, worker.task = worker.task.name, None
         if isinstance(answer, BaseException):
             raise answer
-        self._hand_out(job, worker)
+        self._assign(job, worker)
         yield name, answer
 
-    def _bury(self, job: Job, worker: _Worker) -> None:
+    def _replace(self, job: Job, worker: _Worker) -> None:
         """A process has died: another one begins its task again, unless it was tried often enough."""
         task, worker.task = worker.task, None
-        self._dismiss(worker)
+        self._stop(worker)
         assert task is not None
         if self._tries[task.name] >= TRIES:
             raise _lost(job, task, f"exit code {worker.process.exitcode}")
         self._waiting.appendleft(task)
-        self._hand_out(job, self._hire())
+        self._assign(job, self._start())
 
-    def _dismiss(self, worker: _Worker) -> None:
+    def _stop(self, worker: _Worker) -> None:
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
@@ -178,7 +178,7 @@ def _lost(job: Job, task: Task, how: str) -> TaskLostError:
     )
 
 
-def _run_on_ray(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, Done]]:
+def _run_on_ray(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, TaskRecord]]:
     """Ray schedules and retries; the folder must be at the same path on all machines of the cluster."""
     try:
         import ray
@@ -211,7 +211,7 @@ def _run_on_ray(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tup
             ray.cancel(reference, force=True)
 
 
-def _do(job: Job, task: Task, folder: str) -> Done:
+def _do(job: Job, task: Task, folder: str) -> TaskRecord:
     with contextlib.suppress(FileNotFoundError):  # relative paths mean the same as where the run was started
         os.chdir(folder)
     with _naming(job, task):

@@ -23,7 +23,7 @@ REASON = pa.field("reason", pa.string())
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
-"""Of the folder's layout and of what stages make of their rows; folders of another version are made anew."""
+"""Version of the folder's layout and of what stages make of their rows; other versions are rebuilt."""
 READ_ROWS = 1024
 """Rows of a batch that a stage is given."""
 GROUP_ROWS = 16384
@@ -35,11 +35,11 @@ DROPPED = pa.schema([pa.field(name, pa.string()) for name in ("key", "image_url"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done:
+class TaskRecord:
     """The record of a task that is done."""
 
     fingerprint: str
-    """Of the settings and the inputs it was done with."""
+    """Fingerprint of the settings and the inputs it was done with."""
     rows: int
     kept: int
     dropped: dict[str, int]
@@ -145,22 +145,22 @@ class _RowGroups:
         self._waiting, self._rows, self._bytes = [], 0, 0
 
 
-def read_done(folder: Path, name: str) -> Done | None:
+def read_done(folder: Path, name: str) -> TaskRecord | None:
     """The record of a task; None if it is not done. A record that cannot be read counts as none."""
     try:
-        done = Done(**json.loads((folder / "done" / f"{name}.json").read_text()))
+        done = TaskRecord(**json.loads((folder / "done" / f"{name}.json").read_text()))
         inside = all((folder / file).resolve().is_relative_to(folder.resolve()) for file in done.files)
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None
     return done if inside else None
 
 
-def write_done(folder: Path, name: str, done: Done) -> None:
+def write_done(folder: Path, name: str, done: TaskRecord) -> None:
     """Commit a task: from here on it is done."""
     files.write_json(folder / "done" / f"{name}.json", asdict(done))
 
 
-def is_whole(folder: Path, done: Done) -> bool:
+def is_whole(folder: Path, done: TaskRecord) -> bool:
     """Whether the files of a task are those of its record."""
     return all((folder / name).is_file() and files.sha256(folder / name) == hash for name, hash in done.files.items())
 
@@ -207,7 +207,9 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, *, config: Mapping[str, Any], parent: str | None, done: Iterable[Done]) -> Manifest:
+def write_manifest(
+    folder: Path, *, config: Mapping[str, Any], parent: str | None, done: Iterable[TaskRecord]
+) -> Manifest:
     """Add up the records of all tasks."""
     rows = kept = 0
     dropped: Counter[str] = Counter()

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from diptych import files
 from diptych.stage import folder as parts
-from diptych.stage.folder import Done, PartWriter, read_part
+from diptych.stage.folder import PartWriter, TaskRecord, read_part
 
 Stage = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 """A picklable callable; most are frozen dataclasses. See the head of this module."""
@@ -24,7 +24,7 @@ class Task:
     """A piece of work that becomes one part."""
 
     name: str
-    """Of its files, without suffix: part-00000."""
+    """Name of the task's files, without suffix: part-00000."""
     inputs: tuple[Path | str, ...]
     """What is read: parts of the stage before, or files that came from elsewhere; a string is a URL."""
     rows: bool = True
@@ -55,10 +55,10 @@ class Job(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of settings and of what is read."""
+        """Fingerprint of the settings and of what is read."""
         ...
 
-    def __call__(self, task: Task) -> Done:
+    def __call__(self, task: Task) -> TaskRecord:
         """Do one task and commit it."""
         ...
 
@@ -72,7 +72,7 @@ class StageJob:
     schema: pa.Schema
     fingerprint: str
 
-    def __call__(self, task: Task) -> Done:
+    def __call__(self, task: Task) -> TaskRecord:
         """Do one task and commit it; in whatever process."""
         names = [f"{task.name}.parquet", f"dropped/{task.name}.parquet"]
         with contextlib.ExitStack() as stack:
@@ -87,7 +87,7 @@ class StageJob:
                 raise ValueError(f"the stage was given {counted.rows} rows and gave back {rows}")
             hashes = [files.sha256(path) for path in (kept, dropped)]
         counts = {reason: count for reason, count in writer.counts.items() if reason is not None}
-        done = Done(
+        done = TaskRecord(
             fingerprint=task_fingerprint(self.fingerprint, task),
             rows=rows,
             kept=writer.counts[None],

@@ -29,8 +29,8 @@ from diptych import files
 from diptych.errors import NotFoundError, RunLockedError, UsageError
 from diptych.stage import folder as parts
 from diptych.stage.config import Engine, EngineConfig
-from diptych.stage.engines import Crew, run_tasks
-from diptych.stage.folder import MANIFEST_FILE, Done
+from diptych.stage.engines import WorkerPool, run_tasks
+from diptych.stage.folder import MANIFEST_FILE, TaskRecord
 from diptych.stage.job import Job, Stage, StageJob, Task, task_fingerprint
 
 OnTask = Callable[[str, int, int], None]
@@ -64,7 +64,7 @@ class StageReport:
     """Tasks that an earlier run had done."""
     seconds: float
     hash: str
-    """Of the manifest."""
+    """SHA-256 of the manifest."""
 
 
 @runtime_checkable
@@ -114,7 +114,7 @@ def run_stage(
     parent: str | None = None,
     redo: bool = False,
     on_task: OnTask | None = None,
-    crew: Crew | None = None,
+    crew: WorkerPool | None = None,
 ) -> StageReport:
     """Do the tasks that are not done yet and write the manifest; the folder's name is the stage's.
 
@@ -149,7 +149,7 @@ def run_job(
     parent: str | None = None,
     redo: bool = False,
     on_task: OnTask | None = None,
-    crew: Crew | None = None,
+    crew: WorkerPool | None = None,
     prepare: Callable[[], object] | None = None,
 ) -> StageReport:
     """`run_stage` for a job of one's own; `config` is what the manifest says of its settings.
@@ -195,7 +195,7 @@ def executors(config: EngineConfig, on_task: OnTask | None = None) -> Iterator[t
     processes = config.processes
     if processes is None:
         processes = (os.cpu_count() or 1) if config.engine == "local" else 0
-    crew = Crew()
+    crew = WorkerPool()
     chosen: dict[str, Any] = {"processes": processes, "engine": config.engine, "redo": config.redo}
     chosen |= {"on_task": on_task, "crew": crew}
     try:
@@ -220,7 +220,7 @@ def _check_tasks(tasks: Sequence[Task]) -> None:
                 raise NotFoundError(f"no such file: {path}")
 
 
-def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, Done]:
+def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, TaskRecord]:
     """The tasks that need not be done again; raises UsageError if the folder was made with other settings."""
     recorded = {task.name: parts.read_done(job.folder, task.name) for task in tasks}
     names = {path.stem for path in (job.folder / "done").glob("*.json")}

@@ -48,7 +48,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised, and what a picture may see of itself."""
+    """The loss and its regularisation."""
 
     loss: LossName = "clip"
     """`clip`: the paper's cross-entropy over the batch. `siglip`: a yes or no for each pair (Zhai et al. 2023)."""
@@ -73,8 +73,8 @@ class RunConfig:
     extend_to: int | None = None
     """Continue a run to this many steps, with a learning rate that falls to zero there instead."""
     precision: Precision = "auto"
-    """Of the towers' matrix products. auto: bfloat16 where the processor multiplies it fast (a GPU, a CPU with AMX or
-    AVX512-BF16), float32 elsewhere. Weights, loss and optimizer are always float32."""
+    """Precision of the towers' matrix products. auto: bfloat16 where the processor multiplies it fast (a GPU, a CPU
+    with AMX or AVX512-BF16), float32 elsewhere. Weights, loss and optimizer are always float32."""
     compile: bool = False
     """Compile both towers. Text is then padded to a multiple of 8 tokens, so that each length is compiled once."""
     device: str = "auto"
@@ -138,7 +138,7 @@ class StartConfig:
     """Stop with a checkpoint (exit status 3) when a share of any evaluation is more than so many points below what the
     model had at the start."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
 

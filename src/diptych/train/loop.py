@@ -94,7 +94,7 @@ class _Signals:
 
     @property
     def name(self) -> str | None:
-        """Of the signal that came, if one did."""
+        """Name of the signal that came, if one did."""
         return signal.Signals(self.number).name if self.number else None
 
     def __enter__(self) -> "_Signals":

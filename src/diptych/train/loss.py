@@ -74,7 +74,7 @@ class Targets(ABC):
 
     @abstractmethod
     def weights(self, rows: slice, columns: slice) -> Float[Tensor, "R C"] | None:
-        """Of a tile; None if nothing in it is right. Every row of the whole adds up to 1."""
+        """Target weights of a tile; None if nothing in it is right. Every row of the whole adds up to 1."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Of the update that follows `step` finished ones: linear up over `warmup`, then half a cosine down to zero."""
+    """Learning rate after `step` finished updates: linear up over `warmup`, then half a cosine down to zero."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, steps - config.warmup)

@@ -65,7 +65,7 @@ class PlanConfig:
     device_kind: DeviceKind = "h100"
     """Whose memory, speed and links are taken."""
     precision: Products = "bfloat16"
-    """Of the towers' matrix products; on a v100 the 16-bit type is float16. Weights and gradients are float32."""
+    """Precision of matrix products; on a v100 the 16-bit type is float16. Weights and gradients are float32."""
     micro_batch_size: int | None = None
     """m: pairs of a device that go through the towers at once; by default as many as fit. Fewer than it has means
     gradient caching, one forward pass more."""
@@ -123,7 +123,7 @@ class PlanReport:
     """What the run will cost. One device, one step, unless a line says otherwise."""
 
     parameters: dict[str, int]
-    """Of `image`, `text` and `total`, temperature and bias included."""
+    """Parameters of `image`, `text` and `total`, temperature and bias included."""
     micro_batch_size: int
     """m, as given or as many as fit."""
     micro_batches: int
@@ -179,7 +179,7 @@ def run(config: PlanConfig, model: CLIPConfig) -> PlanReport:
 
 
 def count_parameters(model: CLIPConfig, towers: Towers) -> int:
-    """Of both towers, with the temperature and, if there is one, the bias of the logits."""
+    """Parameters of both towers, with the temperature and, if there is one, the bias of the logits."""
     return sum(tower.parameters for tower in towers) + 1 + model.logit_bias
 
 

@@ -31,7 +31,7 @@ from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensor
 from diptych.train.parallel import save as sharded
 from diptych.train.parallel import wrap as parallel
 from diptych.train.parallel.micro_batch import choose_micro_batch_size
-from diptych.train.run_folder.checkpoints import Keeper
+from diptych.train.run_folder.checkpoints import CheckpointManager
 from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.run_folder.report import CLOCK, Evaluation, State, StepReport
 from diptych.train.setup import build_model, choose_dtype, load_tokenizer, require_same_run
@@ -81,7 +81,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim, scales)
         self.state = State()
         self.micro_batch_size = config.run.micro_batch_size
-        self.keeper = Keeper(config.out, config.run)
+        self.keeper = CheckpointManager(config.out, config.run)
         self.logs = Logs(config.out, config.run.log, active=ranks.is_first)
         self.step = Step(
             model=self.module,
@@ -251,7 +251,7 @@ class Trainer:
         return loss(*output, groups=groups, ranks=self.ranks)
 
     def _grad_norms(self) -> tuple[float, float]:
-        """Of both towers; gradients are shortened to `max_grad_norm` if there is one."""
+        """Gradient norms of both towers; gradients are shortened to `max_grad_norm` if there is one."""
         towers = []
         for tower in (self.model.visual, self.model.text):
             gradients = [p.grad for p in tower.parameters() if p.grad is not None]

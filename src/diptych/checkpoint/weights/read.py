@@ -65,7 +65,7 @@ class Weights:
     file: TensorFile
     sources: Mapping[str, Source]
     xxh3: str | None = None
-    """Of the whole file, if the checkpoint says so; checked in the same pass that reads it."""
+    """XXH3 of the whole file, if the checkpoint says so; checked in the same pass that reads it."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -52,11 +52,11 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Of its storage, bytes from the beginning of the file."""
+    """Start of the tensor's storage, bytes from the beginning of the file."""
     nbytes: int
-    """Of its storage, which other tensors may share."""
+    """Bytes of the tensor's storage, which other tensors may share."""
     offset: int = 0
-    """Of its first element in the storage, elements."""
+    """Place of the tensor's first element in the storage, elements."""
     stride: tuple[int, ...] | None = None
     """Elements; None: contiguous."""
 
@@ -73,7 +73,7 @@ class TensorFile:
     paths: tuple[Path, ...]
     entries: Mapping[str, Entry]
     classes: Mapping[str, str] = field(default_factory=dict)
-    """Of a TorchScript archive: module path -> name of its class. Evidence, never executed."""
+    """Classes in a TorchScript archive: module path -> name of its class. Evidence, never executed."""
 
     def read(
         self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None, digest: Digest | None = None

@@ -92,7 +92,7 @@ class CountQueries:
     """Measure: pairs of each query."""
 
     def __call__(self, block: Matches) -> NDArray[np.int64]:
-        """Of one block."""
+        """Values for one block."""
         return block.queries
 
 
@@ -109,7 +109,7 @@ class BinDraws:
         return load_common(self.counts, self.limit, self.seed)
 
     def __call__(self, block: Matches) -> NDArray[np.int64]:
-        """Of one block."""
+        """Values for one block."""
         return self.common().places(block)
 
 
@@ -135,7 +135,7 @@ class CountKept:
     plan: "PlanFiles"
 
     def __call__(self, block: Matches) -> NDArray[np.int64]:
-        """Of one block."""
+        """Values for one block."""
         plan = self.plan.load()
         kept = plan.judge(block).kept
         return np.append(block.queries[kept[block.pairs]], np.full(np.count_nonzero(kept), len(plan.counts)))
@@ -205,7 +205,7 @@ class BalanceReport:
     head_queries: int
     """Queries with more pairs than the limit."""
     queries_by_pairs: dict[str, int]
-    """Before."""
+    """Histogram before balancing."""
     achieved: dict[str, Achieved]
     """By policy; one of them was carried out."""
 

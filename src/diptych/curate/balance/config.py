@@ -40,7 +40,7 @@ class BalanceConfig:
     limit: int = 20_000
     """Pairs a query; 20,000 in the paper."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the random draws."""
     compare: bool = True
     """Also count what the other two policies would keep."""
 

@@ -192,7 +192,7 @@ class Plan:
     counts: NDArray[np.int64]
     """Pairs of each query."""
     cutoffs: NDArray[np.float64]
-    """Of each query for cap and assign, else unused."""
+    """Cutoff of each query for cap and assign, else unused."""
 
     def judge(self, block: Matches) -> Verdict:
         """Say which pairs of a block stay; one without a query (query -1) never does."""

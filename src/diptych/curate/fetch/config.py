@@ -25,7 +25,7 @@ class FetchConfig:
     concurrency: int = 64
     """Pictures under way at once in each process; each may hold `max_bytes` in memory."""
     per_host: int = 2
-    """Of them from one host."""
+    """Connections to one host at a time."""
     partitions: int = 1
     """Processes that fetch, hosts split among them; fixed once a folder is begun."""
     deadline: float = 30.0

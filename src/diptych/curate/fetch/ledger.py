@@ -52,7 +52,7 @@ class Entry:
     final_url: str | None = None
     """Where the picture was, if that is another address than the one asked."""
     sha256: str | None = None
-    """Of the bytes as they came."""
+    """SHA-256 of the bytes as they came."""
     pack: int = 0
     start: int = 0
     size: int = 0

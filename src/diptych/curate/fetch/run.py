@@ -37,7 +37,7 @@ from diptych.curate.fetch.config import FetchConfig
 from diptych.curate.fetch.guard import Guard, parse_allowed
 from diptych.curate.fetch.ledger import Ledger, Reader, partition_of
 from diptych.curate.fetch.outcomes import OK, NotFetched, is_transient
-from diptych.curate.fetch.schedule import Job, Schedule, host_of
+from diptych.curate.fetch.schedule import Download, Schedule, host_of
 from diptych.curate.images.blocklist import Known, KnownHashes, read_known
 from diptych.curate.images.prepare import looks_like_picture, prepare
 from diptych.curate.rows import with_reason
@@ -246,14 +246,14 @@ class _Fetcher:
 
     def _fill(self, feed: Iterator[str]) -> None:
         while len(self._schedule) < _WINDOW and (url := next(feed, None)) is not None:
-            self._schedule.add(Job(url, host_of(url)))
+            self._schedule.add(Download(url, host_of(url)))
 
     def _start(self, running: set[asyncio.Task[None]]) -> float | None:
         """Start what may start; returns seconds until something else may."""
         while len(running) < self._config.concurrency:
             now = time.monotonic()
             job = self._schedule.take(now)
-            if not isinstance(job, Job):
+            if not isinstance(job, Download):
                 return None if job is None else max(0.0, job - now)
             running.add(asyncio.create_task(self._one(job)))
         return None
@@ -267,7 +267,7 @@ class _Fetcher:
             running.discard(task)
             task.result()  # what is not a NotFetched is a bug or a full disk: stop
 
-    async def _one(self, job: Job) -> None:
+    async def _one(self, job: Download) -> None:
         if self._schedule.failures(job.host) >= self._config.dead_after:
             self._give_up(job, NotFetched(job.reason, "the host could not be reached several times in a row"))
             self._schedule.finish(job)
@@ -298,7 +298,7 @@ class _Fetcher:
         if listed is not None:
             raise NotFetched("known_hash", listed)
 
-    def _failed(self, job: Job, error: NotFetched) -> None:
+    def _failed(self, job: Download, error: NotFetched) -> None:
         now, reason, wait = time.monotonic(), error.reason, error.wait
         self._schedule.note(job.host, reached=reason not in _UNREACHED)
         job.reason = reason
@@ -311,7 +311,7 @@ class _Fetcher:
             return
         self._give_up(job, error)
 
-    def _give_up(self, job: Job, error: NotFetched) -> None:
+    def _give_up(self, job: Download, error: NotFetched) -> None:
         again_at = time.time() + error.wait if error.wait is not None and is_transient(error.reason) else None
         self._ledger.fail(job.url, error.reason, detail=error.detail, tries=job.tries, again_at=again_at)
         self._count(error.reason)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 @dataclass
-class Job:
+class Download:
     """An address that is to be asked."""
 
     url: str
@@ -21,7 +21,7 @@ class Job:
 
 @dataclass
 class _Host:
-    waiting: deque[Job] = field(default_factory=deque)
+    waiting: deque[Download] = field(default_factory=deque)
     running: int = 0
     free_at: float = 0.0
     pace: float = 0.0
@@ -44,7 +44,7 @@ class Schedule:
         self._per_host = per_host
         self._hosts: dict[str, _Host] = {}
         self._ready: list[tuple[float, int, str]] = []
-        self._later: list[tuple[float, int, Job]] = []
+        self._later: list[tuple[float, int, Download]] = []
         self._numbers = itertools.count()
         self._held = 0
         self._now = 0.0
@@ -53,12 +53,12 @@ class Schedule:
         """Jobs that are not running."""
         return self._held
 
-    def add(self, job: Job, at: float = 0.0) -> None:
+    def add(self, job: Download, at: float = 0.0) -> None:
         """Put a job in line, not to be started before `at`."""
         self._held += 1
         heapq.heappush(self._later, (at, next(self._numbers), job))
 
-    def take(self, now: float) -> Job | float | None:
+    def take(self, now: float) -> Download | float | None:
         """The next job; or when to ask again; or None if nothing can start before a running job is finished."""
         self._now = now
         while self._later and self._later[0][0] <= now:
@@ -82,7 +82,7 @@ class Schedule:
         times = [line[0][0] for line in (self._ready, self._later) if line]
         return min(times, default=None)
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: Download) -> None:
         """A job has ended; its host may have another."""
         host = self._hosts[job.host]
         host.running -= 1

@@ -58,7 +58,7 @@ class ContaminationConfig:
     samples: int = 500
     """Pictures of the evaluation set that the curve is made from."""
     seed: int = 0
-    """Of the choice of those pictures, and of how they are changed."""
+    """Seed of the choice of those pictures, and of how they are changed."""
 
     def __post_init__(self) -> None:
         if not 0 < self.precision <= 1:

@@ -52,11 +52,11 @@ class ContaminationReport:
     """What was found."""
 
     pictures: int
-    """Of the training set, that could be read."""
+    """Pictures of the training set that could be read."""
     against: int
-    """Of the evaluation set, that could be read."""
+    """Pictures of the evaluation set that could be read."""
     overlapping: int
-    """Of the evaluation set, that have a copy in the training set."""
+    """Pictures of the evaluation set that have a copy in the training set."""
     share: float
     """overlapping / against."""
     max_distance: int

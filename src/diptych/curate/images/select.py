@@ -193,7 +193,7 @@ def _same_colour(one: int, other: int) -> bool:
 
 
 def _evaluation_hashes(config: PicturesConfig, execute: Execute) -> Hashes:
-    """Of the pictures that are tested on, and of their mirror images."""
+    """Hashes of the evaluation pictures, and of their mirror images."""
     found = [np.empty(0, np.uint64)]
     for number, folder in enumerate(config.evaluation):
         out = config.out / f"evaluation-{number}"

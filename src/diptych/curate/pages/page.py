@@ -37,7 +37,7 @@ class Page:
     url: str
     """Where it was; empty if nothing says."""
     charset: str
-    """Of the Content-Type header, or empty."""
+    """Charset in the Content-Type header, or empty."""
     robots: str
     """All X-Robots-Tag headers."""
     body: bytes

@@ -22,7 +22,7 @@ _CHUNK = 1 << 16
 _MOST_OUT = 1 << 20
 _MOST_HEADER = 1 << 16
 _MOST_SKIPPED = 256 << 20
-_MOST_AGAIN = 4 << 30
+_MAX_REREAD = 4 << 30
 _PROBE = 1024
 _MAGIC = b"\x1f\x8b\x08"
 _LINE = b"\nWARC/1."
@@ -58,9 +58,9 @@ class Record:
     """One record."""
 
     offset: int
-    """Of the gzip member, or of the record in a plain file."""
+    """Offset of the gzip member, or of the record in a plain file."""
     headers: dict[str, str]
-    """Of WARC, names in lower case."""
+    """Headers of the WARC record, names in lower case."""
     body: bytes
     """Its block; only the beginning if `cut`."""
     cut: bool
@@ -210,7 +210,7 @@ class _Reader:
         self._buffer, self._place = b"", 0
         self._base = 0  # offset of the buffer in a plain file, of its member in a gzip file
         self.offset = 0
-        self._inner, self._tail = -1, b""  # see `_look`
+        self._inner, self._tail = -1, b""  # see `_note_candidate`
         self._again = 0  # bytes of a plain file that were read a second time
 
     def read(self) -> Record | None:
@@ -303,15 +303,15 @@ class _Reader:
         self._inner, self._tail = -1, b"\n"
         used = min(length, len(self._buffer) - self._place)
         parts = [self._buffer[self._place : self._place + min(used, keep)]]
-        self._look(self._buffer[self._place : self._place + used], self._base + self._place)
+        self._note_candidate(self._buffer[self._place : self._place + used], self._base + self._place)
         self._place += used
         kept, left = len(parts[0]), length - used
         while left:
             if length - left > max(_MOST_SKIPPED, self._limit):
-                self._give_up()
+                self._skip_to_next_record()
             piece, first = self._source.next_piece()
             if not piece:
-                self._disbelieve()
+                self._rewind_to_candidate()
                 raise _DamagedError(TRUNCATED, lost=True)
             if first and _BEGIN.match(piece):  # the length was a lie: this is the next record
                 self._buffer, self._place, self._base = piece, 0, self._source.offset
@@ -320,15 +320,15 @@ class _Reader:
             if kept < keep:
                 parts.append(piece[: min(used, keep - kept)])
                 kept += len(parts[-1])
-            self._look(piece[:used], self._source.offset)
+            self._note_candidate(piece[:used], self._source.offset)
             left -= used
             if not left:
                 self._buffer, self._place, self._base = piece, used, self._source.offset
         if self._inner >= 0 and not self._ends_here():
-            self._disbelieve()
+            self._rewind_to_candidate()
         return b"".join(parts)
 
-    def _look(self, data: bytes, offset: int) -> None:
+    def _note_candidate(self, data: bytes, offset: int) -> None:
         """Remember where the first line in a block of a plain file is that looks like the beginning of a record."""
         if self._inner >= 0 or self._source.gzip:
             return
@@ -345,19 +345,19 @@ class _Reader:
         match = _NO_LINE_END.search(self._buffer, self._place)
         return match is None or _BEGIN.match(self._buffer, match.start()) is not None
 
-    def _give_up(self) -> None:
+    def _skip_to_next_record(self) -> None:
         """A block goes on and on: leave it for the next member or what looks like a record in it, if there is one."""
         if self._source.gzip:
             self._source.resynchronise()
             raise _DamagedError(TOO_LARGE, lost=True)
-        self._disbelieve()
+        self._rewind_to_candidate()
 
-    def _disbelieve(self) -> None:
+    def _rewind_to_candidate(self) -> None:
         """Go back to what looks like a record in a block whose length is wrong."""
         if self._inner < 0:
             return
         again = self._source.offset - self._inner
-        if self._again + again <= _MOST_AGAIN and self._source.go_back(self._inner):
+        if self._again + again <= _MAX_REREAD and self._source.go_back(self._inner):
             self._again += again
             raise _DamagedError(TRUNCATED, lost=True)
 

@@ -63,7 +63,7 @@ class SourceReport:
     found: int = 0
     """Above its thresholds."""
     new: int = 0
-    """Of these, not in a source before it."""
+    """Queries that no source before this one has."""
     empty: int = 0
     """Left out: nothing remains without punctuation."""
     long: int = 0

@@ -33,9 +33,9 @@ class FilterConfig:
     file_names: bool = True
     """Drop texts that are a file name, an address or a camera's number."""
     boilerplate: bool = True
-    """Drop texts of page furniture: logo, click to enlarge, facebook, image may contain, ..."""
+    """Drop boilerplate captions: logo, click to enlarge, facebook, image may contain, ..."""
     phrases: tuple[str, ...] = ()
-    """More texts of page furniture, compared without case and punctuation."""
+    """More boilerplate captions, compared without case and punctuation."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_characters <= self.max_characters or not 0 <= self.min_words <= self.max_words:
@@ -72,7 +72,7 @@ class NearTextConfig:
     hashes: int = 128
     """Hashes of a text's signature; more find near copies more surely."""
     seed: int = 0
-    """Of the hashes, and of which copy stays."""
+    """Seed of the hashes, and of which copy stays."""
     buckets: int = 16
     """Parts the comparison is made in; each has to fit in memory. Does not change the outcome."""
 

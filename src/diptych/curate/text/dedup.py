@@ -1,9 +1,10 @@
 """Candidates -> those that are no copy of another: the same pair found again, or nearly the same text.
 
-Two stages with a comparison between them. `Sign` gives each row a MinHash signature of its text's three-letter
-pieces, cut into bands; texts that share a band are compared by their signatures, those similar enough are joined, and
-of all that are joined, directly or over others, one stays: the one whose hash of (seed, key, page) is smallest. So
-neither the order of the rows nor how they lie in files matters. `Strike` puts the verdicts onto the rows.
+Two stages with a comparison between them. `ComputeSignatures` gives each row a MinHash signature of its text's
+three-letter pieces, cut into bands; texts that share a band are compared by their signatures, those similar enough are
+joined, and of all that are joined, directly or over others, one stays: the one whose hash of (seed, key, page) is
+smallest. So neither the order of the rows nor how they lie in files matters. `DropDuplicates` writes the
+verdicts onto the rows.
 
 The bands are compared in `buckets`, one after the other, so that memory is bounded by the largest of them; over all
 of it some 40 bytes a row are held.
@@ -50,7 +51,7 @@ _REASONS = np.array([None, DUPLICATE, NEAR_DUPLICATE], dtype=object)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sign:
+class ComputeSignatures:
     """Stage: candidates to rows of SIGNED; none is dropped."""
 
     scope: Scope
@@ -59,7 +60,7 @@ class Sign:
     seed: int
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Sign batch by batch."""
+        """ComputeSignatures batch by batch."""
         hasher = MinHash(self.hashes, self.seed)
         rows = band_rows(self.hashes, self.similarity)
         for batch in batches:
@@ -89,7 +90,7 @@ class Sign:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strike:
+class DropDuplicates:
     """Stage: paths of parts in, their rows out, each with its verdict."""
 
     verdicts: str
@@ -160,10 +161,10 @@ def band_rows(hashes: int, similarity: float) -> int:
 
 
 def run(config: NearTextConfig, *, execute: Execute) -> StageReport:
-    """Sign, compare, strike; signatures and verdicts lie in folders beside the output's."""
+    """ComputeSignatures, compare, strike; signatures and verdicts lie in folders beside the output's."""
     tasks, parent = tasks_of(config.folder), read_manifest(config.folder).hash
     signed, verdicts = (config.out.with_name(f"{config.out.name}_{part}") for part in ("signed", "verdicts"))
-    stage = Sign(scope=config.scope, similarity=config.similarity, hashes=config.hashes, seed=config.seed)
+    stage = ComputeSignatures(scope=config.scope, similarity=config.similarity, hashes=config.hashes, seed=config.seed)
     report = execute(stage, tasks, signed, stage, schema=SIGNED, parent=parent)
     _write_verdicts(config, signed, report.hash, verdicts, [f"{Path(task.inputs[0]).stem}.npy" for task in tasks])
     strikes = [Task(part_name(i), task.inputs, rows=False) for i, task in enumerate(tasks)]
@@ -175,7 +176,9 @@ def run(config: NearTextConfig, *, execute: Execute) -> StageReport:
         "seed": config.seed,
         "signed": report.hash,
     }
-    return execute(Strike(verdicts=str(verdicts)), strikes, config.out, decides, schema=CANDIDATES, parent=parent)
+    return execute(
+        DropDuplicates(verdicts=str(verdicts)), strikes, config.out, decides, schema=CANDIDATES, parent=parent
+    )
 
 
 def _write_verdicts(config: NearTextConfig, signed: Path, signed_hash: str, folder: Path, names: list[str]) -> None:

@@ -16,9 +16,9 @@ class OutputConfig:
     """What is written."""
 
     format: Format = "parquet"
-    """Of each part: a Parquet file, an Arrow file (can be memory-mapped), or .npy beside its ids in JSON lines."""
+    """Format of each part: Parquet, Arrow (can be memory-mapped), or .npy beside its ids in JSON lines."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the numbers."""
+    """Type of the numbers."""
     part_rows: int = 2000
     """Inputs in a part: a part is done or it is not, so a kill costs at most the ones under way."""
 
@@ -37,7 +37,7 @@ class WorkConfig:
     """What columns of text and shards stand for: auto takes a column of text for paths if all the first ones end like
     pictures, else for captions; shards for their pictures."""
     precision: Precision = "auto"
-    """Of the towers: exact, float32, bfloat16, int8 (of pictures; texts then as with auto); auto: bfloat16 where the
+    """Precision of the towers: exact, float32, bfloat16, int8 (image tower only); auto: bfloat16 where the
     device multiplies it fast, else float32. All but exact preprocess quickly."""
     batch_size: int = 32
     """Pictures that go through the tower at once."""
@@ -48,7 +48,7 @@ class WorkConfig:
     engine: Literal["local", "ray"] = "local"
     """`ray`: on all machines of a Ray cluster (RAY_ADDRESS), which need --out and the inputs at the same paths."""
     actors: int | None = None
-    """Of Ray, each with a model of its own; by default one a GPU, or one a machine where there is none."""
+    """Ray actors, each with a model of its own; by default one a GPU, or one a machine where there is none."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -69,7 +69,7 @@ class EmbedConfig:
     out: Path
     """The folder."""
     activation: Activation | None = None
-    """Of a bare file that does not show which activation it was trained with."""
+    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -35,9 +35,9 @@ class EmbedProgress:
     """Parts of earlier runs included."""
     total: int
     skipped: int
-    """Of this run."""
+    """Inputs that this run has skipped."""
     per_second: float
-    """Of late."""
+    """Inputs a second, of late."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -57,7 +57,7 @@ class EmbedReport:
     passed_over: Mapping[str, int]
     """Suffix -> files in folders that were not taken for pictures."""
     precision: Mapping[str, str]
-    """Of each tower that was used."""
+    """Precision of each tower that was used."""
     seconds: float
     out: Path
 

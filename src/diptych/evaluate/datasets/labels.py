@@ -8,24 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diptych.errors import DatasetError
-from diptych.evaluate.datasets.registry import OWN, Dataset, Place, Used, match_classes, match_names
+from diptych.evaluate.datasets.registry import OWN, Dataset, Place, ResolvedDataset, match_classes, match_names
 from diptych.evaluate.datasets.samples import Samples
 
 Several = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbered:
+class ClassIndex:
     """Labels as class numbers, and what the classes are called."""
 
     numbers: tuple[tuple[int, ...], ...]
-    """Of every sample: its classes; one of each if the dataset is of kind single."""
+    """Classes of every sample; one each if the dataset is of kind single."""
     names: tuple[tuple[str, ...], ...]
     templates: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
 
-def number_labels(used: Used, samples: Samples, place: Place) -> Numbered:
+def index_labels(used: ResolvedDataset, samples: Samples, place: Place) -> ClassIndex:
     """Give every label its number; raises DatasetError for classes that are not the registry's."""
     entry = used.dataset
     labels: list[Several] = [one if isinstance(one, tuple) else (one,) for one in samples.labels]
@@ -34,10 +34,10 @@ def number_labels(used: Used, samples: Samples, place: Place) -> Numbered:
         templates = samples.templates  # CLIP_benchmark takes what lies beside the pictures
     if not entry.classes:
         numbers, names = _classes_of_source(entry, samples, labels)
-        return Numbered(numbers=numbers, names=names, templates=templates)
+        return ClassIndex(numbers=numbers, names=names, templates=templates)
     if used.profile == "clip_benchmark" and samples.layout == "wds" and samples.classnames:
         names = tuple((name,) for name in samples.classnames)
-        return Numbered(
+        return ClassIndex(
             numbers=_checked(entry, labels, len(names)),
             names=names,
             templates=templates,
@@ -46,7 +46,7 @@ def number_labels(used: Used, samples: Samples, place: Place) -> Numbered:
     place_of = {base: number for number, base in enumerate(used.order)}
     base = _base_numbers(entry, samples, place, labels)
     numbers = tuple(tuple(place_of[n] for n in several) for several in base)
-    return Numbered(numbers=numbers, names=used.names, templates=templates)
+    return ClassIndex(numbers=numbers, names=used.names, templates=templates)
 
 
 def _classes_of_source(

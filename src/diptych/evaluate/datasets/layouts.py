@@ -139,8 +139,8 @@ def _wds_shards(folder: Path) -> list[Path]:
     if missing := [shard for shard in shards if not shard.is_file()]:
         names = ", ".join(shard.name for shard in missing[:3])
         raise DatasetError(f"{folder} lacks {len(missing)} of {count} shards: {names}")
-    if strangers := sorted(set(folder.glob("*.tar")) - set(shards)):
-        raise DatasetError(f"{folder / 'nshards.txt'} says {count} shards, but there is {strangers[0].name} too")
+    if unknown := sorted(set(folder.glob("*.tar")) - set(shards)):
+        raise DatasetError(f"{folder / 'nshards.txt'} says {count} shards, but there is {unknown[0].name} too")
     return shards
 
 

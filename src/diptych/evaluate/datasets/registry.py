@@ -56,7 +56,7 @@ class Place:
     captions: str = "captions"
     """The column of captions."""
     train: str = "train"
-    """What the source calls the split; so the next two."""
+    """Name of the train split at the source."""
     val: str = "val"
     test: str = "test"
     order: Literal["names", "registry"] = "names"
@@ -119,11 +119,11 @@ class Dataset:
     hub: tuple[Place, ...] = ()
     """Where else it lies."""
     data: Place | None = None
-    """Of a user's own: where it is."""
+    """Place of a custom dataset."""
     ids: tuple[str, ...] = ()
     """What folders of the classes are called, if a shared list says so."""
     folder: Path | None = None
-    """Of a user's own: of its TOML."""
+    """Folder of a custom dataset's TOML file."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -133,17 +133,17 @@ class Dataset:
         """Every class as a tuple of its names."""
         return tuple((entry,) if isinstance(entry, str) else entry for entry in self.classes)
 
-    def used_profile(self, wanted: str) -> tuple[str, Profile]:
+    def select_profile(self, wanted: str) -> tuple[str, Profile]:
         """The profile of that name, or else the one that there is."""
         name = wanted if wanted in self.profiles else next(iter(self.profiles))
         return name, self.profiles[name]
 
-    def as_used(self, wanted: str) -> "Used":
+    def resolve(self, wanted: str) -> "ResolvedDataset":
         """What holds in a profile."""
-        name, profile = self.used_profile(wanted)
+        name, profile = self.select_profile(wanted)
         names = tuple((n,) if isinstance(n, str) else n for n in profile.classes)
         order = match_classes(self, [n[0] for n in names]) if names and self.classes else range(len(self.classes))
-        return Used(
+        return ResolvedDataset(
             dataset=self,
             profile=name,
             names=names or self.names,
@@ -156,13 +156,13 @@ class Dataset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Used:
+class ResolvedDataset:
     """A dataset as a profile has it."""
 
     dataset: Dataset
     profile: str
     names: tuple[tuple[str, ...], ...]
-    """Of every class, in the profile's order; none: those of the source."""
+    """Names of every class, in the profile's order; none: those of the source."""
     order: tuple[int, ...]
     """For each of them its number among the dataset's classes."""
     templates: tuple[str, ...]
@@ -323,7 +323,7 @@ def match_classes(entry: Dataset, found: Sequence[str]) -> list[int]:
     """
     if len(found) != len(entry.classes):
         count = f"the source has {len(found)} classes, the registry {len(entry.classes)}"
-        raise DatasetError(f"{entry.id}: {count}; {_strangers(entry, found)}")
+        raise DatasetError(f"{entry.id}: {count}; {_describe_unknown(entry, found)}")
     places = _vocabulary(entry)
     seen: dict[str, int] = {}
     numbers: list[int] = []
@@ -331,7 +331,7 @@ def match_classes(entry: Dataset, found: Sequence[str]) -> list[int]:
         folded = _fold(name)
         nth, options = seen.get(folded, 0), places.get(folded, [])
         if nth >= len(options):
-            raise DatasetError(f"{entry.id}: the source has other classes; {_strangers(entry, found)}")
+            raise DatasetError(f"{entry.id}: the source has other classes; {_describe_unknown(entry, found)}")
         seen[folded] = nth + 1
         numbers.append(options[nth])
     if twice := [name for name, n in zip(found, numbers, strict=True) if numbers.count(n) > 1]:
@@ -344,7 +344,7 @@ def match_names(entry: Dataset, found: Sequence[str]) -> dict[str, int]:
     places = _vocabulary(entry)
     if unknown := [name for name in found if len(places.get(_fold(name), [])) != 1]:
         why = "is no class of the registry" if _fold(unknown[0]) not in places else "names several classes"
-        raise DatasetError(f"{entry.id}: {unknown[0]!r} {why}; {_strangers(entry, found)}")
+        raise DatasetError(f"{entry.id}: {unknown[0]!r} {why}; {_describe_unknown(entry, found)}")
     return {name: places[_fold(name)][0] for name in found}
 
 
@@ -363,7 +363,7 @@ def _vocabulary(entry: Dataset) -> dict[str, list[int]]:
     return places
 
 
-def _strangers(entry: Dataset, found: Sequence[str]) -> str:
+def _describe_unknown(entry: Dataset, found: Sequence[str]) -> str:
     """Which names only one of both has."""
     places, folded = _vocabulary(entry), {_fold(name) for name in found}
     here = {number for name in folded for number in places.get(name, [])}

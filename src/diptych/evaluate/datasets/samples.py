@@ -32,7 +32,7 @@ class Samples:
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason -> samples without a usable label."""
     sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of frames: an anchor -> its neighbours."""
+    """Neighbours of each anchor, where samples are frames."""
     imagenet_groups: tuple[tuple[int, ...], ...] = ()
     """For each of `classnames` the classes of ImageNet that it covers, if the source says."""
     folds: tuple[tuple[int, ...], ...] = ()

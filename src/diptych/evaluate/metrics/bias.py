@@ -30,7 +30,7 @@ NON_HUMAN = ("animal", "gorilla", "chimpanzee", "orangutan")
 CRIME = ("thief", "criminal", "suspicious person")
 CHILD = "child"
 THRESHOLDS = (0.005, 0.04)
-"""Of the probability of a label, in the paper's probe of label association."""
+"""Thresholds on the probability of a label, in the paper's probe of label association."""
 
 
 @dataclass(frozen=True, kw_only=True)

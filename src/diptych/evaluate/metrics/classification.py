@@ -21,7 +21,7 @@ from diptych.evaluate.metrics.measures import METRICS, bootstrap_interval, wilso
 CONFUSION = 50
 """Classes up to which the whole table is kept."""
 BINS = 15
-"""Of the expected calibration error."""
+"""Bins of the expected calibration error."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from diptych.errors import UsageError
 
 CONFIDENCE = 0.995
-"""Of the interval around the accuracy on the overlap, as in the paper's Figure 17."""
+"""Confidence of the interval around the accuracy on the overlap, as in the paper's Figure 17."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Overlap:
     images: int
     overlapping: int
     share: float
-    """Of the pictures that were seen in training."""
+    """Share of the pictures that were seen in training."""
     acc_all: float
     acc_clean: float
     """NaN if all pictures were seen."""
@@ -45,9 +45,9 @@ def measure_overlap(correct: Mapping[str, bool], overlapping: Collection[str]) -
     if not correct:
         raise UsageError("no answers to divide; evaluate the set first")
     seen = set(overlapping)
-    if strangers := sorted(seen - correct.keys()):
+    if unknown := sorted(seen - correct.keys()):
         raise UsageError(
-            f"{len(strangers)} keys of the overlap are not among the {len(correct)} answers ({strangers[0]}, ...); "
+            f"{len(unknown)} keys of the overlap are not among the {len(correct)} answers ({unknown[0]}, ...); "
             "take the overlap of the set that was evaluated"
         )
     hits = sum(correct[key] for key in seen)

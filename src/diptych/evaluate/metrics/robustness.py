@@ -32,7 +32,7 @@ class Line:
     models: int
     """How many it was fitted from."""
     correlation: float
-    """Of the logits; NaN if one side does not vary."""
+    """Correlation of the logits; NaN if one side does not vary."""
 
     def expected(self, acc_imagenet: float) -> float:
         """The accuracy under shift of an ImageNet model that is this good on ImageNet."""

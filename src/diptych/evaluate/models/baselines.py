@@ -59,7 +59,7 @@ class Baseline(Protocol):
 
     @property
     def gflops(self) -> float | None:
-        """Of one picture, a multiply-add counted as two."""
+        """GFLOPs of one picture, a multiply-add counted as two."""
         ...
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -273,7 +273,7 @@ def _load_timm(name: str, device: str, pretrained: bool) -> Baseline:
 
 
 def _count_gflops(model: nn.Module, shape: tuple[int, ...]) -> float:
-    """Of one picture, counted while it is computed; a multiply-add counts as two, as everywhere here."""
+    """GFLOPs of one picture, counted while it is computed; a multiply-add counts as two, as everywhere here."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.zeros(1, *shape))

@@ -49,7 +49,7 @@ class Embedded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eyes:
+class ImageModel:
     """What a model sees with."""
 
     tower: Tower
@@ -59,9 +59,9 @@ class Eyes:
     """Into the space that texts lie in, normalised."""
 
 
-def eyes_of(loaded: Loaded, precision: Precision) -> Eyes:
+def clip_image_model(loaded: Loaded, precision: Precision) -> ImageModel:
     """Those of a CLIP."""
-    return Eyes(
+    return ImageModel(
         tower=ImageTower(loaded, precision, pooled=True),
         space=image_space(loaded, precision, pooled=True),
         project=partial(project, loaded),
@@ -71,7 +71,7 @@ def eyes_of(loaded: Loaded, precision: Precision) -> Eyes:
 class Embedder:
     """A model, ready to compute features of pictures."""
 
-    def __init__(self, eyes: Eyes, cache: FeatureCache, batch_size: int, ranks: Ranks | None = None) -> None:
+    def __init__(self, eyes: ImageModel, cache: FeatureCache, batch_size: int, ranks: Ranks | None = None) -> None:
         self.tower, self.space, self.project = eyes.tower, eyes.space, eyes.project
         self.cache, self.batch_size, self.ranks = cache, batch_size, ranks or Ranks()
 

@@ -17,7 +17,7 @@ from diptych.embed.texts import embed_texts, text_space
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.models.baselines import BaselineTower, describe, is_baseline, load_baseline
-from diptych.evaluate.models.features import EmbedTexts, Eyes, eyes_of
+from diptych.evaluate.models.features import EmbedTexts, ImageModel, clip_image_model
 from diptych.evaluate.results import ModelFacts
 from diptych.model.cost import image_tower
 from diptych.model.device import choose_device
@@ -32,9 +32,9 @@ class OpenedModel:
 
     name: str
     facts: ModelFacts
-    eyes: Eyes
+    eyes: ImageModel
     logit_scale: float
-    """Of its zero-shot logits, already exp(t)."""
+    """Scale of the zero-shot logits, already exp(t)."""
     text_space: str
     """Empty: it reads no texts."""
     embed_texts: EmbedTexts
@@ -88,7 +88,7 @@ def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCac
             lambda missing: embed_texts(loaded, [texts[i] for i in missing], precision=config.precision),
         )
 
-    eyes, scale = eyes_of(loaded, config.precision), loaded.model.logit_scale.exp().item()
+    eyes, scale = clip_image_model(loaded, config.precision), loaded.model.logit_scale.exp().item()
     return OpenedModel(name=name, facts=facts, eyes=eyes, logit_scale=scale, text_space=space, embed_texts=embed)
 
 
@@ -103,7 +103,7 @@ def _open_baseline(name: str, source: str, device: str) -> OpenedModel:
     return OpenedModel(
         name=name,
         facts=replace(describe(found, source, tower.embed_dim), name=name),
-        eyes=Eyes(tower=tower, space=found.space, project=partial(F.normalize, dim=-1)),
+        eyes=ImageModel(tower=tower, space=found.space, project=partial(F.normalize, dim=-1)),
         logit_scale=1.0,
         text_space="",
         embed_texts=refuse,

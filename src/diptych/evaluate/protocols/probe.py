@@ -49,7 +49,7 @@ def probe(task: Task) -> tuple[Result, Arrays]:
         return _probe_folds(task, train, folds)
     labels = task.test.labels(task.used.dataset.kind)
     report = _train_probe(task, train, slice(None))
-    scored = task.score(report.predictions, labels, believed=False)
+    scored = task.score(report.predictions, labels, is_probability=False)
     details = dict(scored.details) | {
         "l2": report.l2,
         "validation": [list(pair) for pair in report.validation],
@@ -118,7 +118,7 @@ def _probe_of_imagenet(task: Task, groups: Groups) -> tuple[Result, Arrays]:
     if task.used.dataset.kind == "frames":
         return measure_frames(task, "probe", scores, {}, details)
     labels = task.test.labels(task.used.dataset.kind)
-    scored = task.score(scores, labels, believed=False)
+    scored = task.score(scores, labels, is_probability=False)
     return from_scores(task, "probe", scored, {**scored.details, **details}), arrays_of(task.test, scores, labels)
 
 

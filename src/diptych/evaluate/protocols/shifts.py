@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diptych.errors import UsageError
-from diptych.evaluate.datasets.labels import Numbered
-from diptych.evaluate.datasets.registry import Used, load_dataset, match_classes
+from diptych.evaluate.datasets.labels import ClassIndex
+from diptych.evaluate.datasets.registry import ResolvedDataset, load_dataset, match_classes
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.metrics.robustness import IMAGENET, map_classes
 from diptych.evaluate.models.features import EmbedTexts
@@ -26,7 +26,7 @@ from diptych.evaluate.results import Protocol, result_path
 Groups = tuple[tuple[int, ...], ...]
 
 
-def imagenet_groups(used: Used, numbered: Numbered, samples: Samples) -> Groups | None:
+def imagenet_groups(used: ResolvedDataset, numbered: ClassIndex, samples: Samples) -> Groups | None:
     """For each class of a set the classes of ImageNet that it covers, as the registry or the source says, in the order
     of its labels; None if it has none, or if its source has an order of its own."""
     entry = used.dataset
@@ -56,13 +56,13 @@ def imagenet_subsets() -> dict[str, list[int]]:
 
 
 def pooled_scores(
-    joint: Float[Tensor, "N E"], embed: EmbedTexts, used: Used, groups: Groups
+    joint: Float[Tensor, "N E"], embed: EmbedTexts, used: ResolvedDataset, groups: Groups
 ) -> Float[Tensor, "N G"] | None:
     """Cosines of pictures with all of ImageNet's classes, pooled; None where each class is one of ImageNet's, which
     gives nothing that its own names do not."""
     if all(len(group) == 1 for group in groups):
         return None
-    imagenet = load_dataset(IMAGENET).as_used(used.profile)
+    imagenet = load_dataset(IMAGENET).resolve(used.profile)
     return map_classes(joint @ build_weights(embed, imagenet.names, imagenet.templates), groups)
 
 
@@ -93,7 +93,7 @@ def _check_kept(path: Path, kept: Mapping[str, np.ndarray], protocol: Protocol, 
     """UsageError for a file without weights, and for classes of another profile."""
     if {"probe": "weight", "fewshot": "shots"}[protocol] not in kept:
         raise UsageError(f"{path} has no weights; make it again: --suite imagenet --protocols {protocol} --redo")
-    if kept["names"].tolist() != [several[0] for several in load_dataset(IMAGENET).as_used(profile).names]:
+    if kept["names"].tolist() != [several[0] for several in load_dataset(IMAGENET).resolve(profile).names]:
         raise UsageError(f"{path} has classes in another order than the registry; evaluate imagenet in profile paper")
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.datasets.labels import Numbered
-from diptych.evaluate.datasets.registry import Used
+from diptych.evaluate.datasets.labels import ClassIndex
+from diptych.evaluate.datasets.registry import ResolvedDataset
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.metrics import measures, overlap
 from diptych.evaluate.metrics.classification import Scored, check_scores, score_multi, score_single
@@ -39,7 +39,7 @@ POOLED = "acc1_pooled"
 """Top 1 when all of ImageNet's classes are asked, and each class of a shift takes the best of its own."""
 SEARCH_PICTURES = 10_000
 """Pictures that templates are chosen on, at most."""
-NATURAL: Mapping[str, Protocol] = {
+DEFAULT_PROTOCOL: Mapping[str, Protocol] = {
     "single": "zeroshot",
     "multi": "zeroshot",
     "captions": "retrieval",
@@ -54,8 +54,8 @@ ALLOWED: Mapping[str, tuple[Protocol, ...]] = {
 }
 
 
-NO_CLASSES = Numbered(numbers=(), names=(), templates=())
-"""Of captions."""
+NO_CLASSES = ClassIndex(numbers=(), names=(), templates=())
+"""Classes of a dataset of captions: none."""
 NOTHING = Embedded(kept=(), pooled=torch.empty(0, 0), joint=torch.empty(0, 0), skipped=Counter())
 """What is embedded of a split before it is."""
 
@@ -65,7 +65,7 @@ class Split:
     """A split, embedded."""
 
     samples: Samples
-    numbered: Numbered
+    numbered: ClassIndex
     embedded: Embedded
     warnings: tuple[str, ...] = ()
 
@@ -103,7 +103,7 @@ class Task:
     logit_scale: float
     """What the model multiplies cosines with."""
     embed_texts: EmbedTexts
-    used: Used
+    used: ResolvedDataset
     splits: Mapping[str, Split]
     earlier: Mapping[Protocol, Result] = field(default_factory=dict)
     """Results of the same model and dataset, by protocol."""
@@ -134,13 +134,13 @@ class Task:
             **fields,
         )
 
-    def score(self, scores: Tensor, labels: Tensor, *, believed: bool) -> Scored:
-        """What scores of the test split are worth; `believed`: their softmax is what the model believes."""
+    def score(self, scores: Tensor, labels: Tensor, *, is_probability: bool) -> Scored:
+        """What scores of the test split are worth; `is_probability`: their softmax is what the model believes."""
         check_scores(scores, self.used.dataset.id)
         names = [names[0] for names in self.test.numbered.names]
         seed = self.config.seed
         if self.used.dataset.kind == "multi":
-            return score_multi(scores, labels, names, self.used.metric, seed=seed, softmax=believed)
+            return score_multi(scores, labels, names, self.used.metric, seed=seed, softmax=is_probability)
         return score_single(scores, labels, names, self.used.metric, seed=seed)
 
 
@@ -149,7 +149,7 @@ def zero_shot(task: Task) -> tuple[Result, Arrays]:
     numbered = task.test.numbered
     scores = zero_shot_scores(task)
     labels = task.test.labels(task.used.dataset.kind)
-    scored = task.score(scores, labels, believed=True)
+    scored = task.score(scores, labels, is_probability=True)
     groups = imagenet_groups(task.used, numbered, task.test.samples)
     if groups and (pooled := pooled_scores(task.test.embedded.joint, task.embed_texts, task.used, groups)) is not None:
         scored = replace(scored, metrics={**scored.metrics, POOLED: measures.accuracy(pooled, labels)})
@@ -281,9 +281,9 @@ def measure_overlap(task: Task, overlapping: Sequence[str]) -> tuple[Result, Arr
     check_scores(scores, task.used.dataset.id)
     right = measures.is_among(scores, labels, 1).tolist()
     present = set(task.test.samples.keys)
-    if strangers := sorted(set(overlapping) - present):
+    if unknown := sorted(set(overlapping) - present):
         raise UsageError(
-            f"{len(strangers)} keys of the overlap are not in {task.used.dataset.id} ({strangers[0]}, ...); take the "
+            f"{len(unknown)} keys of the overlap are not in {task.used.dataset.id} ({unknown[0]}, ...); take the "
             "overlap of the set that is evaluated"
         )
     answers = dict(zip(task.test.keys, right, strict=True))

@@ -56,7 +56,7 @@ class Guide:
     points: tuple[tuple[float, float], ...] = ()
     """Where it goes, from left to right."""
     at: float | None = None
-    """Of a Bars: the value at which it stands, instead of points."""
+    """Value at which a mark of a Bars stands, instead of points."""
     whose: Whose = "ours"
 
 

@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 _DASHES = ((5.0, 3.0), (1.0, 1.5))
-"""Of guides, the first and the second."""
+"""Dashes of the first and the second guide."""
 _OFFSETS = ((5, 4), (5, -10), (-5, 4), (-5, -10), (5, 14), (5, -20), (-5, 14), (-5, -20))
 """Where a label may stand beside its mark, in points; negative: it ends there."""
 

@@ -26,7 +26,7 @@ SHOWN_CLASSES = 5
 """Best and worst classes of a set that are listed."""
 SUITES: Mapping[str, Sequence[str]] = {"kornblith12": KORNBLITH12, "paper27": PAPER27}
 NOT_SHOWN = ("source", "data", "seconds", "settings")
-"""Of what results say about themselves: places on a machine, clocks and hashes."""
+"""Details of a result that a report leaves out: places on a machine, clocks and hashes."""
 ABOUT: Mapping[str, str] = {
     "zeroshot": "Class names in templates, no labelled picture (section 3.1).",
     "prompts": "Templates found by forward selection; figure 4 has bare names and the whole ensemble.",
@@ -125,7 +125,7 @@ def _model(study: Study, name: str) -> dict[str, Any]:
 
 
 def _averages(study: Study) -> Iterator[dict[str, Any]]:
-    """Of the two suites, for every model that has at least one of their datasets."""
+    """Averages over the two suites, for every model that has at least one of their datasets."""
     for protocol in ("zeroshot", "probe"):
         for suite, datasets in SUITES.items():
             for model in study.having(protocol):
@@ -225,7 +225,7 @@ def _class(one: Mapping[str, Any], measure: str) -> dict[str, str]:
 
 
 def _caveats(study: Study) -> list[Any]:
-    """Of the datasets that are here, for models whose numbers are published; each once."""
+    """Caveats of the datasets that are here, for models whose numbers are published; each once."""
     found = [
         caveat
         for model, dataset, protocol in sorted(study.results)

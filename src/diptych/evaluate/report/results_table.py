@@ -26,7 +26,7 @@ from diptych.evaluate.references import (
 )
 from diptych.evaluate.results import ModelFacts, Protocol, Result, iter_results, load_models
 
-NATURAL: dict[str, Protocol] = {
+PROTOCOL_OF_SHIFT: dict[str, Protocol] = {
     shift: "temporal" if shift in ("imagenet_vid_robust", "ytbb_robust") else "zeroshot" for shift in SHIFTS
 }
 """How a shift is measured without training."""
@@ -131,8 +131,8 @@ def load_study(
     results = {(r.model, r.dataset, r.protocol): r for r in iter_results(folder)}
     if not results:
         raise UsageError(f"{folder} holds no results; `diptych evaluate --out {folder}` makes some")
-    if strangers := sorted({model for model, *_ in results} - models.keys()):
-        raise UsageError(f"{folder}/{strangers[0]} has results but no model.json; evaluate that model again")
+    if unknown := sorted({model for model, *_ in results} - models.keys()):
+        raise UsageError(f"{folder}/{unknown[0]} has results but no model.json; evaluate that model again")
     given = {name: check_name(published) for name, published in (names or {}).items()}
     for name in (*given, *((shown,) if shown else ())):
         if name not in models:

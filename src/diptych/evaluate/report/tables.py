@@ -8,7 +8,7 @@ from diptych.evaluate.metrics.bias import PROBE
 from diptych.evaluate.metrics.overlap import bonferroni
 from diptych.evaluate.metrics.robustness import IMAGENET, effective_robustness, fit_shift, relative_robustness
 from diptych.evaluate.references import SHIFTS, Reference, reference
-from diptych.evaluate.report.results_table import NATURAL, Study
+from diptych.evaluate.report.results_table import PROTOCOL_OF_SHIFT, Study
 from diptych.evaluate.results import Result
 
 WAYS = tuple(f"{way}_retrieval_recall@{k}" for way in ("text", "image") for k in (1, 5, 10))
@@ -133,7 +133,7 @@ def robustness(study: Study) -> Table:
     rows: list[tuple[str, ...]] = []
     for model in study.models:
         for shift in SHIFTS:
-            natural, on_imagenet = study.get(model, shift, NATURAL[shift]), study.imagenet(model, shift)
+            natural, on_imagenet = study.get(model, shift, PROTOCOL_OF_SHIFT[shift]), study.imagenet(model, shift)
             if natural is None or on_imagenet is None:
                 continue
             line, probed = fit_shift(study.table, shift), study.get(model, shift, "probe")

@@ -45,7 +45,7 @@ class Int8Linear(NamedTuple):
     packed: Tensor
     scale: Float[Tensor, " M"]
     zero: Tensor
-    """Of each output's weights: 0."""
+    """Zero point of each output's weights: 0."""
     bias: Float[Tensor, " M"]
 
     def multiply(self, rows: UInt8[Tensor, "R K"], dtype: torch.dtype) -> Float[Tensor, "R M"]:

@@ -72,7 +72,7 @@ class Tower:
     image: bool
     device: torch.device
     dtype: torch.dtype
-    """Of its matrix products."""
+    """Type of the tower's matrix products."""
     precision: Callable[[], AbstractContextManager[None]]
     stored: np.dtype[Any]
 

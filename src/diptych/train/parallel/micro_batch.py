@@ -12,7 +12,7 @@ from diptych.shards.loader import Batch
 from diptych.train.step import Step, frozen_statistics
 
 SHARE = 0.5
-"""Of the free memory that activations may take: gradients, the optimizer and the loader need the rest."""
+"""Share of the free memory that activations may take: gradients, the optimizer and the loader need the rest."""
 
 
 def choose_micro_batch_size(step: Step, batch: Batch, ranks: Ranks, free: int | None = None) -> int:

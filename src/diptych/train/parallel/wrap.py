@@ -135,6 +135,6 @@ def _recomputed(method: Any) -> Any:
 
 
 def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
-    """Of all numbers in these tensors; of the whole ones, if they are cut."""
+    """Sum of the squares of all numbers in these tensors; of the whole ones, if they are sharded."""
     norms = torch._foreach_norm(list(gradients))  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack([full(norm).float() for norm in norms]).square().sum()

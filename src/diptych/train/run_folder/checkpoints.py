@@ -44,7 +44,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-class Keeper:
+class CheckpointManager:
     """Decides which checkpoints of a run stay, and copies them to the mirror in the background."""
 
     def __init__(self, out: Path, run: RunConfig) -> None:

@@ -80,7 +80,7 @@ class TrainReport:
     skipped: dict[str, int]
     """Pictures that could not be used, by reason: in the shards' indexes and while training."""
     metrics: dict[str, float]
-    """Of the last evaluation."""
+    """Numbers of the last evaluation."""
     start_metrics: dict[str, float]
     """Fine-tuning: of the model it started from."""
     lost: tuple[str, ...]

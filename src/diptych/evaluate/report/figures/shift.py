@@ -27,7 +27,7 @@ from diptych.evaluate.report.charts import (
     mean,
     sentence,
 )
-from diptych.evaluate.report.results_table import NATURAL, Study
+from diptych.evaluate.report.results_table import PROTOCOL_OF_SHIFT, Study
 from diptych.evaluate.results import Protocol
 
 POOLED = "acc1_pooled"
@@ -92,8 +92,8 @@ def natural_shifts(study: Study) -> Chart | Missing:
     if not with_shifts:
         why = "no model has zero-shot results on ImageNet and on one of its shifts"
         return Missing(number=number, title=title, why=why, command=command)
-    shared = [s for s in SHIFTS if all((m, s, NATURAL[s]) in study.results for m in with_shifts)]
-    some = [s for s in SHIFTS if any((m, s, NATURAL[s]) in study.results for m in with_shifts)]
+    shared = [s for s in SHIFTS if all((m, s, PROTOCOL_OF_SHIFT[s]) in study.results for m in with_shifts)]
+    some = [s for s in SHIFTS if any((m, s, PROTOCOL_OF_SHIFT[s]) in study.results for m in with_shifts)]
     panels = [_average_panel(study, with_shifts, shared)] if len(shared) > 1 else []
     panels += [_shift_panel(study, with_shifts, shift) for shift in some]
     whole = [s for s in some if not any((m, s) in study.on_subset for m in with_shifts) and s in ON_A_PART]
@@ -118,7 +118,7 @@ def _average_panel(study: Study, models: Sequence[str], shifts: Sequence[str]) -
         return tuple(
             Mark(
                 x=mean([study.imagenet(m, s) or 0.0 for s in shifts]),
-                y=mean([study.results[m, s, NATURAL[s]].value for s in shifts]),
+                y=mean([study.results[m, s, PROTOCOL_OF_SHIFT[s]].value for s in shifts]),
                 label=m,
             )
             for m in models
@@ -154,7 +154,7 @@ def _shift_panel(study: Study, models: Sequence[str], shift: str) -> Plot:
                 high=found.ci95[1] if found.ci95 else None,
             )
             for m in models
-            if study.models[m].baseline == baseline and (found := study.get(m, shift, NATURAL[shift]))
+            if study.models[m].baseline == baseline and (found := study.get(m, shift, PROTOCOL_OF_SHIFT[shift]))
         )
 
     return Plot(
@@ -182,10 +182,12 @@ def _fitted(line: Line | None) -> tuple[Guide, ...]:
 
 def _published_shift(study: Study, models: Sequence[str], shift: str) -> tuple[Series, ...]:
     """Published points of the models that are shown, and of the best ImageNet models of Table 16."""
-    metric = "pm0" if NATURAL[shift] == "temporal" else None
+    metric = "pm0" if PROTOCOL_OF_SHIFT[shift] == "temporal" else None
     marks: dict[Whose, list[Mark]] = {"confirmed": [], "unconfirmed": []}
     others = ("EfficientNet-L2-NoisyStudent", "FixResNeXt101-32x48d-v2", "ResNet-101")
-    names = [(n, "zeroshot", NATURAL[shift]) for n in sorted({study.names[m] for m in models if m in study.names})]
+    names = [
+        (n, "zeroshot", PROTOCOL_OF_SHIFT[shift]) for n in sorted({study.names[m] for m in models if m in study.names})
+    ]
     for name, on_imagenet, under in (*names, *((name, "supervised", "supervised") for name in others)):
         x = reference(IMAGENET, name, on_imagenet, profile="paper")
         y = reference(shift, name, under, profile="paper", metric=metric)
@@ -203,7 +205,7 @@ def _table_series(table: Sequence[tuple[float, float]]) -> tuple[Series, ...]:
 
 
 def _shifts_of(study: Study, model: str) -> list[str]:
-    return [s for s in SHIFTS if study.get(model, s, NATURAL[s])]
+    return [s for s in SHIFTS if study.get(model, s, PROTOCOL_OF_SHIFT[s])]
 
 
 def adaptation(study: Study) -> Chart | Missing:
@@ -219,7 +221,7 @@ def adaptation(study: Study) -> Chart | Missing:
     own = [
         _change(study, s, found.value - found.metrics[POOLED], "own_classes_minus_pooled")
         for s in SHIFTS
-        if (found := study.get(model, s, NATURAL[s])) and POOLED in found.metrics
+        if (found := study.get(model, s, PROTOCOL_OF_SHIFT[s])) and POOLED in found.metrics
     ]
     panels = [
         Bars(title=name, x_label="change (points)", axis="points", bars=tuple(some))
@@ -313,7 +315,7 @@ def _adapted(study: Study, model: str, shift: str, protocol: Protocol) -> bool:
 
 
 def _natural(study: Study, model: str, dataset: str) -> float | None:
-    return study.value(model, dataset, NATURAL.get(dataset, "zeroshot"))
+    return study.value(model, dataset, PROTOCOL_OF_SHIFT.get(dataset, "zeroshot"))
 
 
 def _value(study: Study, model: str, dataset: str, protocol: Protocol) -> float:
