@@ -196,7 +196,7 @@ def test_two_processes_fetch_each_shard_once(data, http, tmp_path):
 
 
 def test_a_process_killed_while_it_fetches_leaves_nothing_that_is_trusted(data, http, tmp_path):
-    http.fault = lambda name, nth, body: (200, body, 20.0) if name.endswith("3.tar") else None
+    http.fault = lambda name, nth, body: (200, body, 60.0) if name.endswith("3.tar") else None
     process = start(http.url, tmp_path)
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("00003.part")) or len(tars(tmp_path)) < 7:
