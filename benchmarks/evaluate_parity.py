@@ -144,11 +144,11 @@ def ours(root: Path, source: str | None, names: Sequence[str]) -> dict[str, dict
     from diptych.evaluate.datasets.labels import index_labels
     from diptych.evaluate.datasets.layouts import open_samples
     from diptych.evaluate.datasets.registry import load_own
-    from diptych.evaluate.models.features import Embedder
+    from diptych.evaluate.models.features import Embedder, clip_image_model
     from diptych.evaluate.protocols.task import NO_CLASSES, Split, Task, retrieve, zero_shot
 
     loaded = load(source) if source else random_model()
-    embedder = Embedder(loaded, "exact", FeatureCache(root / "cache"), 64)
+    embedder = Embedder(clip_image_model(loaded, "exact"), FeatureCache(root / "cache"), 64)
     found: dict[str, dict[str, float]] = {}
     for name in names:
         kind = {"multilabel": "multi", "retrieval": "captions"}.get(read_kind(root / name), "single")
