@@ -77,7 +77,8 @@ def work_ours(folder: Path, precision: Any, size: int) -> None:
     import torch
 
     from diptych.checkpoint.layouts import load
-    from diptych.embed.images import ImageTower, compute_ahead
+    from diptych.embed.images import ImageTower
+    from diptych.embed.stream import compute_ahead
 
     loaded = load(folder / "open_clip")
     tower = ImageTower(loaded, precision)

@@ -4,12 +4,10 @@ On a CPU many pictures are computed by threads that each take a whole batch on o
 the middle of a product, so nothing is lost when the cores are shared with decoding or with other programs.
 """
 
-import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from functools import partial
-from itertools import chain, islice
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,16 +18,13 @@ from torch.nn import functional as F
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
+from diptych.embed.stream import count_cores, encode_stream
 from diptych.errors import PictureError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
 from diptych.model.inference.precision import Resolved, choose_precision
 from diptych.model.inference.vision import Encode, get_encoder
 from diptych.model.vision import VisionTransformer
-from diptych.prefetch import map_ahead
-
-Batch = TypeVar("Batch")
-Result = TypeVar("Result")
 
 BATCH_SIZE = 64
 """Pictures at a time."""
@@ -136,63 +131,24 @@ def encode_each(
     batch_size: int = BATCH_SIZE,
     read: Callable[[Picture], np.ndarray] | None = None,
 ) -> Generator[Float[Tensor, " E"] | PictureError]:
-    """The feature of each picture, or why it has none, in order; decoding goes on while the tower computes.
+    """The feature of each picture, or why it has none, in order; see `diptych.embed.stream`.
 
-    A single batch is computed by all cores together, several by one core each. `read` takes the place of the tower's.
+    `read` takes the place of the tower's.
     """
-    remaining = iter(pictures)
-    first = list(islice(remaining, batch_size))
-    second = list(islice(remaining, 1))
-
-    read_one = read or tower.read
-
-    def attempt(picture: Picture) -> np.ndarray | PictureError:
-        try:
-            return read_one(picture)
-        except PictureError as error:
-            return error
-
-    def encode(some: list[np.ndarray | PictureError]) -> list[Tensor | PictureError]:
-        pixels = [torch.from_numpy(one) for one in some if not isinstance(one, PictureError)]
-        features = iter(tower.encode(torch.stack(pixels)) if pixels else ())
-        return [one if isinstance(one, PictureError) else next(features) for one in some]
-
-    if not second:
-        yield from encode([attempt(picture) for picture in first])
-        return
-    threads, ahead = tower.streams, (tower.streams + 2) * batch_size
-    decoded = map_ahead(
-        attempt, chain(first, second, remaining), threads=count_cores(), ahead=ahead, prepare=use_one_thread
-    )
-    with closing(decoded), closing(compute_ahead(encode, _split(decoded, batch_size), threads)) as batches:
-        for batch in batches:
-            yield from batch
+    encoder = _Stacked(tower, read or tower.read)
+    with closing(encode_stream(encoder, enumerate(pictures), batch_size=batch_size)) as outcomes:
+        for _, outcome in outcomes:
+            yield outcome
 
 
-def _split(items: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    while some := list(islice(items, size)):
-        yield some
+class _Stacked:
+    """A tower as an `Encoder`: its batches are stacked arrays."""
 
+    def __init__(self, tower: Tower, read: Callable[[Picture], np.ndarray]) -> None:
+        self.tower, self.read, self.streams = tower, read, tower.streams
 
-def compute_ahead(function: Callable[[Batch], Result], batches: Iterable[Batch], streams: int) -> Generator[Result]:
-    """`function` of every batch, in order, `streams` of them at a time; one core each if there are several."""
-    threads = torch.get_num_threads()
-    try:
-        yield from map_ahead(
-            function, batches, threads=streams, ahead=streams + 1, prepare=use_one_thread if streams > 1 else None
-        )
-    finally:
-        torch.set_num_threads(threads)  # what a thread sets for itself is also what later threads begin with
-
-
-def use_one_thread() -> None:
-    """Let this thread compute by itself: PyTorch's count of threads belongs to the thread that sets it."""
-    torch.set_num_threads(1)
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    def encode(self, batch: list[np.ndarray]) -> Float[Tensor, "N E"]:
+        return self.tower.encode(torch.stack([torch.from_numpy(one) for one in batch]))
 
 
 def image_space(loaded: Loaded, precision: Precision, *, pooled: bool = False) -> str:

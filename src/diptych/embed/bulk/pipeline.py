@@ -18,8 +18,9 @@ from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.bulk.config import EmbedConfig
 from diptych.embed.bulk.folder import FeatureFolder, Part
-from diptych.embed.images import ImageTower, compute_ahead, count_cores, use_one_thread
+from diptych.embed.images import ImageTower
 from diptych.embed.sources import Row, Source, fetch
+from diptych.embed.stream import compute_ahead, count_cores, use_one_thread
 from diptych.embed.texts import embed_texts
 from diptych.errors import PictureError
 from diptych.model.config import Precision

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.cache import FeatureCache, content_key
-from diptych.embed.images import ImageTower, Tower, count_cores, encode_each, image_space, project
+from diptych.embed.images import ImageTower, Tower, encode_each, image_space, project
 from diptych.embed.sources import Row, fetch
+from diptych.embed.stream import count_cores
 from diptych.errors import DatasetError, PictureError
 from diptych.evaluate.datasets.samples import Samples
 from diptych.image import Picture, open_picture

@@ -1,0 +1,116 @@
+"""Any number of inputs to features, in order: read in threads, computed in others, a bounded number ahead.
+
+A batch holds up to so many *usable* inputs of one group, in order, and every input has one outcome. So what an input
+is computed together with depends on the inputs alone, not on how quick the threads are.
+"""
+
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from itertools import chain, islice
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diptych.errors import PictureError
+from diptych.prefetch import map_ahead
+
+Batch = TypeVar("Batch")
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+Entry = tuple[Key, Any]
+"""An input's key, and what was read of it or the PictureError that says why nothing was."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Inputs to features. Called from several threads."""
+
+    @property
+    def streams(self) -> int:
+        """Batches that are best computed at the same time."""
+        ...
+
+    def read(self, content: Any, /) -> Any:
+        """One input as `encode` takes it; PictureError for what cannot be used."""
+        ...
+
+    def encode(self, batch: list[Any], /) -> Float[Tensor, "N E"]:
+        """Features of what `read` made: float32, on the CPU."""
+        ...
+
+
+def encode_stream(
+    encoder: Encoder,
+    items: Iterable[tuple[Key, Any]],
+    *,
+    batch_size: int,
+    group: Callable[[Key], object] = lambda _: None,
+) -> Generator[tuple[Key, Float[Tensor, " E"] | PictureError]]:
+    """The key of each item with its feature, or with why it has none; reading goes on while others are computed.
+
+    A batch never spans two groups of keys. Up to `batch_size` items are computed by all cores together, more by one
+    core a batch. A batch also ends after `batch_size` unusable items, so that a folder of rubbish does not pile up.
+    """
+
+    def read(item: tuple[Key, Any]) -> Entry[Key]:
+        key, content = item
+        try:
+            return key, encoder.read(content)
+        except PictureError as error:
+            return key, error
+
+    def encode(batch: list[Entry[Key]]) -> list[Entry[Key]]:
+        usable = [content for _, content in batch if not isinstance(content, PictureError)]
+        features = iter(encoder.encode(usable) if usable else ())
+        return [(key, one if isinstance(one, PictureError) else next(features)) for key, one in batch]
+
+    remaining = iter(items)
+    head = list(islice(remaining, batch_size + 1))
+    if len(head) <= batch_size:
+        for batch in _fill(map(read, head), batch_size, group):
+            yield from encode(batch)
+        return
+    ahead = (encoder.streams + 2) * batch_size
+    entries = map_ahead(read, chain(head, remaining), threads=count_cores(), ahead=ahead, prepare=use_one_thread)
+    batches = compute_ahead(encode, _fill(entries, batch_size, group), encoder.streams)
+    with closing(entries), closing(batches):
+        for batch in batches:
+            yield from batch
+
+
+def _fill(entries: Iterable[Entry[Key]], batch_size: int, group: Callable[[Key], object]) -> Iterator[list[Entry[Key]]]:
+    batch: list[Entry[Key]] = []
+    broken = 0
+    for entry in entries:
+        full = batch_size in (broken, len(batch) - broken)
+        if batch and (full or group(entry[0]) != group(batch[0][0])):
+            yield batch
+            batch, broken = [], 0
+        batch.append(entry)
+        broken += isinstance(entry[1], PictureError)
+    if batch:
+        yield batch
+
+
+def compute_ahead(function: Callable[[Batch], Result], batches: Iterable[Batch], streams: int) -> Generator[Result]:
+    """`function` of every batch, in order, `streams` of them at a time; one core each if there are several."""
+    threads = torch.get_num_threads()
+    try:
+        yield from map_ahead(
+            function, batches, threads=streams, ahead=streams + 1, prepare=use_one_thread if streams > 1 else None
+        )
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets for itself is also what later threads begin with
+
+
+def use_one_thread() -> None:
+    """Let this thread compute by itself: PyTorch's count of threads belongs to the thread that sets it."""
+    torch.set_num_threads(1)
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
