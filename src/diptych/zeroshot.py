@@ -19,13 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
-from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.embed.images import ImageTower, embed_images, encode_each
 from diptych.embed.texts import BATCH_SIZE, embed_texts
 from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
 from diptych.model.config import Precision
-from diptych.model.inference.precision import choose_text_precision
 
 Classnames = Sequence[str | Sequence[str]]
 """One entry a class: its name, or several names for it."""
@@ -124,7 +122,7 @@ class ZeroShotClassifier:
             raise UsageError(f"class {repeated[0]!r} is named twice; give several names of a class as one list")
         self.classes_ = np.array(labels)
         self.precision: Precision = precision
-        self.weights_ = _cached_classifier(loaded, self.classnames, self.templates, precision)  # [E, C]
+        self.weights_ = build_classifier(loaded, self.classnames, self.templates, precision=precision)  # [E, C]
 
     def decision_function(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Logits [N, C]: exp(t) times the cosine similarity of picture and class."""
@@ -147,25 +145,3 @@ class ZeroShotClassifier:
     def predict(self, pictures: Iterable[Picture]) -> NDArray[Any]:
         """The likeliest label of each picture [N]."""
         return self.classes_[self.decision_function(pictures).argmax(axis=-1)]
-
-
-_CLASSIFIERS: dict[str, Tensor] = {}
-_MAX_CACHED = 64
-
-
-def _cached_classifier(
-    loaded: Loaded, classnames: Classnames, templates: Sequence[str], precision: Precision
-) -> Float[Tensor, "E C"]:
-    """Classifiers of this process by what they are made of, weights of the text tower included."""
-    precision = choose_text_precision(precision, loaded.model.logit_scale.device)
-    key = name_space(
-        prompts=[classnames, templates],
-        weights=hash_tower(loaded.model.text),
-        tokenizer=[loaded.tokenizer.fingerprint, loaded.tokenizer.context_length],
-        precision=precision,
-    )
-    if key not in _CLASSIFIERS:
-        while len(_CLASSIFIERS) >= _MAX_CACHED:
-            del _CLASSIFIERS[next(iter(_CLASSIFIERS))]
-        _CLASSIFIERS[key] = build_classifier(loaded, classnames, templates, precision=precision)
-    return _CLASSIFIERS[key]
