@@ -9,10 +9,8 @@ A baseline has no texts: it can be probed, on all or on a few labelled pictures,
 
 import difflib
 import importlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,11 +22,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.embed.fingerprint import hash_tower, name_space
-from diptych.errors import DownloadError, PictureError, UsageError
+from diptych.errors import DownloadError, UsageError
 from diptych.evaluate.results import ModelFacts
 from diptych.image import Picture, Preprocess, open_picture, to_rgb
 
-BATCH_SIZE = 64
 TIMM, PYTHON = "timm:", "python:"
 Features = Callable[[Tensor], Tensor | NDArray]
 
@@ -151,54 +148,6 @@ def describe(found: Baseline, source: str, embed_dim: int) -> ModelFacts:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Embedded:
-    """Features of pictures by a baseline."""
-
-    kept: tuple[int, ...]
-    """Which pictures have features, in order."""
-    features: Float[Tensor, "N D"]
-    """float32, on the CPU, as the model gives them."""
-    skipped: Counter[str]
-    """Reason -> pictures that could not be used."""
-
-
-def embed_baseline(
-    found: Baseline, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE, *, device: str = "cpu"
-) -> Embedded:
-    """Features of pictures; one that cannot be used is counted and left out.
-
-    Raises UsageError if the model gives anything but one finite row a picture.
-    """
-    kept: list[int] = []
-    skipped = Counter[str]()
-    rows: list[Tensor] = []
-    for numbers, batch in _batches(found, pictures, batch_size, skipped):
-        kept += numbers
-        rows.append(_compute(found, batch, device))
-        _check_finite(found, rows[-1], numbers)
-    if len({features.shape[1] for features in rows}) > 1:
-        raise UsageError(f"{found.name} gives features of different widths; one width for all pictures is needed")
-    return Embedded(kept=tuple(kept), features=torch.cat(rows) if rows else torch.empty(0, 0), skipped=skipped)
-
-
-def _batches(
-    found: Baseline, pictures: Iterable[Picture], batch_size: int, skipped: Counter[str]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers of pictures and what the model takes of them."""
-
-    def usable() -> Iterator[tuple[int, Tensor]]:
-        for number, picture in enumerate(pictures):
-            try:
-                yield number, found.preprocess(open_picture(picture))
-            except PictureError as error:
-                skipped[error.reason] += 1
-
-    remaining = usable()
-    while some := list(islice(remaining, batch_size)):
-        yield [number for number, _ in some], torch.stack([pixels for _, pixels in some])
-
-
 class BaselineTower:
     """A baseline as `diptych evaluate` uses towers: one batch at a time, in the precision that it computes in."""
 
@@ -229,15 +178,6 @@ def _compute(found: Baseline, batch: Tensor, device: str) -> Float[Tensor, "N D"
             f"[{len(batch)}, width]"
         )
     return features
-
-
-def _check_finite(found: Baseline, features: Float[Tensor, "N D"], numbers: list[int]) -> None:
-    if len(broken := (~features.isfinite().all(dim=1)).nonzero()):
-        first = numbers[int(broken[0, 0])]
-        raise UsageError(
-            f"{found.name} gives NaN or infinity for {len(broken)} of {len(numbers)} pictures (first: number {first}); "
-            "its weights are broken, or its precision too low"
-        )
 
 
 def _load_timm(name: str, device: str, pretrained: bool) -> Baseline:
