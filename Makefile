@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -rs -n auto --maxprocess
 help:            ## list these targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-demo: .venv/demo ## build real pairs, train a small CLIP on them, ask it what it never saw (under 5 minutes on 2 cores)
+demo: .venv/demo ## build real pairs, train a small CLIP on them, evaluate it on icons it has never seen (under 5 minutes on 2 cores)
 	$(VENV)/python -m recipes.demo $(ARGS)
 
 curate-demo: .venv/demo .venv/curate ## crawl real pages from a server of one's own, through every stage into shards and a training run

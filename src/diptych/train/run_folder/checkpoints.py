@@ -1,7 +1,7 @@
 """A run's folder over time: who may write, which checkpoints stay, and their copy elsewhere.
 
 runs/mine/
-  step_00001000/      checkpoints: whole or not there (checkpoint/native.py)
+  step_00001000/      checkpoints: whole or not there (checkpoint/formats/native.py)
   config.json         the run's settings
   metrics.jsonl ...   logs (logs.py)
   .lock               held by the process that trains here
