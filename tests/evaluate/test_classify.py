@@ -136,7 +136,7 @@ def test_temperature_undoes_what_scores_were_multiplied_with():
 
 
 def test_calibration_error_by_hand():
-    """Three pictures is_probability with 1, two of them rightly: |1 - 2 / 3|; one with 1/2, wrongly: 1/2."""
+    """Three pictures believed with 1, two of them rightly: |1 - 2 / 3|; one with 1/2, wrongly: 1/2."""
     scores = torch.tensor([[50.0, 0], [50, 0], [50, 0], [0, 0]], dtype=torch.float64)
     labels = torch.tensor([0, 0, 1, 1])
     assert calibration_error(scores, labels) == pytest.approx((3 * (1 / 3) + 0.5) / 4)

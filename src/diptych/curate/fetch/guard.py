@@ -1,6 +1,6 @@
 """Which addresses may be asked: the guard against being sent to machines that are not on the public web.
 
-A list of picture addresses is written by unknown. Without a guard, http://169.254.169.254/ reads the secrets of a
+A list of picture addresses is written by strangers. Without a guard, http://169.254.169.254/ reads the secrets of a
 cloud machine, and a redirect, a number written in octal or a name that resolves differently the second time leads
 there by a detour. Three checks, each of which alone stops it:
 

@@ -60,7 +60,7 @@ class ComputeSignatures:
     seed: int
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """ComputeSignatures batch by batch."""
+        """Sign the rows batch by batch."""
         hasher = MinHash(self.hashes, self.seed)
         rows = band_rows(self.hashes, self.similarity)
         for batch in batches:
@@ -161,7 +161,7 @@ def band_rows(hashes: int, similarity: float) -> int:
 
 
 def run(config: NearTextConfig, *, execute: Execute) -> StageReport:
-    """ComputeSignatures, compare, strike; signatures and verdicts lie in folders beside the output's."""
+    """Sign, compare, drop; signatures and verdicts lie in folders beside the output's."""
     tasks, parent = tasks_of(config.folder), read_manifest(config.folder).hash
     signed, verdicts = (config.out.with_name(f"{config.out.name}_{part}") for part in ("signed", "verdicts"))
     stage = ComputeSignatures(scope=config.scope, similarity=config.similarity, hashes=config.hashes, seed=config.seed)
