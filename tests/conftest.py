@@ -10,5 +10,8 @@ torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 @pytest.fixture(autouse=True)
 def _cache_in_tmp(tmp_path_factory, monkeypatch):
-    """Indexes of foreign shards go into a folder of the test session, not into the user's."""
-    monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    """Indexes of foreign shards and compiled functions go into a folder of the test session, not into the user's."""
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share what takes long to compile
+        session = session.parent
+    monkeypatch.setenv("DIPTYCH_CACHE", str(session / "cache"))

@@ -1,4 +1,4 @@
-"""Bytes to disk, all or nothing: write beside, fsync, rename.
+"""Folders held by one process, and bytes to disk, all or nothing: write beside, fsync, rename.
 
 A reader sees the old file or the new one, never half of one, also when the machine stops in between.
 """
@@ -7,15 +7,17 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import xxhash
 
-from diptych.errors import UsageError
+from diptych.errors import RunLockedError, UsageError
 
 _BLOCK = 1 << 20
 
@@ -31,6 +33,40 @@ def make_folder(path: Path, *, flag: str = "--out") -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UsageError(f"cannot make the folder {path}: {reason}; name another {flag}") from None
+
+
+def cache_folder(part: str) -> Path:
+    """The folder for one kind of what can be made again: $DIPTYCH_CACHE/part, else in the user's cache folder."""
+    if own := os.environ.get("DIPTYCH_CACHE"):
+        return Path(own) / part
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / part
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, *, flag: str = "--out") -> Iterator[None]:
+    """Make a folder and hold it through its file `.lock`; RunLockedError, naming the holder, if another process does.
+
+    The lock ends with the process, however it ends. Where the file system knows no locks, that is an OSError: a lock
+    file that outlives a killed process would shut its owner out.
+    """
+    make_folder(folder, flag=flag)
+    path = folder / ".lock"
+    try:
+        with filelock.FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_sign):
+            yield
+    except filelock.Timeout:
+        holder = "unknown"
+        with contextlib.suppress(OSError):  # Windows lets nobody else read a locked file
+            holder = path.read_text().strip() or holder
+        raise RunLockedError(
+            f"{folder} is in use by another process ({holder}); wait for it, stop it, or name another {flag}"
+        ) from None
+
+
+def _sign(lock: int) -> None:
+    """Write who holds a lock into its file."""
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
 
 
 @contextlib.contextmanager

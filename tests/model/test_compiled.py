@@ -39,7 +39,7 @@ def run(cache, *flags: str, **env: str) -> tuple[float, float, bool, bool, str]:
         [sys.executable, *flags, "-c", textwrap.dedent(SCRIPT)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(cache), **env},
+        env={**os.environ, "PYTHONPATH": path, "DIPTYCH_CACHE": str(cache), **env},
     )
     assert done.returncode == 0, done.stderr
     worst, seconds, is_plain, compiles = done.stdout.split()
@@ -49,7 +49,7 @@ def run(cache, *flags: str, **env: str) -> tuple[float, float, bool, bool, str]:
 @needs_compiler
 @pytest.mark.slow
 def test_functions_are_compiled_once_and_loaded_after_that(tmp_path):
-    folder = tmp_path / "diptych" / "compiled"
+    folder = tmp_path / "compiled"
     worst, first, is_plain, _, _ = run(tmp_path, "-W", "error::UserWarning:diptych")
     assert worst > 0.9999
     assert not is_plain

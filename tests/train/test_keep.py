@@ -13,8 +13,9 @@ import pytest
 
 from diptych.checkpoint.formats import native
 from diptych.errors import CheckpointError, RunLockedError, UsageError
+from diptych.files import hold_folder
 from diptych.train import loop
-from diptych.train.run_folder.checkpoints import Mirror, locked
+from diptych.train.run_folder.checkpoints import Mirror
 from samples import train_config, write_samples
 
 
@@ -94,7 +95,7 @@ def test_a_second_process_on_the_same_run_is_refused(data, tmp_path):
     finally:
         process.kill()
         process.communicate()
-    with locked(tmp_path / "run"):
+    with hold_folder(tmp_path / "run"):
         pass  # a lock ends with its process
 
 

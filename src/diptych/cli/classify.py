@@ -13,12 +13,12 @@ from rich.table import Table
 
 from diptych.cli.words import counted
 from diptych.errors import NotFoundError, PictureError, UsageError
+from diptych.image_file import IMAGE_SUFFIXES, find_images
 from diptych.model.config import Activation, Precision
 
 DEFAULT_MODEL = Path("runs/demo")
 MANY = 64
 """Pictures from which preparing the weights for a quicker precision takes less time than it saves."""
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+            found += [path / name for name in find_images(path)[0]]
         elif path.exists() or not any(sign in pattern for sign in "*?["):
             if not path.exists():
                 raise NotFoundError(f"no such picture: {path}")
@@ -103,7 +103,7 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
             anchor = Path(path.anchor) if path.is_absolute() else Path()
             found += sorted(anchor.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
     if not found:
-        raise NotFoundError(f"no pictures in {' '.join(patterns)} (looked for {' '.join(sorted(PICTURE_SUFFIXES))})")
+        raise NotFoundError(f"no pictures in {' '.join(patterns)} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 

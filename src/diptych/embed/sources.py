@@ -20,7 +20,8 @@ import xxhash
 
 from diptych.embed.config import InputKind
 from diptych.errors import PictureError
-from diptych.shards.index import IMAGE_SUFFIXES, load_index
+from diptych.image_file import IMAGE_SUFFIXES
+from diptych.shards.index import load_index
 from diptych.shards.members import Damage, iter_members
 
 READ_ROWS = 64
@@ -153,7 +154,7 @@ def _scan_pictures(path: Path) -> Iterator[Row | tuple[str, str]]:
         key = f"{folder}{slash}{stem}"
         if isinstance(item, Damage):
             yield key or f"@{item.offset}", item.reason
-        elif suffix.lower() in IMAGE_SUFFIXES:
+        elif f".{suffix.lower()}" in IMAGE_SUFFIXES:
             if key in seen:
                 yield key, "duplicate_key"
             else:

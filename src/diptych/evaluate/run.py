@@ -5,15 +5,14 @@ passed over.
 """
 
 import contextlib
-import fcntl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych import files
 from diptych.embed.cache import FeatureCache
-from diptych.errors import DatasetError, DiptychError, NotFoundError, RunLockedError, UsageError
+from diptych.errors import DatasetError, DiptychError, NotFoundError, UsageError
 from diptych.evaluate.cell import REQUIRED_SPLITS, Cell, OnProgress, Refused, run_on_all_ranks
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.download import can_download, candidates, download, locate, where_to_get
@@ -51,27 +50,15 @@ def run(config: EvaluateConfig, *, on_progress: OnProgress | None = None) -> Eva
     """Evaluate; raises NotFoundError if none of the datasets is there."""
     ranks = connect(_TIMEOUT, config.device)
     try:
-        with name_lost_ranks(ranks), _locked(config.out, ranks):
+        with name_lost_ranks(ranks), _hold(config.out, ranks):
             return _Run(config, ranks, on_progress).run()
     finally:
         disconnect(ranks)
 
 
-@contextlib.contextmanager
-def _locked(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Two processes may fill one folder, not at once."""
-    if not ranks.is_first:
-        yield
-        return
-    files.make_folder(out)
-    with open(out / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunLockedError(
-                f"{out} is being filled by another process; wait for it, or name another --out"
-            ) from None
-        yield
+def _hold(out: Path, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    """Two jobs may fill one folder, not at once; the first rank holds it for its job."""
+    return files.hold_folder(out) if ranks.is_first else contextlib.nullcontext()
 
 
 def unfit_protocols(protocols: Sequence[Protocol], kinds: Sequence[Kind]) -> dict[str, str]:

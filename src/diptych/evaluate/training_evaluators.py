@@ -24,10 +24,10 @@ from diptych.embed.images import BATCH_SIZE
 from diptych.errors import NotFoundError, PictureError, ShardError, UsageError
 from diptych.evaluate.metrics.measures import accuracy, mean_per_class_recall, retrieval
 from diptych.image import Preprocess, open_picture
+from diptych.image_file import IMAGE_SUFFIXES
 from diptych.model.clip import CLIP
 from diptych.ranks import Ranks, current
 from diptych.shards.dataset import load_dataset
-from diptych.shards.index import IMAGE_SUFFIXES
 from diptych.shards.members import Member, iter_members
 from diptych.shards.tombstones import DELETED
 from diptych.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def _open_folders(path: Path) -> list[EvalSample]:
         for folder in sorted(path.iterdir())
         if folder.is_dir() and not folder.name.startswith(".")
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
+        if file.suffix.lower() in IMAGE_SUFFIXES
     ]
 
 
@@ -159,7 +159,7 @@ def _open_wds(path: Path, skipped: Counter[str]) -> tuple[list[EvalSample], tupl
             else:
                 skipped[member.reason] += 1
         for members in samples.values():
-            picture = next((member for suffix, member in members.items() if suffix in IMAGE_SUFFIXES), None)
+            picture = next((member for suffix, member in members.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
             if picture is None or "cls" not in members:
                 skipped["no_image" if picture is None else "no_label"] += 1
                 continue

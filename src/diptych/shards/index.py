@@ -18,12 +18,12 @@ import xxhash
 
 from diptych import files
 from diptych.errors import NotFoundError, ShardError
+from diptych.image_file import IMAGE_SUFFIXES
 from diptych.shards.members import Damage, Member, iter_members
 
 INDEX_VERSION = 1
-SCAN_VERSION = 2
+SCAN_VERSION = 3
 """Version of the rules by which a foreign tar is read: a cached index by other rules is rebuilt."""
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -146,7 +146,7 @@ def build_index(shard: Path) -> ShardIndex:
 
 def _read_sample(tar: Any, key: str, members: dict[str, Member]) -> dict[str, Any] | str:
     """Build the index row of one sample, or say why there is none."""
-    image = next((member for suffix, member in members.items() if suffix in IMAGE_SUFFIXES), None)
+    image = next((member for suffix, member in members.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
     if image is None:
         return "no_image"
     if image.size == 0:
@@ -193,11 +193,4 @@ def _columns(table: pa.Table, *names: str) -> list[list[Any]]:
 def _cache_path(shard: Path) -> Path:
     status = shard.stat()
     identity = f"{INDEX_VERSION}.{SCAN_VERSION} {shard.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return cache_folder() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"
-
-
-def cache_folder() -> Path:
-    """Where indexes of foreign shards are kept: $DIPTYCH_CACHE, else the user's cache folder."""
-    if own := os.environ.get("DIPTYCH_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
+    return files.cache_folder("index") / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"

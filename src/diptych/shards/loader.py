@@ -24,12 +24,12 @@ import xxhash
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from diptych import files
 from diptych.errors import PictureError, ShardError, UsageError
 from diptych.image import Crop, read_crop
 from diptych.shards.cache import Fetcher, ShardCache
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import Dataset, load_dataset
-from diptych.shards.index import cache_folder
 from diptych.shards.order import EpochOrder, Place, SourceOrder, derive_seed, uniforms
 from diptych.shards.remote import RemoteDataset, open_remote, require_room
 from diptych.shards.tombstones import DELETED, TOMBSTONES_FILE
@@ -340,7 +340,7 @@ class _Source:
 def _open_sources(configs: Sequence[SourceConfig], config: LoaderConfig) -> list[_Source]:
     cache = None
     if any(source.url for source in configs):
-        cache = ShardCache(config.cache or cache_folder() / "shards", config.cache_bytes)
+        cache = ShardCache(config.cache or files.cache_folder("shards"), config.cache_bytes)
     remote: list[RemoteDataset] = []
     sources: list[_Source] = []
     for source in configs:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from diptych import files
 from diptych.errors import UsageError
+from diptych.image_file import SUFFIXES, find_format
 from diptych.pair import Pair
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
 from diptych.shards.index import ShardIndex, build_index, write_index
-
-_SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +101,5 @@ def write_shard(pairs: Sequence[Pair], path: Path) -> ShardIndex:
 
 
 def _suffix(image: bytes) -> str:
-    return next((suffix for magic, suffix in _SUFFIXES.items() if image.startswith(magic)), "")
+    kind = find_format(image)
+    return SUFFIXES[kind][0].removeprefix(".") if kind else ""

@@ -15,9 +15,9 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from diptych.checkpoint.formats import native
+from diptych.files import hold_folder
 from diptych.ranks import connect, disconnect, name_lost_ranks
 from diptych.train.config import TrainConfig
-from diptych.train.run_folder.checkpoints import locked
 from diptych.train.run_folder.report import Clock, Evaluation, StepReport, TrainReport
 from diptych.train.trainer import Evaluator, Trainer
 
@@ -36,7 +36,7 @@ def run(
         with ExitStack() as stack:
             stack.enter_context(name_lost_ranks(ranks))
             if ranks.is_first:
-                stack.enter_context(locked(config.out))
+                stack.enter_context(hold_folder(config.out))
             ranks.barrier()
             trainer = Trainer(config, ranks, on_note)
             return _run(trainer, evaluators, on_step, on_evaluation)

@@ -12,7 +12,6 @@ A ledger belongs to one partition of the hosts and is written by one process.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import sqlite3
@@ -25,7 +24,6 @@ from urllib.parse import urlsplit
 
 from diptych import files
 from diptych.curate.fetch.outcomes import DELETED, OK, TRANSIENT
-from diptych.errors import RunLockedError
 
 PACK_BYTES = 1 << 30
 """A pack is closed when it is this long."""
@@ -79,7 +77,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._stack = contextlib.ExitStack()
-        self._lock()
+        self._stack.enter_context(files.hold_folder(folder))
         self._db = self._stack.enter_context(contextlib.closing(_connect(folder)))
         self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + _SCHEMA)
         packs = [int(path.stem) for path in folder.glob("*.pack")]
@@ -182,14 +180,6 @@ class Ledger:
         self.sync()
         self._close_pack()
         self._stack.close()
-
-    def _lock(self) -> None:
-        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        self._stack.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunLockedError(f"another process is fetching into {self.folder}; wait for it or stop it") from None
 
     def _begin_pack(self) -> None:
         self.sync()

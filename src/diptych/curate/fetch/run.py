@@ -39,9 +39,10 @@ from diptych.curate.fetch.ledger import Ledger, Reader, partition_of
 from diptych.curate.fetch.outcomes import OK, NotFetched, is_transient
 from diptych.curate.fetch.schedule import Download, Schedule, host_of
 from diptych.curate.images.blocklist import Known, KnownHashes, read_known
-from diptych.curate.images.prepare import looks_like_picture, prepare
+from diptych.curate.images.prepare import FORMATS, prepare
 from diptych.curate.rows import with_reason
 from diptych.errors import DownloadError, PictureError, ShardError, UsageError
+from diptych.image_file import find_format
 from diptych.stage.folder import MANIFEST_FILE, read_manifest, read_part
 from diptych.stage.job import Task
 from diptych.stage.run import Execute, StageReport, tasks_of
@@ -292,7 +293,7 @@ class _Fetcher:
 
     async def _check(self, picture: Picture) -> None:
         """Before anything is written."""
-        if not looks_like_picture(picture.data):
+        if find_format(picture.data) not in FORMATS:
             raise NotFetched("not_a_picture", repr(picture.data[:16]))
         listed = await asyncio.to_thread(self._known, picture.data) if self._known is not None else None
         if listed is not None:

@@ -26,7 +26,6 @@ HASHED_SIDE = 128
 """Pixels of the shorter side of what perceptual hashes are made of."""
 
 _ORIENTATION = 0x0112
-_HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +38,6 @@ class Prepared:
     original_width: int
     """As it is looked at: turned as its EXIF orientation says."""
     original_height: int
-
-
-def looks_like_picture(data: bytes) -> bool:
-    """Whether the first bytes are those of a format that is taken."""
-    if data[:4] == b"RIFF":
-        return data[8:12] == b"WEBP"
-    if data[4:8] == b"ftyp":
-        return b"avif" in data[8:64] or b"avis" in data[8:64]
-    return data.startswith(_HEADS)
 
 
 def open_bounded(data: bytes, max_pixels: int) -> Image.Image:

@@ -24,13 +24,10 @@ import pyarrow.parquet as pq
 from diptych.embed.config import InputKind
 from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource
 from diptych.errors import NotFoundError, UsageError
+from diptych.image_file import IMAGE_SUFFIXES, find_images
 
-PICTURE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"}
-)
-"""Files that are taken for pictures."""
 _OTHER_SUFFIXES = frozenset({".tar", ".parquet", ".txt"})
-_KNOWN = f"pictures ({' '.join(sorted(PICTURE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
+_KNOWN = f"pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
 _LOOKED_AT = 100
 """Values of a column of text that decide whether it holds paths."""
 
@@ -72,7 +69,7 @@ def _why_nothing(sources: Sequence[Source], kind: InputKind | None) -> str:
 
 
 def _is_picture(given: str) -> bool:
-    return Path(given).is_file() and Path(given).suffix.lower() in PICTURE_SUFFIXES
+    return Path(given).is_file() and Path(given).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _open_pictures(paths: Sequence[Path]) -> PictureSource:
@@ -129,7 +126,7 @@ def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> li
         return [_open_parquet(table, column, kind) for table in tables]
     if column is not None:
         raise NotFoundError(f"no .parquet files in {folder}, of which the column {column!r} was named")
-    names, passed_over = find_pictures(folder)
+    names, passed_over = find_images(folder)
     if not names and tables:
         raise UsageError(_name_a_column(tables[0]))
     if not names:
@@ -145,8 +142,8 @@ def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list
         raise NotFoundError(f"nothing matches {pattern}")
     special = [path for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
     sources = [_open_file(path, column, kind) for path in special]
-    pictures = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
-    known = PICTURE_SUFFIXES | _OTHER_SUFFIXES
+    pictures = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    known = IMAGE_SUFFIXES | _OTHER_SUFFIXES
     others = Counter(path.suffix.lower() for path in found if path.suffix.lower() not in known)
     if len(special) < len(found) and column is not None:
         first = next(path for path in found if path not in special)
@@ -160,26 +157,6 @@ def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list
         sources.append(PictureSource.open(pattern, root, names))
     sources[-1] = replace(sources[-1], passed_over=dict(sorted(others.items())))
     return sources
-
-
-def find_pictures(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
-    """Paths of all pictures below a folder, relative to it and sorted, and how many other files there are by suffix.
-
-    What begins with a dot is left alone, and links to folders are not followed.
-    """
-    names: list[str] = []
-    others = Counter[str]()
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.startswith("."):
-                continue
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in PICTURE_SUFFIXES:
-                names.append(os.path.relpath(os.path.join(place, name), folder))
-            else:
-                others[suffix] += 1
-    return tuple(sorted(names)), others
 
 
 def _open_parquet(path: Path, column: str | None, kind: InputKind | None) -> ParquetSource:
@@ -203,7 +180,7 @@ def _what_it_holds(path: Path, column: str, dtype: pa.DataType, kind: InputKind 
         holds = "struct"
     elif pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
         values = list(first)
-        ends = bool(values) and all(os.path.splitext(value)[1].lower() in PICTURE_SUFFIXES for value in values)
+        ends = bool(values) and all(os.path.splitext(value)[1].lower() in IMAGE_SUFFIXES for value in values)
         holds = "paths" if kind == "image" or (kind is None and ends) else "texts"
     else:
         raise UsageError(f"column {column!r} of {path} is {dtype}; name one of bytes (pictures) or of strings")

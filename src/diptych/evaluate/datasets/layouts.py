@@ -28,8 +28,8 @@ from diptych.errors import DatasetError, NotFoundError, ShardError, UsageError
 from diptych.evaluate.datasets.registry import Kind, Place
 from diptych.evaluate.datasets.samples import Label, ListedRows, Samples, plain_label
 from diptych.evaluate.datasets.tables import open_csv, open_parquet
+from diptych.image_file import IMAGE_SUFFIXES
 from diptych.shards.dataset import load_dataset
-from diptych.shards.index import IMAGE_SUFFIXES
 from diptych.shards.members import Member, iter_members
 
 FOLDS = "fold_indices.txt"
@@ -158,7 +158,7 @@ def _read_wds_shard(tar: Path, kind: Kind, samples: Samples, rows: list[Row]) ->
     suffix, before = {"captions": "txt", "multi": "npy"}.get(kind, "cls"), set(samples.keys)
     with open(tar, "rb") as handle:
         for key, members in found.items():
-            picture = next((member for end, member in members.items() if end in IMAGE_SUFFIXES), None)
+            picture = next((member for end, member in members.items() if f".{end}" in IMAGE_SUFFIXES), None)
             if picture is None or suffix not in members:
                 samples.skipped["no_image" if picture is None else "no_label"] += 1
                 continue
@@ -208,7 +208,7 @@ def _open_folders(path: Path, split: str, _place: Place, kind: Kind) -> Samples:
     rows = []
     for number, folder in enumerate(folders):
         for file in sorted(folder.rglob("*")):
-            if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES:
+            if file.suffix.lower() in IMAGE_SUFFIXES:
                 key = file.relative_to(root).as_posix()
                 samples.keys.append(key)
                 samples.labels.append(number)

@@ -6,7 +6,6 @@ nothing compiles (there is no C++ compiler), the function itself is used; it com
 
 import hashlib
 import inspect
-import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ def compile_rows(function: Callable[Given, Result], examples: Sequence[Tensor | 
     Of `examples`, arguments as they will be given, those tensors have rows that have more than one dimension; all other
     sizes are as in the examples.
     """
-    path = cache_folder() / f"{_name(function, examples)}.bin"
+    path = files.cache_folder("compiled") / f"{_name(function, examples)}.bin"
     if path.exists():
         try:
             with open(path, "rb") as file:
@@ -64,11 +63,6 @@ def _unguarded(compiled: Callable[Given, Result]) -> Callable[Given, Result]:
     """Our callers give what the examples were like, which costs as much to check as a small function to run."""
     compiled.disable_guard_check()  # type: ignore[attr-defined]
     return compiled
-
-
-def cache_folder() -> Path:
-    """Where compiled functions lie: `compiled` in XDG_CACHE_HOME/diptych, by default ~/.cache/diptych."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / "compiled"
 
 
 def _name(function: Callable[..., object], examples: Sequence[Tensor | bool]) -> str:

@@ -32,7 +32,7 @@ from diptych.config import to_dict
 from diptych.errors import PictureError, UsageError
 from diptych.image import open_picture
 from diptych.ranks import Ranks
-from diptych.shards.index import ShardIndex, cache_folder
+from diptych.shards.index import ShardIndex
 from diptych.shards.loader import Loader, StoredFeatures
 from diptych.train.config import StartConfig, TrainConfig
 
@@ -111,7 +111,7 @@ def store(
 
     `say` is told how many shards this rank has done, and of how many.
     """
-    folder = config.feature_cache or cache_folder() / "features"
+    folder = config.feature_cache or files.cache_folder("features")
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = tower.fingerprint()
     shards = [shard for source in loader.sources for shard in source.dataset.shards]

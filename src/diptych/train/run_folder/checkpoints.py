@@ -8,40 +8,17 @@ runs/mine/
 """
 
 import contextlib
-import fcntl
-import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import fsspec
 
 from diptych import files
 from diptych.checkpoint.formats import native
-from diptych.errors import CheckpointError, NotFoundError, RunLockedError, UsageError
+from diptych.errors import CheckpointError, NotFoundError, UsageError
 from diptych.train.config import RunConfig
-
-LOCK = ".lock"
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold a run's folder; RunLockedError if another process does. The lock ends with the process, however it ends."""
-    files.make_folder(out)
-    with open(out / LOCK, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise RunLockedError(
-                f"{out} is in use by another process ({lock.read().strip() or 'unknown'}); wait for it, stop it, or "
-                "name another --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
-        yield
 
 
 class CheckpointManager:

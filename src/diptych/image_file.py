@@ -1,0 +1,66 @@
+"""What an image file is: the formats that are read, their suffixes, their first bytes, and where they lie in a folder.
+
+The one table of the project: `classify`, `embed`, shards, evaluation sets and curation take the same files for images.
+"""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2",),
+}
+"""Format, as Pillow names it -> suffixes of its files, the usual one first."""
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+"""Suffixes of files and of members of tars that are taken for images, in lower case."""
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+)
+
+
+def find_format(data: bytes) -> str | None:
+    """The format that the first bytes of a file tell, or None for one that is not read.
+
+    >>> find_format(b"RIFF0000WEBPVP8 ")
+    'WEBP'
+    """
+    if data[:4] == b"RIFF":
+        return "WEBP" if data[8:12] == b"WEBP" else None
+    if data[4:8] == b"ftyp":
+        return "AVIF" if b"avif" in data[8:64] or b"avis" in data[8:64] else None
+    return next((name for signature, name in _SIGNATURES if data.startswith(signature)), None)
+
+
+def find_images(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
+    """Paths of all images below a folder, relative to it and sorted, and how many other files there are by suffix.
+
+    What begins with a dot is left alone, and links to folders are not followed.
+    """
+    names: list[str] = []
+    others = Counter[str]()
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.startswith("."):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                names.append(os.path.relpath(os.path.join(place, name), folder))
+            else:
+                others[suffix] += 1
+    return tuple(sorted(names)), others
