@@ -62,7 +62,7 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class EvalSample:
+class ZeroShotTest:
     """A zero-shot test: pictures, the classes to choose from, and what is right."""
 
     name: str
@@ -130,7 +130,7 @@ def evaluate(demo: Demo) -> dict[str, Any]:
     questions = (
         ask_family(family, list(training.captions)),
         ask_concepts(concepts),
-        EvalSample("digits", "Handwritten digits", *_digits()),
+        ZeroShotTest("digits", "Handwritten digits", *_digits()),
     )
     results: dict[str, Any] = {"pairs": manifest["training"], "seconds": None}
     examples: dict[str, list[Example]] = {}
@@ -153,22 +153,24 @@ def evaluate(demo: Demo) -> dict[str, Any]:
     return results
 
 
-def ask_family(family: Sequence[Pair], captions: Sequence[str]) -> EvalSample:
+def ask_family(family: Sequence[Pair], captions: Sequence[str]) -> ZeroShotTest:
     """Solid icons of the held-out family; every class has a name that occurs in a training caption."""
     classes = class_names(family, captions)
     pictures = [pair.image or b"" for pair in family if pair.key in classes]
     labels = torch.arange(len(classes))
-    return EvalSample("held_out_family", "Held-out family: Font Awesome", pictures, list(classes.values()), labels)
+    return ZeroShotTest("held_out_family", "Held-out family: Font Awesome", pictures, list(classes.values()), labels)
 
 
-def ask_concepts(concepts: Sequence[Pair]) -> EvalSample:
+def ask_concepts(concepts: Sequence[Pair]) -> ZeroShotTest:
     """Pictures of the families that were trained on, named by words that were in no caption."""
     words = sorted({pair.details["label"] for pair in concepts})
     labels = torch.tensor([words.index(pair.details["label"]) for pair in concepts])
-    return EvalSample("held_out_concepts", "Held-out concepts", [pair.image or b"" for pair in concepts], words, labels)
+    return ZeroShotTest(
+        "held_out_concepts", "Held-out concepts", [pair.image or b"" for pair in concepts], words, labels
+    )
 
 
-def pick_examples(question: EvalSample, probabilities: torch.Tensor, each: int = 8) -> list[Example]:
+def pick_examples(question: ZeroShotTest, probabilities: torch.Tensor, each: int = 8) -> list[Example]:
     """Right and wrong answers, evenly spread over the pictures, with the five likeliest labels."""
     names = [name if isinstance(name, str) else name[0] for name in question.classnames]
     top = probabilities.topk(min(5, len(names)))

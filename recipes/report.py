@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with its pictures inside."""
+"""The demo's report: one HTML file with its pictures inside, and overview.png, the same at a glance."""
 
 import base64
 import io
@@ -12,7 +12,9 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from numpy.typing import NDArray
 
 from diptych import files
@@ -21,6 +23,7 @@ from diptych.pair import Pair
 
 matplotlib.use("Agg")
 
+_RIGHT, _WRONG = "#2d7a3e", "#b3401f"
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
@@ -40,7 +43,7 @@ def write_report(
     matrix: NDArray[np.float32],
     batch: Sequence[Pair],
 ) -> None:
-    """Write `report.html` into the run's folder."""
+    """Write `report.html` and `overview.png` into the run's folder."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(_TEMPLATE.read_text("utf-8"))
     shown = {
@@ -63,6 +66,8 @@ def write_report(
         similarity=draw_similarity(matrix, [pair.caption for pair in batch]),
     )
     files.write_bytes(out / "report.html", html.encode())
+    title, some = next(iter(examples.items()))
+    files.write_bytes(out / "overview.png", draw_overview(matrix, batch, title, results["held_out_family"], some))
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -95,6 +100,61 @@ def draw_similarity(matrix: NDArray[np.float32], captions: Sequence[str]) -> str
     axes.set(xlabel="text", ylabel="picture of")
     figure.colorbar(drawn, label="cosine similarity", shrink=0.7)
     return _encode_figure(figure)
+
+
+def draw_overview(
+    matrix: NDArray[np.float32],
+    batch: Sequence[Pair],
+    title: str,
+    scores: Mapping[str, Any],
+    examples: Sequence[Example],
+) -> bytes:
+    """A PNG of the similarity matrix beside right and wrong answers, with the numbers that they are examples of."""
+    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25))
+    _draw_diagonal(left, matrix, batch)
+    right.suptitle(
+        f"{title}: {scores['acc1']:.1%} right among {scores['classes']} names (chance {scores['chance']:.2%})",
+        fontsize=11,
+    )
+    correct = [example for example in examples if example.answers[0][0] == example.label]
+    wrong = [example for example in examples if example.answers[0][0] != example.label]
+    rows = min(5, len(correct), len(wrong))
+    cells = right.subplots(rows, 4, width_ratios=(1, 2.4, 1, 2.4), squeeze=False)
+    for row in range(rows):
+        _draw_answers(cells[row, :2], correct[row], _RIGHT)
+        _draw_answers(cells[row, 2:], wrong[row], _WRONG)
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png", dpi=110)
+    return encoded.getvalue()
+
+
+def _draw_diagonal(figure: SubFigure, matrix: NDArray[np.float32], batch: Sequence[Pair]) -> None:
+    figure.suptitle("cosine similarity of training icons and their names", fontsize=11)
+    axes = figure.subplots()
+    axes.imshow(matrix, cmap="viridis")
+    captions = [textwrap.shorten(pair.caption, 22, placeholder=" …") for pair in batch]
+    axes.set_xticks(range(len(batch)), captions, rotation=90, fontsize=8)
+    axes.set_yticks([])
+    for row, pair in enumerate(batch):
+        icon = OffsetImage(np.asarray(to_rgb(open_picture(pair.image or b""))), zoom=13 / 32)
+        place = AnnotationBbox(
+            icon, (-0.02, row), xycoords=("axes fraction", "data"), box_alignment=(1, 0.5), frameon=False
+        )
+        axes.add_artist(place)
+
+
+def _draw_answers(cells: Sequence[Axes], example: Example, color: str) -> None:
+    picture, bars = cells
+    picture.imshow(np.asarray(to_rgb(open_picture(example.picture))))
+    picture.set_axis_off()
+    names, shares = zip(*example.answers[:3], strict=True)
+    bars.barh(range(len(names)), shares, color=[color if name == example.label else "#b8bec8" for name in names])
+    for place, name in enumerate(names):
+        bars.text(0.02, place, textwrap.shorten(name, 26, placeholder=" …"), va="center", fontsize=9)
+    bars.set(xlim=(0, 1), ylim=(2.6, -0.6))
+    bars.set_title(example.label, fontsize=9, loc="left", color=color, pad=2)
+    bars.set_axis_off()
 
 
 def embed_picture(picture: Picture) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from diptych.errors import UsageError
 
-Pair = tuple[int, int]
+TokenPair = tuple[int, int]
 
 MAX_SHORT = 48
 """Up to how many bytes a piece is merged by looking at all candidates."""
@@ -38,10 +38,10 @@ def byte_ids(piece: bytes) -> list[int]:
     return ids
 
 
-def build_pairs(merges: Iterable[str]) -> dict[Pair, int]:
+def build_pairs(merges: Iterable[str]) -> dict[TokenPair, int]:
     """Two neighbouring ids -> the id of their merge, in the order of the merges ("c at</w>", best first)."""
     ids = {token: i for i, token in enumerate(SINGLE_TOKENS)}
-    pairs: dict[Pair, int] = {}
+    pairs: dict[TokenPair, int] = {}
     for new, merge in enumerate(merges, start=len(ids)):
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right in ids:
@@ -52,7 +52,7 @@ def build_pairs(merges: Iterable[str]) -> dict[Pair, int]:
     return pairs
 
 
-def spell_tokens(pairs: Iterable[Pair]) -> list[bytes]:
+def spell_tokens(pairs: Iterable[TokenPair]) -> list[bytes]:
     """The bytes of every id, a space for the end of a piece; `pairs` as `build_pairs` orders them."""
     singles = [_BYTE_OF_ID[i : i + 1] for i in range(256)]
     spelled = [*singles, *(byte + b" " for byte in singles)]
@@ -61,7 +61,7 @@ def spell_tokens(pairs: Iterable[Pair]) -> list[bytes]:
     return spelled
 
 
-def merge_bytes(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
+def merge_bytes(piece: bytes, pairs: Mapping[TokenPair, int]) -> list[int]:
     """Ids of one piece: its bytes, the pair whose merge has the lowest id merged first, from left to right.
 
     `pairs` maps two neighbouring ids to the id of their merge.
@@ -69,7 +69,7 @@ def merge_bytes(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
     return merge_short(piece, pairs) if len(piece) <= MAX_SHORT else merge_long(piece, pairs)
 
 
-def merge_short(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
+def merge_short(piece: bytes, pairs: Mapping[TokenPair, int]) -> list[int]:
     """`merge_bytes` by looking at all candidates for each merge: quicker for a word, quadratic for a long piece."""
     ids = byte_ids(piece)
     get, none = pairs.get, sys.maxsize
@@ -85,7 +85,7 @@ def merge_short(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
     return ids
 
 
-def merge_long(piece: bytes, pairs: Mapping[Pair, int]) -> list[int]:
+def merge_long(piece: bytes, pairs: Mapping[TokenPair, int]) -> list[int]:
     """`merge_bytes` for any length: a heap of candidates over a linked list of ids takes O(n log n), so that 100,000
     letters without a space are no attack.
 
@@ -121,8 +121,8 @@ def learn_merges(pieces: Mapping[bytes, int], wanted: int) -> list[str]:
     known by its text. Pairs are counted once; then only pieces that hold the merged pair are counted again.
     """
     words, counts = [byte_ids(piece) for piece in pieces], list(pieces.values())
-    pair_counts: Counter[Pair] = Counter()
-    places: dict[Pair, set[int]] = {}  # pair -> numbers of the words that hold it or once did
+    pair_counts: Counter[TokenPair] = Counter()
+    places: dict[TokenPair, set[int]] = {}  # pair -> numbers of the words that hold it or once did
     for place, (word, count) in enumerate(zip(words, counts, strict=True)):
         for pair in itertools.pairwise(word):
             pair_counts[pair] += count
@@ -136,7 +136,7 @@ def learn_merges(pieces: Mapping[bytes, int], wanted: int) -> list[str]:
         left, right = tokens[pair[0]], tokens[pair[1]]
         if -count != pair_counts[pair] or left + right in spelled:
             continue  # an old count: each change of a count has pushed an entry of its own
-        changes: Counter[Pair] = Counter()
+        changes: Counter[TokenPair] = Counter()
         for place in places.pop(pair):
             for gone in itertools.pairwise(words[place]):
                 changes[gone] -= counts[place]
@@ -154,7 +154,7 @@ def learn_merges(pieces: Mapping[bytes, int], wanted: int) -> list[str]:
     return merges
 
 
-def _replace_pair(word: list[int], pair: Pair, new: int) -> list[int]:
+def _replace_pair(word: list[int], pair: TokenPair, new: int) -> list[int]:
     replaced, i = [], 0
     while i < len(word):
         found = i + 1 < len(word) and (word[i], word[i + 1]) == pair

@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Int32, Int64, Integer
 from torch import Tensor
 
-from diptych.bpe import SINGLE_TOKENS, Pair, build_pairs, learn_merges, merge_bytes, spell_tokens
+from diptych.bpe import SINGLE_TOKENS, TokenPair, build_pairs, learn_merges, merge_bytes, spell_tokens
 from diptych.errors import NotFoundError, UsageError
 
 SpecialTokens = Literal["escape", "parse"]
@@ -257,7 +257,7 @@ class Tokenizer:
         return type(self), (self.merges, self.context_length, self.special_tokens)
 
     @functools.cached_property
-    def _pairs(self) -> dict[Pair, int]:
+    def _pairs(self) -> dict[TokenPair, int]:
         return build_pairs(self.merges)
 
     @functools.cached_property
@@ -284,7 +284,7 @@ class ChunkCache(dict[str, bytes]):
     MAX_CHARACTERS = 48
 
     def __init__(
-        self, pairs: Mapping[Pair, int], special_tokens: SpecialTokens, words: Mapping[str, bytes] | None = None
+        self, pairs: Mapping[TokenPair, int], special_tokens: SpecialTokens, words: Mapping[str, bytes] | None = None
     ) -> None:
         """`words`: chunks whose ids are known without merging, as they are remembered here."""
         super().__init__(words or {})

@@ -24,7 +24,7 @@ COUNTS_FILE = "counts.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class FunnelStage:
     """One stage of the funnel."""
 
     name: str
@@ -40,7 +40,7 @@ class Step:
 class Funnel:
     """All stages in turn."""
 
-    stages: tuple[Step, ...]
+    stages: tuple[FunnelStage, ...]
 
     def __str__(self) -> str:
         rows = [("stage", "rows", "kept", "dropped, by reason")]
@@ -62,9 +62,11 @@ def read_funnel(folders: Sequence[Path]) -> Funnel:
     return Funnel(stages=tuple(_step(manifest) for manifest in manifests))
 
 
-def _step(manifest: Manifest) -> Step:
+def _step(manifest: Manifest) -> FunnelStage:
     ranked = sorted(manifest.dropped.items(), key=lambda item: (-item[1], item[0]))
-    return Step(name=manifest.stage, rows=manifest.rows, kept=manifest.kept, dropped=dict(ranked), hash=manifest.hash)
+    return FunnelStage(
+        name=manifest.stage, rows=manifest.rows, kept=manifest.kept, dropped=dict(ranked), hash=manifest.hash
+    )
 
 
 def write_report(work: Path, funnel: Funnel) -> Path:
@@ -83,7 +85,7 @@ def write_report(work: Path, funnel: Funnel) -> Path:
     return work / "report.html"
 
 
-def _shown(work: Path, step: Step, most: int) -> dict[str, Any]:
+def _shown(work: Path, step: FunnelStage, most: int) -> dict[str, Any]:
     examples = _dropped_examples(work / step.name)
     reasons = [
         {"name": name, "count": count, "share": 100 * count / max(1, step.rows), "examples": examples.get(name, [])}
