@@ -1,6 +1,8 @@
+import contextlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -33,10 +35,80 @@ def test_a_folder_appears_only_when_complete(tmp_path):
 
 def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".step_1.123.tmp").mkdir()
-    (tmp_path / ".a.json.123.tmp").write_text("")
+    (tmp_path / ".a.json.0123456789abcdef.tmp").write_text("")
     (tmp_path / "step_1").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x").touch()
+    (tmp_path / ".notes.tmp").touch()
+    (tmp_path / ".link.123.tmp").symlink_to("elsewhere")
     files.remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".link.123.tmp", ".notes.tmp", "elsewhere", "step_1"]
+    assert (tmp_path / "elsewhere/x").exists()
+
+
+@pytest.mark.parametrize("killed_after", range(6))
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, monkeypatch, killed_after):
+    def fill(content):
+        with files.atomic_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_text(content)
+
+    fill("old")
+    steps = 0
+    real_replace, real_rmtree = os.replace, files.shutil.rmtree
+
+    def killable(action):
+        def act(*given, **options):
+            nonlocal steps
+            if steps >= killed_after:
+                raise SystemExit  # no clean-up code may do more than a kill would let it
+            steps += 1
+            return action(*given, **options)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", killable(real_replace))
+        patch.setattr(files.shutil, "rmtree", killable(real_rmtree))
+        with contextlib.suppress(SystemExit):
+            fill("new")
+    files.remove_leftovers(tmp_path, "model")
+    assert (tmp_path / "model/weights").read_text() in ("old", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_writers_with_one_process_number_do_not_meet(tmp_path):
+    def write(number):
+        for _ in range(50):
+            files.write_json(tmp_path / "a.json", number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert files.read_json(tmp_path / "a.json") in range(8)
+
+
+def test_a_name_as_long_as_the_disk_allows_can_be_written(tmp_path):
+    files.write_bytes(tmp_path / ("a" * 255), b"x")
+    assert (tmp_path / ("a" * 255)).read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[" * 100_000, b"\xff\xfe{", b'{"a": ' + b"9" * 5000 + b"}", b"\0" * 10, '"\\x"']
+)
+def test_what_is_no_json_is_a_value_error_whatever_is_wrong_with_it(data):
+    with pytest.raises(ValueError):  # noqa: PT011
+        files.parse_json(data)
+
+
+def test_json_without_end_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON", 10)
+    (tmp_path / "a.json").write_text("[1, 2, 3, 4, 5]")
+    with pytest.raises(ValueError, match="more than 10 bytes"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_a_name_that_is_not_utf_8_can_be_written_as_json(tmp_path):
+    files.write_json(tmp_path / "a.json", {"path": "a\udcff", "text": "ä"})
+    assert files.read_json(tmp_path / "a.json") == {"path": "a\udcff", "text": "ä"}
 
 
 def test_a_folder_that_cannot_be_made_or_written_says_why_in_one_line(tmp_path):

@@ -4,10 +4,13 @@ A reader sees the old file or the new one, never half of one, also when the mach
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +22,8 @@ import xxhash
 
 from diptych.errors import RunLockedError, UsageError
 
+MAX_JSON = 64 << 20
+"""Bytes of a JSON file that are read; whatever needs more is not one of ours."""
 _BLOCK = 1 << 20
 
 
@@ -36,10 +41,16 @@ def make_folder(path: Path, *, flag: str = "--out") -> None:
 
 
 def cache_folder(part: str) -> Path:
-    """The folder for one kind of what can be made again: $DIPTYCH_CACHE/part, else in the user's cache folder."""
+    """The folder for one kind of what can be made again: $DIPTYCH_CACHE/part, else in the user's cache folder.
+
+    Whoever keeps something there must do without where it cannot be written. Raises OSError for a user without a home.
+    """
     if own := os.environ.get("DIPTYCH_CACHE"):
         return Path(own) / part
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / part
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / part
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -69,10 +80,35 @@ def _sign(lock: int) -> None:
     os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
 
 
+def parse_json(data: bytes | str) -> Any:
+    """JSON of unknown origin; ValueError for all that is none: its encoding, its depth, its numbers."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; ValueError if it is none, or holds more than MAX_JSON bytes. OSError as `open` raises it."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise ValueError(f"it has more than {MAX_JSON:,} bytes")
+    return parse_json(data)
+
+
+def _beside(path: Path, ending: str = "") -> Path:
+    """A new name for what is not complete, that no other process, container or thread takes."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}{ending}.tmp")
+
+
+_LEFTOVER = re.compile(r"\..+\.(\d+|[0-9a-f]{16})(\.old)?\.tmp")  # numbers: by process, as in version 0.1
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a new file that appears under its name only when complete; an older one of that name is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         with open(temporary, "rb") as handle:
@@ -91,7 +127,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON for people and machines, atomically."""
-    write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    if any("\ud800" <= character <= "\udfff" for character in text):  # of a file name that is not UTF-8
+        text = json.dumps(data, indent=2) + "\n"
+    write_bytes(path, text.encode())
 
 
 @contextlib.contextmanager
@@ -100,8 +139,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Every file inside is synced before the rename, so a folder with its final name is whole.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -110,26 +148,51 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         sync_folder(temporary)
-        if path.exists():
-            remove_folder(path)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        _replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def _replace_folder(new: Path, path: Path) -> None:
+    """Give a complete folder its name; the old one of that name, if any, is deleted.
+
+    A kill leaves the old one, the new one, or neither under its name: then `remove_leftovers` gives the old one back.
+    """
+    old = _beside(path, ".old")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, old)
+    os.replace(new, path)
+    sync_folder(path.parent)
+    if old.exists():
+        doomed = _beside(path)
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder, of which a kill leaves all or a leftover, never a part under its name."""
-    leftover = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    leftover = _beside(path)
     os.replace(path, leftover)
     shutil.rmtree(leftover)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer left half-done in `folder`."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Delete what killed writers left half-done in `folder`, or of the one file or folder called `name`.
+
+    A folder whose successor never got its name gets it back. Links and files of others that end in .tmp stay.
+    """
+    for leftover in folder.glob(f".{glob.escape(name) or '*'}.*.tmp"):
+        if not _LEFTOVER.fullmatch(leftover.name) or leftover.is_symlink():
+            continue
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
+            continue
+        named = folder / leftover.name[1:].rsplit(".", 3)[0]
+        if leftover.name.endswith(".old.tmp") and not named.exists():
+            os.replace(leftover, named)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

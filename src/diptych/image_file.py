@@ -21,6 +21,9 @@ SUFFIXES = {
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 """Suffixes of files and of members of tars that are taken for images, in lower case."""
 
+MAX_BYTES = 1 << 30
+"""Bytes of an encoded image that are read; a larger one is `too_many_bytes`."""
+
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),

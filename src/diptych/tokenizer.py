@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Int32, Int64, Integer
 from torch import Tensor
 
+from diptych import files
 from diptych.bpe import SINGLE_TOKENS, TokenPair, build_pairs, learn_merges, merge_bytes, spell_tokens
 from diptych.errors import NotFoundError, UsageError
 
@@ -63,12 +64,20 @@ _ASCII_PIECES = {
 # A chunk of its own between two captions: clean text holds no line feed. Its two slots become the end token
 # of one caption and the start token of the next.
 _BORDER = "\n"
+_LONG_NUMBER = re.compile("&#([0-9]{1000,});?")
 _BORDER_IDS = np.array([-1, -1], dtype=np.int32).tobytes()
 
 
 def clean(text: str) -> str:
     """Repair, unescape, collapse white space and lower-case `text`, in the order of the released models."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+    return " ".join(_unescape(_unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def _unescape(text: str) -> str:
+    try:
+        return html.unescape(text)
+    except ValueError:  # Python reads no decimal number of thousands of digits, which no character has anyway
+        return html.unescape(_LONG_NUMBER.sub(lambda found: f"&#{found[1].lstrip('0')[:8] or 0};", text))
 
 
 def clean_quickly(text: str) -> str:
@@ -245,8 +254,8 @@ class Tokenizer:
         if not path.is_file():
             raise NotFoundError(f"no {FILE_NAME} in {folder}; name a folder that Tokenizer.save wrote")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            record = files.read_json(path)
+        except ValueError as error:
             raise UsageError(f"{path} is not JSON ({error}); save the tokenizer again") from error
         return _from_record(record, path)
 

@@ -60,7 +60,7 @@ class Half:
 class Paint:
     """Gives every pair a picture (its caption behind a PNG's first bytes is enough for a shard), a query and a draw."""
 
-    picture: bytes = b"\x89PNG"
+    picture: bytes = b"\x89PNG\r\n\x1a\n"
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:

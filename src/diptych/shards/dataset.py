@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from diptych import files
 from diptych.errors import NotFoundError, ShardError
 from diptych.pair import Pair
 from diptych.shards.index import ShardIndex, load_index
@@ -18,6 +19,8 @@ from diptych.shards.tombstones import read_tombstones
 
 DATASET_FILE = "dataset.json"
 DATASET_VERSION = 1
+MAX_NAME_BYTES = 180
+"""Bytes of a shard's name, beside which others of almost the same name have to be written."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Dataset:
         """Put indexes together; raises ShardError if no sample is left."""
         if not sum(len(index) for index in indexes):
             reasons = Counter(reason for index in indexes for _, reason in index.skipped)
-            raise ShardError(f"{path} holds no usable sample; skipped: {dict(reasons) or 'nothing found'}")
+            raise ShardError(f"{path} holds no usable sample: {_explain(path, reasons)}")
         if deleted and all(key.as_py() in deleted for index in indexes for key in index.table.column("key")):
             raise ShardError(f"every sample of {path} was deleted")
         return cls(path, tuple(indexes), deleted)
@@ -99,7 +102,7 @@ def load_dataset(path: Path | str) -> Dataset:
         return _load_described(path)
     shards = sorted(path.glob("*.tar"))
     if not shards:
-        raise NotFoundError(f"no .tar shards in {path}")
+        raise NotFoundError(f"no .tar shards in {path}{_name_others(path)}")
     return Dataset.from_indexes(path, [load_index(shard) for shard in shards], read_tombstones(path))
 
 
@@ -119,11 +122,12 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 def _load_described(path: Path) -> Dataset:
     try:
-        description = json.loads((path / DATASET_FILE).read_text())
+        description = files.read_json(path / DATASET_FILE)
         if description["version"] != DATASET_VERSION:
             raise ShardError(f"{path / DATASET_FILE} has version {description['version']}, not {DATASET_VERSION}")
         names, expected_hash = [shard["name"] for shard in description["shards"]], description["hash"]
         sizes = [shard["bytes"] for shard in description["shards"]]
+        require_plain_names(names)
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path / DATASET_FILE} is damaged ({error!r}); write the dataset again") from None
     for name, size in zip(names, sizes, strict=True):
@@ -136,3 +140,54 @@ def _load_described(path: Path) -> Dataset:
     if dataset.content_hash != expected_hash:
         raise ShardError(f"the samples in {path} are not those that {DATASET_FILE} describes; copy the folder again")
     return dataset
+
+
+def require_plain_names(names: Iterable[object]) -> None:
+    """Raise ValueError for names that are none of files in the dataset's own folder."""
+    for name in names:
+        if not isinstance(name, str) or not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
+            raise ValueError(f"{name!r} is no name of a shard in its folder")
+        if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+            raise ValueError(f"the name {name[:40]}... is too long")
+
+
+def _explain(path: Path | str, reasons: Mapping[str, int]) -> str:
+    """What was found instead of samples, and what to do about it."""
+    if isinstance(path, Path) and path.is_file() and (kind := _find_kind(path)):
+        return kind
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    if reasons.get("no_caption") and reasons.get("duplicate_key"):
+        hint = "; the files of a sample must be neighbours in the tar: write it with `tar --sort=name`"
+    elif set(reasons) == {"no_image"}:
+        hint = "; the suffix of a file is all behind the first dot of its name, so `2.0 (a).jpg` is no .jpg"
+    elif set(reasons) == {"no_caption"}:
+        hint = "; a caption is key.txt beside key.jpg, or `caption` in key.json"
+    else:
+        hint = ""
+    return f"{counts or 'nothing found'}{hint}"
+
+
+def _find_kind(path: Path) -> str | None:
+    """What a file that is no tar is, as a hint."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if head.startswith(b"\x1f\x8b"):
+        return "it is compressed by gzip; decompress it with gunzip"
+    if head.startswith((b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
+        return "it is compressed; decompress it"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, which a download gave in place of the file"
+    if head.startswith(b"PAR1") or path.suffix.lower() in (".csv", ".tsv", ".parquet", ".jsonl", ".json"):
+        return "it is a table; datasets are .tar shards with key.jpg and key.txt, as diptych.write_shards writes them"
+    return None
+
+
+def _name_others(path: Path) -> str:
+    """What a folder holds in place of tars."""
+    below = sorted({tar.parent.relative_to(path).as_posix() for tar in path.glob("*/*.tar")})
+    if below:
+        return f"; there are some in {', '.join(below[:3])}: name that folder"
+    suffixes = Counter("".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix for file in path.iterdir())
+    found = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in suffixes.most_common(5))
+    gz = "; decompress them with gunzip" if ".tar.gz" in suffixes or ".tgz" in suffixes else ""
+    return f" (other files: {found}){gz}" if found else ""

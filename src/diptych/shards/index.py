@@ -3,27 +3,39 @@
 A shard is a plain WebDataset tar, `key.jpg key.txt key.json` side by side. Our own writer puts the index beside it
 (`00000.arrow`); for a foreign tar it is built on first use and kept in a cache, since other people's folders are not
 ours to write to.
+
+An index is believed as far as it can be checked: its checksum, that every picture lies inside the tar and, if the tar
+was touched after its index, that names and texts are those of the tar. Pictures are checked when they are read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections import Counter
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
 from diptych import files
 from diptych.errors import NotFoundError, ShardError
-from diptych.image_file import IMAGE_SUFFIXES
+from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES
 from diptych.shards.members import Damage, Member, iter_members
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+READ_VERSIONS = (1, INDEX_VERSION)
+"""Version 1 has no checksum."""
 SCAN_VERSION = 3
 """Version of the rules by which a foreign tar is read: a cached index by other rules is rebuilt."""
+MAX_TEXT_BYTES = 1 << 20
+"""Bytes of a caption, or of a sample's JSON."""
+MAX_INDEX_BYTES = 1 << 30
+"""Bytes of an index, which is held in memory."""
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -49,18 +61,18 @@ class ShardIndex:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    @property
-    def skipped_counts(self) -> dict[str, int]:
-        """Reason -> how many."""
-        return dict(sorted(Counter(reason for _, reason in self.skipped).items()))
-
-    @property
+    @cached_property
     def content_hash(self) -> str:
-        """Hash of everything the index says; the same wherever the shard lies."""
+        """Hash of what training sees of the index; the same wherever the shard lies."""
         digest = xxhash.xxh3_128()
         for column in ("key", "caption", "offset", "size", "xxh3"):
             digest.update(json.dumps(self.table.column(column).to_pylist(), ensure_ascii=False).encode())
         return digest.hexdigest()
+
+    @property
+    def checksum(self) -> str:
+        """Hash of all that the index says."""
+        return files.digest(json.dumps([self.content_hash, self.table.column("details").to_pylist(), self.skipped]))
 
 
 def load_index(shard: Path) -> ShardIndex:
@@ -69,37 +81,57 @@ def load_index(shard: Path) -> ShardIndex:
         raise NotFoundError(f"no such shard: {shard}")
     beside = shard.with_suffix(".arrow")
     if beside.exists():
-        index = read_index(shard, beside)
-        ends = max((o + s for o, s in zip(*_columns(index.table, "offset", "size"), strict=True)), default=0)
-        if ends > shard.stat().st_size:
-            raise ShardError(f"{shard} is shorter than its index {beside.name} says; copy the shard again")
+        index = read_index(shard, beside, shard.stat().st_size)
+        _require_same(index, beside)
         return index
-    cached = _cache_path(shard)
-    if cached.exists():
-        return read_index(shard, cached)
+    with contextlib.suppress(OSError, ShardError):  # there is none, it is damaged, or there is no cache
+        return read_index(shard, _cache_path(shard), shard.stat().st_size)
     index = build_index(shard)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_index(index, cached)
+    try:
+        cached = _cache_path(shard)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_index(index, cached)
+    except OSError as error:
+        warnings.warn(
+            f"indexes of shards cannot be kept ({error.strerror or error}), so they are made anew at every start; "
+            "set DIPTYCH_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
     return index
 
 
-def read_index(shard: Path, path: Path) -> ShardIndex:
-    """Read an index file; raises ShardError if it is not one of ours."""
+def read_index(shard: Path, path: Path, tar_bytes: int | None = None) -> ShardIndex:
+    """Read an index file; ShardError if it is damaged or not one of ours, OSError if it cannot be read.
+
+    With `tar_bytes`, the size of the shard, every picture must lie inside of it.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_INDEX_BYTES + 1)
     try:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+        if len(data) > MAX_INDEX_BYTES:
+            raise ValueError(f"more than {MAX_INDEX_BYTES:,} bytes")
+        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+        metadata = table.schema.metadata or {}
+        version = int(metadata.get(b"version", 0))
+        if table.schema.remove_metadata() != INDEX_SCHEMA or version not in READ_VERSIONS:
+            raise ShardError(f"{path} is an index of another version; delete it and it is built anew")
+        table.validate(full=True)  # else a damaged offset of a text is followed to wherever it points
+        skipped = tuple((str(key), str(reason)) for key, reason in files.parse_json(metadata[b"skipped"]))
+        index = ShardIndex(shard, table, skipped)
+        if version > 1 and metadata[b"checksum"].decode() != index.checksum:
+            raise ValueError("its checksum is another")
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is not a shard index ({error}); delete it and it is built anew") from None
-    metadata = table.schema.metadata or {}
-    if table.schema.remove_metadata() != INDEX_SCHEMA or metadata.get(b"version") != b"%d" % INDEX_VERSION:
-        raise ShardError(f"{path} is an index of another version; delete it and it is built anew")
-    skipped = tuple((key, reason) for key, reason in json.loads(metadata[b"skipped"]))
-    return ShardIndex(shard, table, skipped)
+    offsets, sizes = (table.column(name).to_numpy() for name in ("offset", "size"))
+    end = np.iinfo(np.int64).max if tar_bytes is None else tar_bytes
+    if (offsets < 0).any() or (sizes < 0).any() or (sizes > end - offsets).any():
+        raise ShardError(f"{shard} is shorter than its index {path.name} says; copy the shard again")
+    return index
 
 
 def write_index(index: ShardIndex, path: Path) -> None:
     """Write an index as an Arrow file."""
-    metadata = {"version": str(INDEX_VERSION), "skipped": json.dumps(index.skipped)}
+    metadata = {"version": str(INDEX_VERSION), "skipped": json.dumps(index.skipped), "checksum": index.checksum}
     sink = pa.BufferOutputStream()
     table = index.table.replace_schema_metadata(metadata)
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -109,6 +141,45 @@ def write_index(index: ShardIndex, path: Path) -> None:
 
 def build_index(shard: Path) -> ShardIndex:
     """Scan a tar of any origin. Samples are runs of neighbouring members with the same key (the WebDataset rule)."""
+    with open(shard, "rb") as tar:
+        rows, skipped = _scan(tar, shard)
+        for row in rows:
+            row["xxh3"] = xxhash.xxh3_64_intdigest(os.pread(tar.fileno(), row["size"], row["offset"]))
+    return ShardIndex(shard, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), tuple(skipped))
+
+
+def _require_same(index: ShardIndex, beside: Path) -> None:
+    """Compare names and texts with the tar itself, if that was touched after its index was written.
+
+    Copying a folder may touch the tar last, so that two that belong together are noted and not compared again.
+    """
+    shard = index.path
+    touched = shard.stat()
+    if max(touched.st_mtime_ns, touched.st_ctime_ns) <= beside.stat().st_ctime_ns:
+        return
+    note = None
+    with contextlib.suppress(OSError):
+        note = files.cache_folder("compared") / f"{_name(shard)}-{index.checksum}"
+        if note.exists():
+            return
+    with open(shard, "rb") as tar:
+        rows, _ = _scan(tar, shard)
+    said = index.table.to_pylist()
+    columns = ("key", "offset", "size", "details")
+    texts = [[row["caption"].removeprefix("\ufeff") for row in table] for table in (rows, said)]
+    if texts[0] != texts[1] or any([r[name] for r in rows] != [r[name] for r in said] for name in columns):
+        raise ShardError(
+            f"{shard} is not the tar that its index {beside.name} was made of; copy both again, or delete the index, "
+            "and it is built anew"
+        )
+    if note is not None:
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+
+
+def _scan(tar: BinaryIO, shard: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Rows of the index, without the hashes of pictures, and (key, reason) of what is no sample."""
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
     seen: set[str] = set()
@@ -126,38 +197,42 @@ def build_index(shard: Path) -> ShardIndex:
         else:
             rows.append(row)
 
-    with open(shard, "rb") as tar:
-        key, members = "", dict[str, Member]()
-        for item in iter_members(shard):
-            if isinstance(item, Damage):
-                stem, _ = split_name(item.name)
-                skipped.append((stem or f"@{item.offset}", item.reason))
-                if item.name and stem == key:
-                    members = {}  # a sample that lost a part is not used
-                continue
-            stem, suffix = split_name(item.name)
-            if stem != key or suffix in members:
-                finish(key, members)
-                key, members = stem, {}
-            members[suffix] = item
-        finish(key, members)
-    return ShardIndex(shard, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), tuple(skipped))
+    key, members = "", dict[str, Member]()
+    for item in iter_members(shard):
+        stem, suffix = split_name(item.name)
+        if isinstance(item, Damage):
+            skipped.append((stem or f"@{item.offset}", item.reason))
+            if item.name and stem == key:
+                members = {}  # a sample that lost a part is not used
+            continue
+        if is_metadata_of_macos(item.name):
+            continue
+        if stem != key or suffix in members:
+            finish(key, members)
+            key, members = stem, {}
+        members[suffix] = item
+    finish(key, members)
+    return rows, skipped
 
 
-def _read_sample(tar: Any, key: str, members: dict[str, Member]) -> dict[str, Any] | str:
+def _read_sample(tar: BinaryIO, key: str, members: dict[str, Member]) -> dict[str, Any] | str:
     """Build the index row of one sample, or say why there is none."""
     image = next((member for suffix, member in members.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
     if image is None:
         return "no_image"
     if image.size == 0:
         return "empty_image"
+    if image.size > MAX_BYTES:
+        return "too_many_bytes"
+    if any(name in members and members[name].size > MAX_TEXT_BYTES for name in ("txt", "json")):
+        return "text_too_large"
     details = _read(tar, members.get("json"))
     caption = _read(tar, members.get("txt"))
     try:
-        parsed = json.loads(details) if details else {}
-        text = caption.decode() if caption is not None else parsed.get("caption")
+        parsed = files.parse_json(details) if details else {}
+        text = caption.decode("utf-8-sig") if caption is not None else parsed.get("caption")
         (text if isinstance(text, str) else "").encode()  # JSON can hold half a surrogate pair, a caption cannot
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         return "bad_text"
     if not isinstance(parsed, dict):
         return "bad_text"
@@ -170,12 +245,11 @@ def _read_sample(tar: Any, key: str, members: dict[str, Member]) -> dict[str, An
         "caption": text.strip(),
         "offset": image.offset,
         "size": image.size,
-        "xxh3": xxhash.xxh3_64_intdigest(_read(tar, image) or b""),
         "details": details.decode("utf-8", "replace") if details else "{}",
     }
 
 
-def _read(tar: Any, member: Member | None) -> bytes | None:
+def _read(tar: BinaryIO, member: Member | None) -> bytes | None:
     return None if member is None else os.pread(tar.fileno(), member.size, member.offset)
 
 
@@ -186,11 +260,19 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _columns(table: pa.Table, *names: str) -> list[list[Any]]:
-    return [table.column(name).to_pylist() for name in names]
+def is_metadata_of_macos(name: str) -> bool:
+    """Whether a member or file is what macOS puts beside a file when it copies it: `._cat.jpg`, `__MACOSX/`."""
+    folder, _, file = name.rpartition("/")
+    return file.startswith("._") or "__MACOSX" in folder.split("/")
 
 
 def _cache_path(shard: Path) -> Path:
+    return files.cache_folder("index") / f"{_name(shard)}.arrow"
+
+
+def _name(shard: Path) -> str:
+    """Name of one state of a file by one set of rules."""
     status = shard.stat()
-    identity = f"{INDEX_VERSION}.{SCAN_VERSION} {shard.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return files.cache_folder("index") / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"
+    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    identity = f"{INDEX_VERSION}.{SCAN_VERSION} {shard.resolve()} {state}"
+    return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -12,10 +12,11 @@ the same way, `strict` or not.
 import contextlib
 import os
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ from diptych.shards.tombstones import DELETED, TOMBSTONES_FILE
 
 PREFETCH_BYTES = 2 << 30
 """Batches that are kept ready take no more than this, unless one alone does."""
+
+MAX_OPEN_SHARDS = 64
+"""Shards of a source that are open at the same time: a process may have a few hundred files open in all."""
 
 MAX_CONSECUTIVE_BROKEN = 100
 """Broken neighbours in a row after which a dataset is not skipped through any further."""
@@ -279,7 +283,7 @@ class _Source:
             {name: shard.table.column(name) for name in ("key", "caption", "offset", "size", "xxh3")}
             for shard in dataset.shards
         ]
-        self._files: dict[int, int] = {}
+        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, row: int, prepare: Callable[[bytes], UInt8[np.ndarray, "3 H W"]]) -> _Sample:
@@ -287,7 +291,7 @@ class _Source:
         columns = self._columns[shard]
         key = columns["key"][local].as_py()
         self._refuse_deleted(key)
-        data = os.pread(self._open(shard), columns["size"][local].as_py(), columns["offset"][local].as_py())
+        data = self._pread(shard, columns["size"][local].as_py(), columns["offset"][local].as_py())
         xxh3 = xxhash.xxh3_64_intdigest(data)
         if xxh3 != columns["xxh3"][local].as_py():
             raise PictureError("changed", f"not the bytes that {self.dataset.shards[shard].path.name} was indexed with")
@@ -324,17 +328,26 @@ class _Source:
         if self.fetcher is not None:
             self.fetcher.close()
 
-    def _open(self, shard: int) -> int:
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
         if self.fetcher is not None:
-            return self.fetcher.descriptor(shard)
+            return os.pread(self.fetcher.descriptor(shard), size, offset)
         with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.dataset.shards[shard].path, os.O_RDONLY)
-            return self._files[shard]
+            file = self._files.pop(shard, None) or _OpenFile(self.dataset.shards[shard].path)
+            self._files[shard] = file  # last: the one that was read most lately
+            if len(self._files) > MAX_OPEN_SHARDS:
+                self._files.popitem(last=False)
+        return os.pread(file.descriptor, size, offset)
+
+
+class _OpenFile:
+    """A descriptor that is closed when nobody reads from it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def _open_sources(configs: Sequence[SourceConfig], config: LoaderConfig) -> list[_Source]:

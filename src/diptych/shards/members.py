@@ -52,13 +52,15 @@ def iter_members(path: Path) -> Iterator[Member | Damage]:
 def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
     position, end = 0, len(tar)
     long_name, pax = "", {}
-    in_damage = False
+    in_damage, next_header = False, -1
     while position + BLOCK <= end:
         header = tar[position : position + BLOCK]
         if header == _ZERO:
             behind = _skip_zeros(tar, position)
             is_end = behind - position >= 2 * BLOCK or behind == end
-            if is_end and not _has_header(tar, behind):
+            if is_end and next_header < behind:  # looked for once, however many runs of zeros there are before it
+                next_header = _find_header(tar, behind)
+            if is_end and next_header == end:
                 return  # what tools pad behind the two empty blocks that end a tar is not ours
             if is_end:
                 yield Damage("zero_blocks", position)
@@ -103,10 +105,10 @@ def _skip_zeros(tar: mmap.mmap, position: int) -> int:
     return position
 
 
-def _has_header(tar: mmap.mmap, position: int) -> bool:
-    """Whether a header stands at `position` or in a block behind it."""
+def _find_header(tar: mmap.mmap, position: int) -> int:
+    """Where the first header from `position` on stands; the end of the tar if there is none."""
     starts = range(position, len(tar) - BLOCK + 1, BLOCK)
-    return any(_size(tar[start : start + BLOCK], {}) is not None for start in starts)
+    return next((start for start in starts if _size(tar[start : start + BLOCK], {}) is not None), len(tar))
 
 
 def _size(header: bytes, pax: dict[str, str]) -> int | None:

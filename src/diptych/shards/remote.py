@@ -9,7 +9,6 @@ Indexes are kept here for good. A tar without one is fetched and indexed when it
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -23,8 +22,8 @@ import fsspec
 from diptych import files
 from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.shards.cache import RemoteShard, ShardCache, with_retries
-from diptych.shards.dataset import DATASET_FILE, DATASET_VERSION, Dataset
-from diptych.shards.index import ShardIndex, build_index, read_index, write_index
+from diptych.shards.dataset import DATASET_FILE, DATASET_VERSION, Dataset, require_plain_names
+from diptych.shards.index import MAX_INDEX_BYTES, ShardIndex, build_index, read_index, write_index
 from diptych.shards.order import BLOCK_SHARDS
 from diptych.shards.tombstones import TOMBSTONES_FILE, parse_tombstones
 
@@ -53,7 +52,8 @@ def open_remote(url: str, cache: ShardCache) -> RemoteDataset:
     names = expand_range(url)
     if len(names) > 1 or url.endswith(".tar"):
         return _open_foreign(store, url, names, cache)
-    description = with_retries(f"{url}/{DATASET_FILE}", lambda: _read_optional(store, f"{root}/{DATASET_FILE}"))
+    name = f"{url}/{DATASET_FILE}"
+    description = _require_end(with_retries(name, lambda: _read_optional(store, f"{root}/{DATASET_FILE}")), name)
     if description is not None:
         return _open_described(store, root, url, description, cache)
     listed = with_retries(url, lambda: store.ls(root, detail=False))
@@ -103,15 +103,16 @@ def _connect(url: str) -> tuple[Any, str]:
 
 def _open_described(store: Any, root: str, url: str, text: bytes, cache: ShardCache) -> RemoteDataset:
     try:
-        description = json.loads(text)
+        description = files.parse_json(text)
         if description["version"] != DATASET_VERSION:
             raise ShardError(f"{url}/{DATASET_FILE} has version {description['version']}, not {DATASET_VERSION}")
         entries = [(str(shard["name"]), int(shard["bytes"])) for shard in description["shards"]]
         expected = str(description["hash"])
+        require_plain_names(name for name, _ in entries)
+        if any(size < 0 or not name.endswith(".tar") for name, size in entries):
+            raise ValueError("it lists what cannot be a shard")
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{url}/{DATASET_FILE} is damaged ({error!r}); write the dataset again") from None
-    if any("/" in name or name.startswith(".") for name, _ in entries):
-        raise ShardError(f"{url}/{DATASET_FILE} names a shard outside its folder")
     folder = _folder(cache, url, expected)
     shards = tuple(RemoteShard(store, f"{root}/{name}", f"{url}/{name}", size, folder / name) for name, size in entries)
     dataset = Dataset.from_indexes(url, _indexes(shards, cache), _deleted(store, root, url))
@@ -151,13 +152,13 @@ def _index(shard: RemoteShard, cache: ShardCache) -> ShardIndex:
     if not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         beside = shard.place.removesuffix(".tar") + ".arrow"
-        data = with_retries(beside, lambda: _read_optional(shard.files, beside))
+        data = with_retries(beside, lambda: _read_optional(shard.files, beside, MAX_INDEX_BYTES))
         if data is not None:
-            files.write_bytes(here, data)
+            files.write_bytes(here, _require_end(data, beside, MAX_INDEX_BYTES))
         else:
             _make_index(shard, here, cache)
     try:
-        return read_index(shard.local, here)
+        return read_index(shard.local, here, shard.size)
     except ShardError:
         here.unlink()  # the next start asks again
         raise
@@ -185,15 +186,28 @@ def _deleted(store: Any, root: str, url: str) -> frozenset[str]:
             LOG.warning("%s is forbidden (%s): taken as if there were none, as some stores say so then", name, error)
             return None
 
-    text = with_retries(name, read)
+    text = _require_end(with_retries(name, read), name)
     return frozenset() if text is None else parse_tombstones(text, name)
 
 
-def _read_optional(store: Any, place: str) -> bytes | None:
+def _read_optional(store: Any, place: str, limit: int = files.MAX_JSON) -> bytes | None:
+    """Up to `limit` bytes of a file and one more, or None where there is none."""
+    streamed = {"block_size": 0} if "http" in store.protocol else {}  # elsewhere files are read by ranges anyway
     try:
-        return store.cat_file(place)
+        with store.open(place, "rb", **streamed) as file:
+            data = bytearray()
+            while len(data) <= limit and (more := file.read(limit + 1 - len(data))):
+                data += more
+            return bytes(data)
     except FileNotFoundError:
         return None
+
+
+def _require_end(data: bytes | None, place: str, limit: int = files.MAX_JSON) -> bytes | None:
+    """Raise ShardError for what goes on behind `limit` bytes: it is not what its name says, today and tomorrow."""
+    if data is not None and len(data) > limit:
+        raise ShardError(f"{place} has more than {limit:,} bytes; it is not what its name says")
+    return data
 
 
 def _folder(cache: ShardCache, *identity: object) -> Path:

@@ -5,7 +5,6 @@ Whoever reads the dataset leaves them out; their bytes stay until the shards are
 started the next time.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ DELETED = "deleted"
 def parse_tombstones(text: bytes, place: str) -> frozenset[str]:
     """Read the content of a tombstones file; raises ShardError if that cannot be done, since nobody may guess here."""
     try:
-        content = json.loads(text)
+        content = files.parse_json(text)
         if content["version"] != TOMBSTONES_VERSION:
             raise ShardError(f"{place} has version {content['version']}, not {TOMBSTONES_VERSION}")
         keys = content["keys"]

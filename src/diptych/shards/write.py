@@ -26,11 +26,13 @@ class WriteReport:
     dataset_hash: str
 
 
-def write_shards(pairs: Iterable[Pair], folder: Path, *, samples_per_shard: int = 1000) -> WriteReport:
+def write_shards(pairs: Iterable[Pair], folder: Path | str, *, samples_per_shard: int = 1000) -> WriteReport:
     """Write pairs into `folder` as 00000.tar, 00001.tar, ... in the order they come.
 
-    The same pairs give the same bytes. A folder that already holds a dataset is refused.
+    The same pairs give the same bytes. A folder that already holds a dataset is refused. Pairs that cannot be written
+    are dropped and counted: `bad_key` (empty, or with a dot, slash, backslash or NUL), `bad_text` (no valid Unicode).
     """
+    folder = Path(folder)
     if (folder / DATASET_FILE).exists():
         raise UsageError(f"{folder} already holds a dataset; name another folder or delete it")
     files.make_folder(folder, flag="folder")
@@ -56,7 +58,8 @@ def write_shards(pairs: Iterable[Pair], folder: Path, *, samples_per_shard: int 
             flush()
     flush()
     if not indexes:
-        raise UsageError(f"no pair was left to write into {folder}; dropped: {dropped or 'none came'}")
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+        raise UsageError(f"no pair was left to write into {folder}; dropped: {counts or 'none came'}")
     dataset = Dataset.from_indexes(folder, indexes)
     files.write_json(folder / DATASET_FILE, describe(dataset))
     return WriteReport(samples=len(dataset), shards=len(indexes), dropped=dropped, dataset_hash=dataset.content_hash)
@@ -73,6 +76,8 @@ def why_not(pair: Pair, keys: Container[str]) -> str:
         return "bad_key"
     if pair.key in keys:
         return "duplicate_key"
+    if not all(_is_unicode(text) for text in (pair.key, pair.caption, *pair.details, *pair.details.values())):
+        return "bad_text"
     if not pair.image:
         return "empty_image"
     if not _suffix(pair.image):
@@ -83,7 +88,7 @@ def why_not(pair: Pair, keys: Container[str]) -> str:
 def write_shard(pairs: Sequence[Pair], path: Path) -> ShardIndex:
     """Write one tar and the index beside it; the pairs are such that `why_not` has nothing against."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for pair in pairs:
             details = json.dumps({"caption": pair.caption, **pair.details}, ensure_ascii=False)
             for ending, content in (
@@ -98,6 +103,11 @@ def write_shard(pairs: Sequence[Pair], path: Path) -> ShardIndex:
     index = build_index(path)
     write_index(index, path.with_suffix(".arrow"))
     return index
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, which no file can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _suffix(image: bytes) -> str:
