@@ -27,10 +27,13 @@ import xxhash
 import harness
 from diptych.curate.balance.balance import run, to_matches
 from diptych.curate.balance.config import BalanceConfig, Policy
-from diptych.curate.balance.policies import Matches, build_plan, pair_draws
+from diptych.curate.balance.policies import Matches, pair_draws
 from diptych.curate.rows import MATCHED, with_reason
 from diptych.stage.job import Task
 from diptych.stage.run import part_name, run_stage
+
+sys.path.insert(0, str(harness.ROOT / "tests"))
+from reference.balance_plan import build_plan  # pyright: ignore[reportMissingImports]
 
 QUERIES, EXPONENT, PART = 500_000, 1.2, 500_000
 SIZES = (1_000_000, 2_000_000, 5_000_000, 10_000_000)

@@ -28,7 +28,7 @@ import hostile_web  # pyright: ignore[reportMissingImports]
 
 from diptych.curate.fetch.config import FetchConfig
 from diptych.curate.fetch.ledger import Ledger
-from diptych.curate.fetch.run import fetch_partition
+from diptych.curate.fetch.worker import fetch_partition
 from diptych.stage.folder import read_manifest
 
 CONCURRENCY = 8

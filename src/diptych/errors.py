@@ -43,7 +43,7 @@ class NotFoundError(DiptychError, FileNotFoundError):
 class PictureError(DiptychError):
     """The bytes are not a picture that can be used.
 
-    `reason` is one short word from `diptych.image.REASONS`: it is counted, printed and stored.
+    `reason` is one short word from `diptych.decode.REASONS`: it is counted, printed and stored.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

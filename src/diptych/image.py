@@ -1,16 +1,14 @@
-"""From bytes to pixels: decode, resize, crop, normalise.
+"""From images to pixels: resize, crop, normalise.
 
 Two paths, one meaning. `Preprocess` is what a model sees when it is used: exactly OpenAI's (Pillow bicubic, centre
 crop), or for many pictures nearly that, in a third of the time (`quick_pixels`). `read_crop` is what it sees while it
 is trained: a random square crop of the resized picture (paper section 2.3), read from a JPEG that is decoded at a
 reduced scale where that loses next to nothing.
 
-Every picture is bounded before it is decoded; what cannot be used raises PictureError with a counted reason.
+Every picture is bounded before it is decoded (`decode`); what cannot be used raises PictureError with a counted reason.
 """
 
-import io
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,18 +18,12 @@ import simplejpeg
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diptych.decode import check_pixels, decode
 from diptych.errors import NotFoundError, PictureError, UsageError, unknown_name
-
-REASONS = ("empty", "not_a_picture", "truncated", "too_large", "too_small", "changed", "deleted")
-"""Why a picture is not used: no bytes, no known format, breaks off or is damaged inside, more than MAX_PIXELS, a side
-of zero after resizing, not the bytes that the shard's index was made of, deleted from its dataset."""
-
-MAX_PIXELS = 100_000_000
-"""Larger pictures are refused from their header alone (decompression bombs)."""
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -142,27 +134,6 @@ def open_picture(picture: Picture) -> Image.Image:
             return decode(path.read_bytes())
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode a picture of any format that Pillow knows, first frame, completely."""
-    if not data:
-        raise PictureError("empty", "0 bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of bombs; both are decided here
-            image = Image.open(io.BytesIO(data))
-            _check_pixels(image.width, image.height)
-            image.load()
-    except UnidentifiedImageError:
-        raise PictureError("not_a_picture", f"{len(data)} bytes of no known format") from None
-    except PictureError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise PictureError("too_large", str(error)) from None
-    except Exception as error:  # Pillow's plugins raise whatever their format made them stumble over
-        raise PictureError("truncated", f"{type(error).__name__}: {error}") from None
-    return image
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB as Pillow does it: transparency is dropped, not blended."""
     if image.mode == "RGB":
@@ -254,7 +225,7 @@ def _decode_scaled(
     try:
         header = simplejpeg.decode_jpeg_header(data)
         height, width, colorspace = int(header[0]), int(header[1]), header[2]
-        _check_pixels(width, height)
+        check_pixels(width, height)
         if colorspace in ("CMYK", "YCCK"):
             return None  # Pillow inverts Adobe's CMYK as it should
         least = [round(size * SCALED_DECODE_MARGIN)] * 2
@@ -267,8 +238,3 @@ def _decode_scaled(
     except ValueError:
         return None  # damaged, or a variant that libjpeg-turbo does not know
     return pixels, (width, height)
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise PictureError("too_large", f"{width} x {height} pixels, at most {MAX_PIXELS:,}")

@@ -22,7 +22,7 @@ from PIL import Image
 from diptych.curate.fetch.config import FetchConfig
 from diptych.curate.fetch.guard import Guard, IPAddress, is_public
 from diptych.curate.fetch.ledger import Ledger, Reader
-from diptych.curate.fetch.run import fetch_partition
+from diptych.curate.fetch.worker import fetch_partition
 
 PUBLIC = "127.0.0.9"
 PRIVATE = ("127.0.0.1", "127.0.0.2", "::1")

@@ -153,7 +153,7 @@ def test_without_the_guard_what_is_forbidden_would_be_asked(tmp_path):
     """The listeners of the hostile world do count: 0 of them means something."""
     from diptych.curate.fetch.config import FetchConfig
     from diptych.curate.fetch.ledger import Ledger
-    from diptych.curate.fetch.run import fetch_partition
+    from diptych.curate.fetch.worker import fetch_partition
 
     with hostile_web.world() as world:
         config = FetchConfig(

@@ -156,6 +156,11 @@ def test_opt_outs_are_honoured(meta, robots, out):
         (b"<meta charset=koi8-r>" + "é".encode(), "utf-8", "é"),
         ("犬".encode() + b"\xe7", "", "犬\ufffd"),
         (b" " * 1024 + b"<meta charset=koi8-r>" + "é".encode(), "", "é"),
+        ("ğ".encode("cp1254"), "iso88599", "ğ"),
+        ("жук".encode("iso8859_5"), "ISO_8859-5:1988", "жук"),
+        (b"\x80!", "gbk", "\ufffd!"),
+        ("㐀".encode("gb18030"), "gbk", "㐀"),
+        (b"<meta charset=x-user-defined>\xe9", "", "é"),
     ],
 )
 def test_characters_are_those_of_the_page(body, header, text):
@@ -169,6 +174,12 @@ def test_a_guess_counts_when_nothing_else_says():
     assert decode("é".encode(), "", lambda _: "windows-1251") == "é".encode()
     assert decode(b"\xe9!", "", lambda _: "utf-8") == "é!"  # it is not
     assert decode(b"\xe9!", "", lambda _: None) == "é!"
+    assert decode(b"\xe9!", "", lambda _: "iso-2022-kr") == "é!"  # the standard's refusal is only for who says it
+
+
+def test_encodings_that_can_hide_markup_give_no_page():
+    for label in ("hz-gb-2312", "iso-2022-kr", "iso-2022-cn"):
+        assert not pairs(look("<img src=a alt=b>", charset=label))
 
 
 def test_entities_nuls_and_megabytes_do_no_harm():

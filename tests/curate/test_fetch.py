@@ -16,7 +16,8 @@ from PIL import Image
 
 from diptych.curate.fetch.guard import Guard
 from diptych.curate.fetch.ledger import Ledger
-from diptych.curate.fetch.run import fetch_partition, forget
+from diptych.curate.fetch.run import forget
+from diptych.curate.fetch.worker import fetch_partition
 from diptych.curate.rows import CANDIDATES
 from diptych.errors import DownloadError, RunLockedError, UsageError
 from diptych.stage.folder import read_manifest, read_rows

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference.balance as slow
-from diptych.curate.balance.policies import Matches, build_plan, hash_keys, match_draws, pair_draws
+from diptych.curate.balance.policies import Matches, hash_keys, match_draws, pair_draws
+from reference.balance_plan import build_plan
 
 QUERIES, LIMIT = 300, 20
 

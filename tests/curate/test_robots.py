@@ -99,6 +99,15 @@ def test_many_stars_cost_no_time():
     assert time.perf_counter() - began < 0.5
 
 
+def test_many_names_before_many_rules_cost_no_time():
+    names = "".join(f"User-agent: a{number}\n" for number in range(15_000))
+    rules = "".join(f"Disallow: /{number}\n" for number in range(15_000))
+    began = time.perf_counter()
+    assert parse_robots(names + rules, "diptych").allows("/1")
+    assert not parse_robots(names + "User-agent: diptych\n" + rules, "diptych").allows("/1")
+    assert time.perf_counter() - began < 1
+
+
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from exams import NAMES, pictures, write_shapes, write_wds
 
+from diptych.decode import decode
 from diptych.embed.cache import FeatureCache
 from diptych.embed.images import ImageTower, embed_images, image_space, project
 from diptych.errors import DatasetError
@@ -14,7 +15,6 @@ from diptych.evaluate.datasets.layouts import open_samples
 from diptych.evaluate.datasets.registry import Place
 from diptych.evaluate.models import features
 from diptych.evaluate.models.features import Embedder, clip_image_model, cut_border
-from diptych.image import decode
 from samples import TINY_RESNET, TINY_VIT, draw, encode, make_loaded
 
 

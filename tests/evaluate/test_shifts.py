@@ -9,6 +9,7 @@ import torch
 from exams import COLOURS, SHAPES, write_wds
 
 from diptych.checkpoint import layouts
+from diptych.decode import decode
 from diptych.embed.images import ImageTower, embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
@@ -20,7 +21,6 @@ from diptych.evaluate.models.features import cut_border
 from diptych.evaluate.protocols.prompts import build_weights
 from diptych.evaluate.results import Result, save_result
 from diptych.evaluate.run import run
-from diptych.image import decode
 from samples import TINY_VIT, draw, encode, make_loaded
 
 

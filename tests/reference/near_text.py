@@ -1,4 +1,4 @@
-"""The slow twins of `curate/near_text.py`.
+"""The slow twins of `curate/text/dedup.py`.
 
 `similarity` compares two texts by the pieces themselves; `judge` joins signed rows and walks what is joined.
 """

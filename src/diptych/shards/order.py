@@ -29,10 +29,15 @@ def hash_positions(seed: int, positions: NDArray[np.int64], stream: int = 0) -> 
     """Hash (seed, stream, position) to 64 well-mixed bits each (splitmix64): randomness without a generator."""
     with np.errstate(over="ignore"):
         x = positions.astype(_U64) + _U64(seed & 0xFFFFFFFFFFFFFFFF) * _U64(0x9E3779B97F4A7C15)
-        x += _U64(stream) * _U64(0xD1B54A32D192ED03) + _U64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-        return x ^ (x >> _U64(31))
+        return mix(x + _U64(stream) * _U64(0xD1B54A32D192ED03))
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash numbers to 64 well-mixed bits each, one to one: a step of splitmix64."""
+    x = values + _U64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
 
 
 def uniforms(seed: int, positions: NDArray[np.int64], count: int) -> NDArray[np.float64]:

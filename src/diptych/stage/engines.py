@@ -153,11 +153,16 @@ class WorkerPool:
         self._workers.remove(worker)
 
 
-def _work(pipe: Connection) -> None:
-    """The life of a worker; it ends with its parent, also when that is killed."""
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, also when that is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _work(pipe: Connection) -> None:
+    """The life of a worker; it ends with its parent, also when that is killed."""
+    end_with_parent()
     job: Job | None = None
     while True:
         given, task = pipe.recv()

@@ -25,7 +25,7 @@ surely holds t + 1 of them; a second pass collects the values of the one bin tha
 collected values concatenate; memory is about `BINS` x 8 bytes a query above t, whatever the number of pairs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +58,6 @@ class Matches:
         return np.repeat(np.arange(len(self.keys)), np.diff(self.offsets))
 
 
-Blocks = Callable[[], Iterable[Matches]]
-"""Gives the blocks from the start, each time it is called."""
-
-
 def hash_keys(keys: Iterable[str]) -> NDArray[np.uint64]:
     """Hash keys to the numbers that draws are made from."""
     return np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], dtype=np.uint64)
@@ -80,14 +76,6 @@ def match_draws(seed: int, matches: Matches) -> NDArray[np.float64]:
     """One draw in [0, 1) per (pair, query)."""
     mixed = hash_positions(seed, matches.queries, stream=1)
     return _uniform(seed, matches.keys[matches.pairs] ^ mixed)
-
-
-def count_queries(blocks: Iterable[Matches], queries: int) -> NDArray[np.int64]:
-    """Pairs of each query."""
-    counts = np.zeros(queries, dtype=np.int64)
-    for block in blocks:
-        counts += np.bincount(block.queries, minlength=queries)
-    return counts
 
 
 def charge(matches: Matches, counts: NDArray[np.int64]) -> Matches:
@@ -158,19 +146,6 @@ class Common:
         return cutoffs
 
 
-def find_cutoffs(blocks: Blocks, counts: NDArray[np.int64], limit: int, seed: int) -> NDArray[np.float64]:
-    """Cutoffs of all queries, in two passes over the blocks."""
-    common = Common.build(counts, limit, seed)
-    histogram = np.zeros((len(common.ids), BINS), dtype=np.int64)
-    for block in blocks():
-        np.add.at(histogram.reshape(-1), common.places(block), 1)
-    border = common.border(histogram)
-    parts = [common.collect(block, border) for block in blocks()]
-    rows = np.concatenate([np.zeros(0, dtype=np.int64), *(part[0] for part in parts)])
-    draws = np.concatenate([np.zeros(0), *(part[1] for part in parts)])
-    return common.cutoffs(histogram, rows, draws)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What becomes of the pairs of a block."""
@@ -220,19 +195,3 @@ def _decide(block: Matches, draws: NDArray[np.float64], order: NDArray[np.float6
     draw = np.zeros(len(block.keys))
     draw[owner] = draws[first]
     return Verdict(kept=kept, query=query, draw=draw)
-
-
-def build_plan(blocks: Blocks, queries: int, *, policy: Policy, limit: int = 20_000, seed: int = 0) -> Plan:
-    """Look at all blocks, as often as the policy needs: metaclip 1, cap 3, assign 4 times."""
-    counts = count_queries(blocks(), queries)
-    if policy == "metaclip":
-        cutoffs = np.zeros(0)
-    elif policy == "cap":
-        cutoffs = find_cutoffs(blocks, counts, limit, seed)
-    else:
-
-        def charged() -> Iterator[Matches]:
-            return (charge(block, counts) for block in blocks())
-
-        cutoffs = find_cutoffs(charged, count_queries(charged(), queries), limit, seed)
-    return Plan(policy=policy, limit=limit, seed=seed, counts=counts, cutoffs=cutoffs)

@@ -20,10 +20,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from diptych import files
 from diptych.curate.fetch.outcomes import DELETED, OK, TRANSIENT
+from diptych.curate.fetch.schedule import host_of
 
 PACK_BYTES = 1 << 30
 """A pack is closed when it is this long."""
@@ -59,11 +59,8 @@ class Entry:
 
 def partition_of(url: str, partitions: int) -> int:
     """The partition that an address belongs to; all addresses of a host are in one."""
-    try:
-        host = urlsplit(url).netloc.rpartition("@")[2].lower()
-    except ValueError:
-        host = ""
-    return int.from_bytes(hashlib.blake2b(host.encode(errors="replace"), digest_size=8).digest(), "big") % partitions
+    host = host_of(url).encode(errors="replace")
+    return int.from_bytes(hashlib.blake2b(host, digest_size=8).digest(), "big") % partitions
 
 
 def _id(url: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Pairs with the addresses of pictures -> pairs with pictures. See `address`, `visit`, `schedule` and `ledger`.
+"""Pairs with the addresses of pictures -> pairs with pictures. The asking is in `worker`.
 
     work/fetch/
       ledger/0000/...              what became of each address, and the bytes as they came: the memory
@@ -13,16 +13,11 @@ when, in which order, in how many processes or after how many kills.
 A later run asks only what failed (`retry`) and makes only those parts anew whose outcomes changed.
 """
 
-import asyncio
 import concurrent.futures
 import hashlib
 import json
 import multiprocessing
-import multiprocessing.connection
-import os
-import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,26 +27,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych import files
-from diptych.curate.fetch.client import Picture, Visitor
 from diptych.curate.fetch.config import FetchConfig
-from diptych.curate.fetch.guard import Guard, parse_allowed
 from diptych.curate.fetch.ledger import Ledger, Reader, partition_of
-from diptych.curate.fetch.outcomes import OK, NotFetched, is_transient
-from diptych.curate.fetch.schedule import Download, Schedule, host_of
-from diptych.curate.images.blocklist import Known, KnownHashes, read_known
-from diptych.curate.images.prepare import FORMATS, prepare
+from diptych.curate.fetch.outcomes import OK
+from diptych.curate.fetch.worker import fetch_partition
+from diptych.curate.images.blocklist import KnownHashes, read_known
+from diptych.curate.images.prepare import prepare
 from diptych.curate.rows import with_reason
-from diptych.errors import DownloadError, PictureError, ShardError, UsageError
-from diptych.image_file import find_format
+from diptych.errors import PictureError, ShardError, UsageError
+from diptych.stage.engines import end_with_parent
 from diptych.stage.folder import MANIFEST_FILE, read_manifest, read_part
 from diptych.stage.job import Task
 from diptych.stage.run import Execute, StageReport, tasks_of
 
-_UNREACHED = frozenset({"dns", "connect", "tls", "timeout", "robots_unreachable"})
-_PAUSING = ("http_429", "http_503")
-_WINDOW = 4096
-_DNS_LAST = 500
-_DNS_SHARE = 0.6
 _ROWS = 64
 """Rows of a batch that is given on with pictures: bounds the memory."""
 
@@ -78,22 +66,19 @@ def run(
     _plan(config, tasks, ledger)
     asked = _ask_all(config, known, on_progress)
     _reopen_changed(config, tasks, ledger)
-    stage = Build(
-        ledger=ledger,
-        partitions=config.partitions,
-        known=known,
-        size=config.size,
-        quality=config.quality,
-        keep_original=config.keep_original,
-        min_side=config.min_side,
-        max_aspect=config.max_aspect,
-        max_pixels=config.max_pixels,
-    )
+    prepared: dict[str, Any] = {
+        "size": config.size,
+        "quality": config.quality,
+        "keep_original": config.keep_original,
+        "min_side": config.min_side,
+        "max_aspect": config.max_aspect,
+        "max_pixels": config.max_pixels,
+    }
     report = execute(
-        stage,
+        Build(ledger=ledger, partitions=config.partitions, known=known, **prepared),
         tasks,
         config.out,
-        _deciding(config) | {name: vars(stage)[name] for name in _BUILT} | {"known_hashes": config.known_hashes},
+        _deciding(config) | prepared | {"known_hashes": config.known_hashes},
         schema=_schema(tasks),
         parent=read_manifest(config.folder).hash if (config.folder / MANIFEST_FILE).exists() else None,
     )
@@ -122,14 +107,16 @@ def forget(out: Path, urls: Iterable[str]) -> int:
     return known
 
 
-_BUILT = ("size", "quality", "keep_original", "min_side", "max_aspect", "max_pixels")
-_DECIDING = ("product", "max_bytes", "max_redirects", "ports", "robots", "opt_outs")
-
-
 def _deciding(config: FetchConfig) -> dict[str, Any]:
     """What decides whether an address may be asked and its answer kept; the rest only decides when."""
-    values = {name: vars(config)[name] for name in _DECIDING}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        "product": config.product,
+        "max_bytes": config.max_bytes,
+        "max_redirects": config.max_redirects,
+        "ports": list(config.ports),
+        "robots": config.robots,
+        "opt_outs": list(config.opt_outs),
+    }
 
 
 def _begin(config: FetchConfig, ledger: Path) -> None:
@@ -174,158 +161,9 @@ def _ask_all(config: FetchConfig, known: KnownHashes, on_progress: Callable[[Cou
     if config.partitions == 1:
         return fetch_partition(config, 0, known, on_progress=on_progress)
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(config.partitions, context, initializer=_die_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(config.partitions, context, initializer=end_with_parent) as pool:
         running = [pool.submit(fetch_partition, config, place, known) for place in range(config.partitions)]
         return sum(future.result() for future in running)
-
-
-def _die_with_parent() -> None:
-    """A killed run leaves no process behind that goes on asking."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def fetch_partition(
-    config: FetchConfig,
-    place: int,
-    known: Known | None = None,
-    *,
-    guard: Guard | None = None,
-    on_progress: Callable[[Counter[str]], None] | None = None,
-) -> int:
-    """Ask all open addresses of one partition; returns how many."""
-    guard = guard or Guard(allowed=parse_allowed(config.allow_host))
-    with Ledger(config.out / "ledger" / f"{place:04d}") as ledger:
-        return asyncio.run(_Fetcher(config, ledger, guard, known or None, on_progress).run())
-
-
-class _Fetcher:
-    """One partition's event loop."""
-
-    def __init__(
-        self,
-        config: FetchConfig,
-        ledger: Ledger,
-        guard: Guard,
-        known: Known | None,
-        on_progress: Callable[[Counter[str]], None] | None,
-    ) -> None:
-        self._config = config
-        self._ledger = ledger
-        self._known = known
-        self._visitor = Visitor(config, guard, ledger)
-        self._schedule = Schedule(config.per_host)
-        self._on_progress = on_progress
-        self._counts: Counter[str] = Counter()
-        self._last: deque[bool] = deque(maxlen=_DNS_LAST)
-
-    async def run(self) -> int:
-        feed = self._ledger.iter_open(self._config.retry)
-        running: set[asyncio.Task[None]] = set()
-        told = time.monotonic()
-        async with self._visitor:
-            try:
-                while True:
-                    self._fill(feed)
-                    wait = self._start(running)
-                    if not running and not len(self._schedule):
-                        return self._counts.total()
-                    await self._some(running, wait)
-                    if self._on_progress is not None and time.monotonic() - told > 1:
-                        told = time.monotonic()
-                        self._on_progress(self._counts.copy())
-            finally:
-                for task in running:
-                    task.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
-
-    def _fill(self, feed: Iterator[str]) -> None:
-        while len(self._schedule) < _WINDOW and (url := next(feed, None)) is not None:
-            self._schedule.add(Download(url, host_of(url)))
-
-    def _start(self, running: set[asyncio.Task[None]]) -> float | None:
-        """Start what may start; returns seconds until something else may."""
-        while len(running) < self._config.concurrency:
-            now = time.monotonic()
-            job = self._schedule.take(now)
-            if not isinstance(job, Download):
-                return None if job is None else max(0.0, job - now)
-            running.add(asyncio.create_task(self._one(job)))
-        return None
-
-    async def _some(self, running: set[asyncio.Task[None]], wait: float | None) -> None:
-        if not running:
-            await asyncio.sleep(wait or 0)
-            return
-        done, _ = await asyncio.wait(running, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            running.discard(task)
-            task.result()  # what is not a NotFetched is a bug or a full disk: stop
-
-    async def _one(self, job: Download) -> None:
-        if self._schedule.failures(job.host) >= self._config.dead_after:
-            self._give_up(job, NotFetched(job.reason, "the host could not be reached several times in a row"))
-            self._schedule.finish(job)
-            return
-        job.tries += 1
-        try:
-            picture = await self._visitor.fetch(job.url)
-            await self._check(picture)
-        except NotFetched as error:
-            self._failed(job, error)
-        else:
-            self._schedule.note(job.host, reached=True)
-            final = picture.url if picture.url != job.url else None
-            digest = hashlib.sha256(picture.data).hexdigest()
-            self._ledger.store(job.url, picture.data, sha256=digest, final_url=final, tries=job.tries)
-            self._count(OK)
-        finally:
-            delay = self._visitor.crawl_delay(job.url)
-            if delay:
-                self._schedule.slow(job.host, delay)
-            self._schedule.finish(job)
-
-    async def _check(self, picture: Picture) -> None:
-        """Before anything is written."""
-        if find_format(picture.data) not in FORMATS:
-            raise NotFetched("not_a_picture", repr(picture.data[:16]))
-        listed = await asyncio.to_thread(self._known, picture.data) if self._known is not None else None
-        if listed is not None:
-            raise NotFetched("known_hash", listed)
-
-    def _failed(self, job: Download, error: NotFetched) -> None:
-        now, reason, wait = time.monotonic(), error.reason, error.wait
-        self._schedule.note(job.host, reached=reason not in _UNREACHED)
-        job.reason = reason
-        backoff = self._config.backoff * 2 ** (job.tries - 1)
-        pause = max(wait or 0.0, backoff)
-        if reason in _PAUSING:
-            self._schedule.pause(job.host, now + min(pause, self._config.max_wait))
-        if is_transient(reason) and job.tries < self._config.attempts and pause <= self._config.max_wait:
-            self._schedule.add(job, now + pause)
-            return
-        self._give_up(job, error)
-
-    def _give_up(self, job: Download, error: NotFetched) -> None:
-        again_at = time.time() + error.wait if error.wait is not None and is_transient(error.reason) else None
-        self._ledger.fail(job.url, error.reason, detail=error.detail, tries=job.tries, again_at=again_at)
-        self._count(error.reason)
-
-    def _count(self, outcome: str) -> None:
-        self._counts[outcome] += 1
-        self._last.append(outcome == "dns")
-        if len(self._last) == _DNS_LAST and sum(self._last) > _DNS_SHARE * _DNS_LAST:
-            raise DownloadError(
-                f"{sum(self._last)} of the last {_DNS_LAST} addresses had a name that was not found: the resolver is "
-                "overloaded or away; use a local caching resolver or fewer --concurrency, then run again: nothing "
-                "that was fetched is lost"
-            )
 
 
 def _schema(tasks: Sequence[Task]) -> pa.Schema:

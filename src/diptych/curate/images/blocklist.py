@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diptych.curate.images.prepare import MAX_PIXELS, hash_picture
+from diptych.curate.images.prepare import hash_picture
+from diptych.decode import MAX_PIXELS
 from diptych.errors import NotFoundError, PictureError, UsageError
 
 _DIGITS = {32: "md5", 40: "sha1", 64: "sha256"}

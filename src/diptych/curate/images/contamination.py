@@ -237,7 +237,7 @@ def _sample(config: ContaminationConfig) -> list[Image.Image]:
         for key, image in iter_pictures(path):
             if key in wanted and image:
                 wanted.discard(key)
-                picture = on_white(decode_small(image, 512, 100_000_000))
+                picture = on_white(decode_small(image, 512))
                 picture.thumbnail((512, 512))
                 pictures.append(picture)
     return pictures

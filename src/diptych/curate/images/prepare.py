@@ -7,12 +7,12 @@ EXIF orientation turns it is decoded, turned, made smaller and stored as JPEG, w
 """
 
 import io
-import warnings
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from diptych.curate.images.phash import perceptual_hashes
+from diptych.decode import MAX_PIXELS, decode, open_header
 from diptych.errors import PictureError
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
@@ -20,8 +20,6 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
 """What is stored as it came."""
 
-MAX_PIXELS = 100_000_000
-"""Default for what is decoded."""
 HASHED_SIDE = 128
 """Pixels of the shorter side of what perceptual hashes are made of."""
 
@@ -40,36 +38,9 @@ class Prepared:
     original_height: int
 
 
-def open_bounded(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header; raises PictureError. Nothing is decoded yet."""
-    Image.init()  # without it Pillow knows only its five most common formats
-    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF may be left out of a build
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata, and bombs, which are decided here
-            image = Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        raise PictureError("not_a_picture", f"{len(data)} bytes of no format that is taken") from None
-    except Image.DecompressionBombError as error:
-        raise PictureError("too_many_pixels", str(error)) from None
-    except Exception as error:  # parsers raise whatever the bytes made them stumble over
-        raise PictureError("truncated", f"{type(error).__name__}: {error}") from None
-    if image.width * image.height > max_pixels:
-        raise PictureError("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels:,}")
-    return image
-
-
-def decode_small(data: bytes, side: int, max_pixels: int) -> Image.Image:
-    """Decode, at a reduced scale if both sides stay at least `side`; raises PictureError."""
-    image = open_bounded(data, max_pixels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image.draft("RGB", (side, side))
-            image.load()
-        except Exception as error:
-            raise PictureError("truncated", f"{type(error).__name__}: {error}") from None
-    return image
+def decode_small(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one of FORMATS, at a reduced scale if both sides stay at least `side`; raises PictureError."""
+    return decode(data, formats=FORMATS, max_pixels=max_pixels, side=side)
 
 
 def decode_to_hash(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -103,7 +74,7 @@ def prepare(
     max_pixels: int,
 ) -> Prepared:
     """Make a picture ready to be stored; raises PictureError with the reason to drop it."""
-    image = open_bounded(data, max_pixels)
+    image = open_header(data, formats=FORMATS, max_pixels=max_pixels)
     turned = _orientation(image)
     width, height = image.size if turned < 5 else image.size[::-1]
     short, long = min(width, height), max(width, height)

@@ -28,7 +28,7 @@ from diptych.curate.images.blocklist import KnownHashes, read_known
 from diptych.curate.images.config import PicturesConfig
 from diptych.curate.images.contamination import hash_set, picture_files, read_hashes
 from diptych.curate.images.phash import Hashes, find_near, first_alike, perceptual_hashes
-from diptych.curate.images.prepare import HASHED_SIDE, MAX_PIXELS, decode_small, on_white, to_hash
+from diptych.curate.images.prepare import HASHED_SIDE, decode_small, on_white, to_hash
 from diptych.curate.rows import with_reason
 from diptych.errors import PictureError, UsageError
 from diptych.stage.folder import read_manifest, read_part, read_rows
@@ -110,7 +110,7 @@ class Facts:
         if not image:
             return dict.fromkeys(FACTS.names) | {"broken": "empty"}
         try:
-            picture = on_white(decode_small(image, 2 * HASHED_SIDE, MAX_PIXELS))
+            picture = on_white(decode_small(image, 2 * HASHED_SIDE))
         except PictureError as error:
             return dict.fromkeys(FACTS.names) | {"broken": error.reason}
         red, green, blue = picture.resize((1, 1), Image.Resampling.BOX).tobytes()

@@ -27,6 +27,7 @@ from diptych.curate.rows import CANDIDATES, with_reason
 from diptych.curate.text.config import NearTextConfig, Scope
 from diptych.curate.text.words import normalise
 from diptych.errors import ShardError
+from diptych.shards.order import mix
 from diptych.stage.folder import part_paths, read_manifest, read_part
 from diptych.stage.run import Execute, StageReport, Task, part_name, tasks_of
 
@@ -143,14 +144,6 @@ def _pieces(text: str) -> U64:
     codes = np.frombuffer(f" {plain} ".encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
     joined = codes[:-2] | (codes[1:-1] << np.uint64(21)) | (codes[2:] << np.uint64(42))
     return mix(joined)
-
-
-def mix(values: U64) -> U64:
-    """Steele, Lea and Flood's splitmix64 finaliser."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def band_rows(hashes: int, similarity: float) -> int:
