@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from diptych import files
 from diptych.checkpoint.formats import native
 from diptych.checkpoint.loaded import Loaded, build_meta
+from diptych.checkpoint.weights.write import on_first
 from diptych.config import from_dict, to_dict
 from diptych.errors import NonFiniteLossError, UsageError
 from diptych.image import Preprocess, open_picture
@@ -28,7 +28,6 @@ from diptych.train.finetune import features, guard, lora
 from diptych.train.finetune.start import choose_lr_scales, count_trained, load_start, lock
 from diptych.train.loss import clip_loss, siglip_loss
 from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
-from diptych.train.parallel import save as sharded
 from diptych.train.parallel import wrap as parallel
 from diptych.train.parallel.micro_batch import choose_micro_batch_size
 from diptych.train.run_folder.checkpoints import CheckpointManager
@@ -319,45 +318,35 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step: the whole model, whatever the ranks hold of it."""
-        folder = native.step_folder(self.config.out, self.state.step)
+        config, state = self.config, self.state
+        uses_lora = config.start.lora_rank is not None
         tensors = optimizer_tensors(self.optimizer, self.model) | {"rng.cpu": torch.get_rng_state()}
-        if self.config.start.lora_rank is not None:
-            tensors |= lora.parts(self.model)
-        is_cut = parallel.is_cut(self.model)
-        if self.ranks.is_first:
-            self._write(folder, tensors, partial(sharded.write, ranks=self.ranks) if is_cut else native.save_tensors)
-        elif is_cut:
-            for file in (self.model.state_dict(), tensors):  # in the order of native.write
-                sharded.write(file, None, self.ranks)
-        self.ranks.barrier()
-
-    def _write(self, folder: Path, tensors: Mapping[str, Tensor], put: native.SaveTensors) -> None:
         values = {
-            "step": self.state.step,
+            "step": state.step,
             "steps": self.steps,
-            "samples_seen": self.state.samples_seen,
-            "loss": self.state.loss,
+            "samples_seen": state.samples_seen,
+            "loss": state.loss,
             "position": to_dict(self.loader.position),
             "log_bytes": self.logs.sizes(),
-            "skipped": dict(self.state.skipped),
-            "metrics": self.state.metrics,
-            "start_metrics": self.state.start_metrics,
+            "skipped": dict(state.skipped),
+            "metrics": state.metrics,
+            "start_metrics": state.start_metrics,
             "best": self.keeper.best,
             "dtype": str(self.dtype).removeprefix("torch."),
             "world_size": self.ranks.world_size,
             "micro_batch_size": self.micro_batch_size,
-            "config": to_dict(self.config),
+            "config": to_dict(config),
         }
         native.save(
-            folder,
-            Loaded(
-                self.model if self.config.start.lora_rank is None else lora.merged(self.model),
-                self.preprocess,
-                self.tokenizer,
-            ),
-            native.TrainingState(tensors=tensors, values=values),
-            put,
+            native.step_folder(config.out, state.step),
+            Loaded(lora.merged(self.model) if uses_lora else self.model, self.preprocess, self.tokenizer),
+            native.TrainingState(tensors=tensors | (lora.parts(self.model) if uses_lora else {}), values=values),
+            self.ranks,
         )
-        if self.config.start_model and self.config.start.lora_rank is not None:
-            lora.save(self.model, self.config.start, self.config.start_model, self.config.out / lora.ADAPTER)
-        self.keeper.saved(self.state.step, [*self.logs.files(), self.config.out / CONFIG])
+
+        def finish() -> None:
+            if config.start_model and uses_lora:
+                lora.save(self.model, config.start, config.start_model, config.out / lora.ADAPTER)
+            self.keeper.saved(state.step, [*self.logs.files(), config.out / CONFIG])
+
+        on_first(self.ranks, finish)

@@ -12,11 +12,11 @@ from typing import Any
 
 from diptych import files
 from diptych.checkpoint.formats import openai
-from diptych.checkpoint.formats.native import save_tensors
 from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
 from diptych.checkpoint.sources import Published
 from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import is_count, read_json, short
+from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
 from diptych.model.config import Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig, check_activation

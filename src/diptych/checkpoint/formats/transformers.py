@@ -15,10 +15,10 @@ from torch import Tensor
 
 from diptych import files
 from diptych.bpe import SINGLE_TOKENS
-from diptych.checkpoint.formats.native import save_tensors
 from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
 from diptych.checkpoint.weights.read import Source, Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import MAX_JSON, is_count, open_file, read_json, short
+from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import OPENAI_MEAN, OPENAI_STD, Preprocess
 from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig, check_activation
