@@ -10,7 +10,7 @@ import torch
 
 from diptych import __version__
 from diptych.checkpoint import layouts
-from diptych.checkpoint.formats import native, openai
+from diptych.checkpoint.formats import conventions, native
 from diptych.cli import exit_on_error, main
 from diptych.cli.classify import find_pictures
 from diptych.errors import NotFoundError
@@ -219,7 +219,7 @@ def test_inspect_tells_what_a_run_holds(run, capsys):
 def test_inspect_prints_json_for_machines_and_needs_no_activation(tmp_path, capsys):
     loaded = make_loaded(small(TINY_VIT))
     SMALL_VOCABULARY.save(tmp_path)
-    torch.save(openai.openai_state(loaded.model.state_dict().items()), tmp_path / "bare.pt")
+    torch.save(conventions.openai_state(loaded.model.state_dict().items()), tmp_path / "bare.pt")
     assert call("inspect", tmp_path / "bare.pt", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["layout"], found["activation"], found["model"]["activation"]) == ("state dict", None, None)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diptych.checkpoint.formats import native, open_clip, openai, transformers
+from diptych.checkpoint.formats import conventions, native, open_clip, openai, transformers
 from samples import TINY_VIT, make_loaded, small
 
 Case = Callable[[Path, Path], Path]
@@ -41,7 +41,7 @@ def honest() -> Any:
 
 
 def state() -> dict[str, torch.Tensor]:
-    return openai.openai_state(honest().model.state_dict().items())
+    return conventions.openai_state(honest().model.state_dict().items())
 
 
 def header() -> tuple[dict[str, Any], bytes]:

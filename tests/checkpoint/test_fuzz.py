@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diptych.checkpoint import layouts
-from diptych.checkpoint.formats import native, openai, transformers
+from diptych.checkpoint.formats import conventions, native, transformers
 from diptych.errors import DiptychError
 from samples import SMALL_VOCABULARY, TINY_VIT, make_loaded, small
 
@@ -94,7 +94,7 @@ def test_any_byte_of_a_description_may_be_anything(tmp_path, kind):
     elif kind == "torchscript":
         shutil.copy(FOREIGN / "torchscript_vit/model.pt", path)
     else:
-        state = openai.openai_state(make_loaded(small(TINY_VIT)).model.state_dict().items())
+        state = conventions.openai_state(make_loaded(small(TINY_VIT)).model.state_dict().items())
         torch.save({"epoch": 1, "state_dict": state, "optimizer": {"a": [1, 2.0, "x", None]}}, path)
     original = path.read_bytes()
     if kind == "safetensors":

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diptych.checkpoint import layouts
-from diptych.checkpoint.formats import native, open_clip, openai, transformers
+from diptych.checkpoint.formats import conventions, native, open_clip, transformers
 from diptych.checkpoint.weights import archive
 from diptych.checkpoint.weights.read import read_tensor_file
 from diptych.errors import ActivationUnknownError, CheckpointError, NotFoundError, UsageError
@@ -162,7 +162,7 @@ def bare(tmp_path, state, name="weights.pt"):
 
 
 def openai_state(loaded):
-    return openai.openai_state(loaded.model.state_dict().items())
+    return conventions.openai_state(loaded.model.state_dict().items())
 
 
 WRAPPERS = {
@@ -571,7 +571,7 @@ def test_a_torchscript_archive_shows_its_activation_by_the_classes_of_its_module
     assert (opened.layout, opened.config.activation) == ("TorchScript archive", activation)
     assert cls.__name__ in opened.evidence["activation"]
     back = layouts.load(tmp_path / "model.pt").model.state_dict()
-    assert all(torch.equal(back[openai.from_openai(n)], t.float()) for n, t in state.items())
+    assert all(torch.equal(back[conventions.from_openai(n)], t.float()) for n, t in state.items())
     assert len(back) == len(state)
 
 

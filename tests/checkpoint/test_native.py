@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_alone(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(native, "save_file", full)
+    monkeypatch.setattr(native, "write_parts", full)
     with pytest.raises(OSError, match="no space"):
         native.save(tmp_path / "model", make())
     assert (tmp_path / "model/model.safetensors").read_bytes() == before

@@ -25,7 +25,7 @@ from diptych.model.clip import CLIP
 from diptych.pair import Pair
 from diptych.shards.dataset import load_dataset
 from diptych.shards.write import write_shards
-from diptych.train import loop, setup, trainer
+from diptych.train import loop, setup, step
 from samples import TINY_RESNET, TINY_VIT, encode, make_pairs, noise, train_config, write_samples
 
 TRAIN = """
@@ -109,7 +109,7 @@ def test_temperature_never_passes_100(data, tmp_path, monkeypatch):
     def rewarded_for_scale(image_features, text_features, logit_scale, **_):
         return (image_features.sum() + text_features.sum()) * 0 - logit_scale
 
-    monkeypatch.setattr(trainer, "clip_loss", rewarded_for_scale)
+    monkeypatch.setattr(step, "clip_loss", rewarded_for_scale)
     reports = []
     loop.run(train_config(data, tmp_path / "run", steps=8, lr=0.5, warmup=0), on_step=reports.append)
     assert max(report.logit_scale for report in reports) == pytest.approx(100, rel=1e-5)
@@ -137,14 +137,14 @@ def test_evaluators_see_the_model_in_evaluation_mode_and_their_numbers_are_kept(
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(data, tmp_path, monkeypatch):
-    real, weights = trainer.clip_loss, {}
+    real, weights = step.clip_loss, {}
 
     def poisoned(image_features, text_features, logit_scale, **_):
         weights["calls"] = weights.get("calls", 0) + 1
         loss = real(image_features, text_features, logit_scale)
         return loss * float("nan") if weights["calls"] == 3 else loss
 
-    monkeypatch.setattr(trainer, "clip_loss", poisoned)
+    monkeypatch.setattr(step, "clip_loss", poisoned)
     steps = []
     with pytest.raises(NonFiniteLossError, match=r"step 3 .*not updated"):
         loop.run(train_config(data, tmp_path / "run", steps=10), on_step=lambda report: steps.append(report.step))

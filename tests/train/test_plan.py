@@ -125,7 +125,7 @@ def test_tiles_are_those_of_the_loss():
 # --- bytes between processes ----------------------------------------------------------------------------------------
 
 SCRIPT = """
-import contextlib, json, sys, types
+import json, sys, types
 sys.path.insert(0, {tests!r})
 from collections import Counter
 import torch, torch.distributed as dist
@@ -133,7 +133,6 @@ import samples
 from diptych import ranks as jobs
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
-from diptych.train import loss
 from diptych.train.parallel import wrap as parallel
 from diptych.train.step import Step
 torch.set_num_threads(1)
@@ -157,8 +156,8 @@ batch = types.SimpleNamespace(
     image_features=None,
     text_features=None,
 )
-step = Step(model=engine, plain=model, criterion=lambda output, _: loss.clip_loss(*output, ranks=ranks), seed=0,
-            preprocess=Preprocess(image_size=32), device=torch.device("cpu"), precision=contextlib.nullcontext)
+step = Step(model=engine, plain=model, ranks=ranks, seed=0, preprocess=Preprocess(image_size=32),
+            device=torch.device("cpu"), dtype=torch.float32)
 step.gradients(batch, 0, {micro_batch_size})
 print(json.dumps(sent | {{"gradients": ranks.sent["gradients"]}}))
 jobs.disconnect(ranks)

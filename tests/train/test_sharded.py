@@ -147,16 +147,51 @@ def test_a_rank_that_hangs_ends_in_one_clear_error_within_the_timeout(data, stra
     assert_goes_on_as(straight, data, tmp_path / "run")
 
 
-def test_a_rank_without_room_ends_all_with_its_reason(data, straight, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_room_ends_all_with_its_reason(data, straight, tmp_path, rank):
     no_room = "__import__('resource').setrlimit(__import__('resource').RLIMIT_FSIZE, (4096, 4096))"
-    on_step = f"__import__('os').environ['RANK'] == '1' and report.step == 5 and {no_room}"
+    on_step = f"__import__('os').environ['RANK'] == '{rank}' and report.step == 5 and {no_room}"
     both = jobs.start(data, tmp_path / "run", 2, steps=8, checkpoint_every=3, sharding="fsdp", on_step=on_step)
     for process in both:
         output = process.communicate(timeout=90)[0]
         assert process.returncode == 2
-        assert "CheckpointError rank 1 of 2 could not write its part of a checkpoint: " in output
+        assert f"CheckpointError rank {rank} of 2 could not write its part of a checkpoint: " in output
         assert "File too large" in output
     assert_goes_on_as(straight, data, tmp_path / "run")
+
+
+FAILS = """from diptych import files
+    from diptych.checkpoint.formats import native
+    from diptych.tokenizer import Tokenizer
+    from diptych.train.run_folder.checkpoints import CheckpointManager
+    job = loop.connect(20.0, 'cpu'); t = trainer.Trainer(config, job, lambda _: None); t.resume()
+    def full(*_):
+        raise OSError('no space left on device')
+    places = ((files, 'atomic_folder'), (native, 'make_file'), (Tokenizer, 'save'), (native, '_describe'),
+        (files, 'sync_folder'), (CheckpointManager, 'saved'))
+    for owner, name in places:
+        whole = getattr(owner, name)
+        if job.is_first:
+            setattr(owner, name, full)
+        try:
+            t.save()
+        except DiptychError as error:
+            print(type(error).__name__, error)
+        setattr(owner, name, whole)
+    t.save(); loop.disconnect(job)"""
+"""Let the first rank fail at each thing that it does alone, then write a checkpoint."""
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "ddp"])
+def test_whatever_the_first_rank_fails_at_no_other_waits_for_it(data, straight, tmp_path, sharding):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    for output in jobs.run(data, out, 2, steps=8, checkpoint_every=3, sharding=sharding, work=FAILS):
+        lines = output.splitlines()
+        told = "CheckpointError rank 0 of 2 could not write its part of a checkpoint: no space left on device"
+        assert [line.startswith(told) for line in lines] == [True] * 6, lines
+    assert not list(out.glob(".*.tmp"))
+    native.read_description(out / "step_00000008")
 
 
 def assert_goes_on_as(straight: Path, data: Path, out: Path) -> None:

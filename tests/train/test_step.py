@@ -1,7 +1,5 @@
 """Gradient caching equals one pass."""
 
-import contextlib
-import functools
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,6 @@ from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Position
-from diptych.train.loss import clip_loss, siglip_loss
 from diptych.train.parallel.micro_batch import choose_micro_batch_size, kept_bytes
 from diptych.train.step import Step
 from samples import TINY_RESNET, TINY_VIT
@@ -21,16 +18,13 @@ from samples import TINY_RESNET, TINY_VIT
 def make_step(config, *, patch_dropout=0.0, seed=0, dtype=torch.float32):
     torch.manual_seed(0)
     model = CLIP(config)
-    loss = siglip_loss if config.logit_bias else clip_loss
     return Step(
         model=model,
         plain=model,
-        criterion=lambda output, groups: loss(*output, groups=groups),
+        ranks=Ranks(),
         preprocess=Preprocess(image_size=config.vision.image_size),
         device=torch.device("cpu"),
-        precision=contextlib.nullcontext
-        if dtype is torch.float32
-        else functools.partial(torch.autocast, "cpu", dtype=dtype),
+        dtype=dtype,
         seed=seed,
         patch_dropout=patch_dropout,
     )

@@ -10,7 +10,7 @@ each micro-batch again, its features' derivatives pushed back into the weights. 
   a rank's batch is: with BatchNorm, and only with it, the size of the micro-batch is part of the model.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -21,27 +21,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diptych.image import Preprocess
-from diptych.model.clip import CLIP, Output
+from diptych.model.clip import CLIP, CLIPOutput, Output
 from diptych.model.config import ViTConfig
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch
 from diptych.shards.order import derive_seed, hash_positions
 from diptych.train.config import Positives
+from diptych.train.loss import clip_loss, siglip_loss
 
-Criterion = Callable[[Output, Tensor | None], Tensor]
-"""(features and scale, groups) -> the loss of the global batch."""
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Let matrix products be computed in a type; float32 leaves them as they are."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How a batch is put through the model: `model` may be wrapped, `plain` is what is inside."""
+    """How a batch is put through the model: `model` may be wrapped for many ranks, `plain` is the CLIP inside."""
 
     model: nn.Module
     plain: CLIP
-    criterion: Criterion
+    ranks: Ranks
     preprocess: Preprocess
     device: torch.device
-    precision: Callable[[], AbstractContextManager[None]]
+    dtype: torch.dtype
+    """Type of the towers' matrix products."""
     seed: int
     patch_dropout: float = 0.0
 
@@ -53,22 +57,28 @@ class Step:
         count = len(batch.image)
         if micro_batch_size >= count:
             output = self.forward(batch, slice(0, count), first)
-            loss = self.criterion(output, groups)
+            loss = self.loss(output, groups)
             if torch.isfinite(loss):
                 loss.backward()
             return loss.detach()
         parts = [slice(start, min(start + micro_batch_size, count)) for start in range(0, count, micro_batch_size)]
         with torch.no_grad():
             cached = [self.forward(batch, part, first) for part in parts]
-        leaves = type(cached[0])(  # features are joined, scale and bias are the same in all
-            *(torch.cat(column) if column[0].ndim else column[0] for column in zip(*cached, strict=True))
+        joined = cached[0]._replace(  # the scale and the bias are equal in all
+            image_features=torch.cat([output.image_features for output in cached]),
+            text_features=torch.cat([output.text_features for output in cached]),
         )
-        leaves = type(leaves)(*(leaf.detach().requires_grad_() for leaf in leaves))
-        loss = self.criterion(leaves, groups)
+        leaves = joined._make(tensor.detach().requires_grad_() for tensor in joined)
+        loss = self.loss(leaves, groups)
         if torch.isfinite(loss):
             derivatives = torch.autograd.grad(loss, list(leaves))
             self._push_back(batch, first, parts, derivatives)
         return loss.detach()
+
+    def loss(self, output: Output, groups: Tensor | None) -> Tensor:
+        """The loss of the global batch, by this rank's features."""
+        function = clip_loss if isinstance(output, CLIPOutput) else siglip_loss
+        return function(*output, groups=groups, ranks=self.ranks)
 
     def _push_back(self, batch: Batch, first: int, parts: list[slice], derivatives: tuple[Tensor, ...]) -> None:
         with frozen_statistics(self.plain):
@@ -90,7 +100,7 @@ class Step:
             None if features is None else features[part].to(self.device, non_blocking=True)
             for features in (batch.image_features, batch.text_features)
         ]
-        with self.precision():
+        with autocast(self.device, self.dtype):
             return self.model(image, text, self.draw_patches(first + part.start, len(image)), *stored)
 
     def draw_patches(self, first: int, count: int) -> Tensor | None:

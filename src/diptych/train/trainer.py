@@ -3,32 +3,28 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diptych import files
 from diptych.checkpoint.formats import native
 from diptych.checkpoint.loaded import Loaded, build_meta
+from diptych.checkpoint.weights.write import on_first
 from diptych.config import from_dict, to_dict
 from diptych.errors import NonFiniteLossError, UsageError
 from diptych.image import Preprocess, open_picture
-from diptych.model.clip import CLIP, MAX_LOGIT_SCALE, CLIPOutput, Output
+from diptych.model.clip import CLIP, MAX_LOGIT_SCALE
 from diptych.model.device import choose_device
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
 from diptych.train.config import OptimConfig, TrainConfig
 from diptych.train.finetune import features, guard, lora
 from diptych.train.finetune.start import choose_lr_scales, count_trained, load_start, lock
-from diptych.train.loss import clip_loss, siglip_loss
 from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
-from diptych.train.parallel import save as sharded
 from diptych.train.parallel import wrap as parallel
 from diptych.train.parallel.micro_batch import choose_micro_batch_size
 from diptych.train.run_folder.checkpoints import CheckpointManager
@@ -49,7 +45,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, on_note: Callable[[str], None]) -> None:
         self.config, self.ranks = config, ranks
         self.device = choose_device(config.run.device, ranks)
-        self.dtype = choose_dtype(config.run, self.device)
+        dtype = choose_dtype(config.run, self.device)
         start = load_start(config)
         self.tokenizer = start.tokenizer if start else load_tokenizer(config)
         self.preprocess = start.preprocess if start else Preprocess(image_size=config.model.vision.image_size)
@@ -73,7 +69,7 @@ class Trainer:
             )
         self.model = (start.model if start else build_model(config)).to(self.device)
         if start:
-            self._prepare_start(on_note)
+            self._prepare_start(dtype, on_note)
         if config.run.recompute:
             parallel.recompute_blocks(self.model)
         self.module = parallel.wrap(self.model, ranks, config.run.sharding)
@@ -86,16 +82,16 @@ class Trainer:
         self.step = Step(
             model=self.module,
             plain=self.model,
-            criterion=self.criterion,
+            ranks=ranks,
             preprocess=self.preprocess,
             device=self.device,
-            precision=self.precision,
+            dtype=dtype,
             seed=config.loader.seed,
             patch_dropout=config.loss.patch_dropout,
         )
         self._is_compiled = False
 
-    def _prepare_start(self, on_note: Callable[[str], None]) -> None:
+    def _prepare_start(self, dtype: torch.dtype, on_note: Callable[[str], None]) -> None:
         """Fine-tuning: lock a tower and have its features, add LoRA's matrices."""
         start = self.config.start
         lock(self.model, start)
@@ -103,20 +99,19 @@ class Trainer:
         if start.lock != "none" and reason:
             on_note(f"features of the locked {start.lock} tower are not kept: {reason}")
         elif not reason:
-            self.loader.stored = self._store_features(on_note)
+            self.loader.stored = self._store_features(dtype, on_note)
         if start.lora_rank is not None:
             lora.inject(self.model, start, self.config.loader.seed)
         trained, total = count_trained(self.model)
         on_note(f"fine-tuning {self.config.start_model}: {trained:,} of {total:,} numbers are trained")
 
-    def _store_features(self, on_note: Callable[[str], None]) -> StoredFeatures:
+    def _store_features(self, dtype: torch.dtype, on_note: Callable[[str], None]) -> StoredFeatures:
         start = self.config.start
         tower = features.Tower(
             loaded=Loaded(self.model.eval(), self.preprocess, self.tokenizer),
             image=start.lock == "image",
             device=self.device,
-            dtype=self.dtype,
-            precision=self.precision,
+            dtype=dtype,
             stored=np.dtype(start.feature_type),
         )
 
@@ -141,12 +136,6 @@ class Trainer:
         state = self.state
         found = guard.lost(state.start_metrics, state.metrics, self.config.start.stop_when_lost)
         return tuple(change.name for change in found)
-
-    @property
-    def plain(self) -> CLIP:
-        """The model as users load it: on this rank alone, and LoRA's matrices added to what they belong to."""
-        model = parallel.whole(self.model)
-        return model if self.config.start.lora_rank is None else lora.merged(model)
 
     def compile(self) -> None:
         """Compile the towers in place: names in the state dict stay as they are."""
@@ -196,7 +185,8 @@ class Trainer:
         restore_optimizer(self.optimizer, self.model, training.tensors)
         torch.set_rng_state(training.tensors["rng.cpu"].clone())  # it wants memory that is aligned
         values = training.values
-        self.dtype = getattr(torch, values["dtype"])  # what `auto` meant on the machine where the run began
+        dtype = getattr(torch, values["dtype"])  # what `auto` meant on the machine where the run began
+        self.step = replace(self.step, dtype=dtype)
         self.steps = self.config.run.extend_to or values["steps"]  # whatever the batch size says now
         if values["world_size"] == self.ranks.world_size and not self.config.run.micro_batch_size:
             self.micro_batch_size = values["micro_batch_size"]
@@ -245,11 +235,6 @@ class Trainer:
         self.state.loss = value
         self._note_skipped(batch)
 
-    def criterion(self, output: Output, groups: Tensor | None) -> Tensor:
-        """The loss of the global batch, by this rank's features."""
-        loss = clip_loss if isinstance(output, CLIPOutput) else siglip_loss
-        return loss(*output, groups=groups, ranks=self.ranks)
-
     def _grad_norms(self) -> tuple[float, float]:
         """Gradient norms of both towers; gradients are shortened to `max_grad_norm` if there is one."""
         towers = []
@@ -279,12 +264,6 @@ class Trainer:
             for key, reason in skipped:
                 self.logs.append(SKIPPED, {"step": self.state.step, "key": key, "reason": reason})
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """Matrix products in the run's type."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            yield
-
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens `every` so many steps, and at the end, happens now."""
         return self.state.step == self.steps or (every is not None and self.state.step % every == 0)
@@ -303,7 +282,8 @@ class Trainer:
     def evaluate(self, evaluators: Sequence[Evaluator]) -> Evaluation:
         """Ask every evaluator about the model as it is; on every rank, so that they can share the work."""
         self.model.eval()
-        model = self.plain
+        model = parallel.whole(self.model)
+        model = model if self.config.start.lora_rank is None else lora.merged(model)
         model.eval()
         with torch.inference_mode():
             for evaluator in evaluators:
@@ -319,45 +299,35 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step: the whole model, whatever the ranks hold of it."""
-        folder = native.step_folder(self.config.out, self.state.step)
+        config, state = self.config, self.state
+        uses_lora = config.start.lora_rank is not None
         tensors = optimizer_tensors(self.optimizer, self.model) | {"rng.cpu": torch.get_rng_state()}
-        if self.config.start.lora_rank is not None:
-            tensors |= lora.parts(self.model)
-        is_cut = parallel.is_cut(self.model)
-        if self.ranks.is_first:
-            self._write(folder, tensors, partial(sharded.write, ranks=self.ranks) if is_cut else native.save_tensors)
-        elif is_cut:
-            for file in (self.model.state_dict(), tensors):  # in the order of native.write
-                sharded.write(file, None, self.ranks)
-        self.ranks.barrier()
-
-    def _write(self, folder: Path, tensors: Mapping[str, Tensor], put: native.SaveTensors) -> None:
         values = {
-            "step": self.state.step,
+            "step": state.step,
             "steps": self.steps,
-            "samples_seen": self.state.samples_seen,
-            "loss": self.state.loss,
+            "samples_seen": state.samples_seen,
+            "loss": state.loss,
             "position": to_dict(self.loader.position),
             "log_bytes": self.logs.sizes(),
-            "skipped": dict(self.state.skipped),
-            "metrics": self.state.metrics,
-            "start_metrics": self.state.start_metrics,
+            "skipped": dict(state.skipped),
+            "metrics": state.metrics,
+            "start_metrics": state.start_metrics,
             "best": self.keeper.best,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.step.dtype).removeprefix("torch."),
             "world_size": self.ranks.world_size,
             "micro_batch_size": self.micro_batch_size,
-            "config": to_dict(self.config),
+            "config": to_dict(config),
         }
         native.save(
-            folder,
-            Loaded(
-                self.model if self.config.start.lora_rank is None else lora.merged(self.model),
-                self.preprocess,
-                self.tokenizer,
-            ),
-            native.TrainingState(tensors=tensors, values=values),
-            put,
+            native.step_folder(config.out, state.step),
+            Loaded(lora.merged(self.model) if uses_lora else self.model, self.preprocess, self.tokenizer),
+            native.TrainingState(tensors=tensors | (lora.parts(self.model) if uses_lora else {}), values=values),
+            self.ranks,
         )
-        if self.config.start_model and self.config.start.lora_rank is not None:
-            lora.save(self.model, self.config.start, self.config.start_model, self.config.out / lora.ADAPTER)
-        self.keeper.saved(self.state.step, [*self.logs.files(), self.config.out / CONFIG])
+
+        def finish() -> None:
+            if config.start_model and uses_lora:
+                lora.save(self.model, config.start, config.start_model, config.out / lora.ADAPTER)
+            self.keeper.saved(state.step, [*self.logs.files(), config.out / CONFIG])
+
+        on_first(self.ranks, finish)

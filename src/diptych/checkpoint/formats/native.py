@@ -15,22 +15,24 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diptych import files
 from diptych.checkpoint.loaded import Loaded, Opened, check_shapes
 from diptych.checkpoint.weights.read import Source, Weights, damaged
 from diptych.checkpoint.weights.tensors import beside, read_json, read_safetensors, short
+from diptych.checkpoint.weights.write import ALONE, make_file, on_every, on_first, write_parts
 from diptych.config import from_dict, to_dict
 from diptych.errors import CheckpointError, NotFoundError, UsageError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig
+from diptych.ranks import Ranks
 from diptych.tokenizer import Tokenizer
 
 FORMAT_VERSION = 3
@@ -50,39 +52,37 @@ class TrainingState:
     """Step, position, config: JSON."""
 
 
-SaveTensors = Callable[[Mapping[str, Tensor], Path], None]
-"""Writes a file of tensors."""
+def save(folder: Path, loaded: Loaded, training: TrainingState | None = None, ranks: Ranks = ALONE) -> None:
+    """Write a checkpoint folder, all or nothing. Every rank of a job comes here, with its parts of the same tensors."""
+    with ExitStack() as stack:
+        temporary = on_first(ranks, lambda: stack.enter_context(files.atomic_folder(folder)))
+        write(temporary, loaded, training, ranks)
+        on_first(ranks, stack.close)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors of any device as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
-
-
-def save(
-    folder: Path,
-    loaded: Loaded,
-    training: TrainingState | None = None,
-    put: SaveTensors = save_tensors,
-) -> None:
-    """Write a checkpoint folder, all or nothing; `put` writes a file of tensors, if they are not all here."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_folder(folder) as temporary:
-        write(temporary, loaded, training, put)
-
-
-def write(
-    folder: Path,
-    loaded: Loaded,
-    training: TrainingState | None = None,
-    put: SaveTensors = save_tensors,
-) -> None:
-    """Fill an empty folder."""
-    put(loaded.model.state_dict(), folder / WEIGHTS)
-    loaded.tokenizer.save(folder)
+def write(folder: Path, loaded: Loaded, training: TrainingState | None = None, ranks: Ranks = ALONE) -> None:
+    """Fill an empty folder: every rank writes its parts of the tensors, the first one the rest."""
+    tensors = {WEIGHTS: loaded.model.state_dict()}
     if training is not None:
-        put(training.tensors, folder / TRAINING_TENSORS)
-        files.write_json(folder / TRAINING, dict(training.values))
+        tensors[TRAINING_TENSORS] = dict(training.tensors)
+
+    def begin() -> None:
+        for name, some in tensors.items():
+            make_file(folder / name, some)
+        loaded.tokenizer.save(folder)
+        if training is not None:
+            files.write_json(folder / TRAINING, dict(training.values))
+
+    def write_tensors() -> None:
+        for name, some in tensors.items():
+            write_parts(folder / name, some, ranks)
+
+    on_first(ranks, begin)
+    on_every(ranks, write_tensors)
+    on_first(ranks, lambda: _describe(folder, loaded))
+
+
+def _describe(folder: Path, loaded: Loaded) -> None:
     description = {
         "format": "diptych checkpoint",
         "version": FORMAT_VERSION,

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from diptych import files
-from diptych.checkpoint.formats import openai
-from diptych.checkpoint.formats.native import save_tensors
+from diptych.checkpoint.formats.conventions import (
+    bare_tokenizer,
+    openai_sources,
+    openai_state,
+    published_preprocess,
+)
 from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
 from diptych.checkpoint.sources import Published
 from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import is_count, read_json, short
+from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
 from diptych.model.config import Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig, check_activation
@@ -70,8 +75,8 @@ def open_folder(
         path=folder,
         config=config,
         preprocess=preprocess,
-        tokenizer=openai.bare_tokenizer(file.paths[0], config),
-        weights=Weights(file=file, sources=openai.openai_sources(clean_names(file, file.paths[0]))),
+        tokenizer=bare_tokenizer(file.paths[0], config),
+        weights=Weights(file=file, sources=openai_sources(clean_names(file, file.paths[0]))),
         evidence={"activation": reason},
         files=(path, *file.paths),
     )
@@ -187,7 +192,7 @@ def read_preprocess(
 ) -> Preprocess:
     """`preprocess_cfg` -> ours; what is not there is as published, or OpenAI's."""
     size = config.vision.image_size
-    base = openai.published_preprocess(published, size)
+    base = published_preprocess(published, size)
     resize = {"shortest": "shorter_side", "squash": "squash", None: base.resize}
     interpolation = {"bicubic": "bicubic", "bilinear": "bilinear", None: base.interpolation}
     modes = record.get("resize_mode"), record.get("interpolation")
@@ -237,7 +242,7 @@ def why_not(loaded: Loaded) -> str | None:
 
 def write(folder: Path, loaded: Loaded) -> None:
     """Fill an empty folder with weights and config."""
-    save_tensors(openai.openai_state(loaded.model.state_dict().items()), folder / WEIGHTS[0], {"format": "pt"})
+    save_tensors(openai_state(loaded.model.state_dict().items()), folder / WEIGHTS[0], {"format": "pt"})
     preprocess = loaded.preprocess
     files.write_json(
         folder / CONFIG,

@@ -10,22 +10,27 @@ whose hash is known, or the caller. If nothing shows it the file is refused, nam
     visual.conv1  visual.bn1  visual.layer1.0...  visual.attnpool...                         (ResNet)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from diptych.checkpoint.formats.conventions import (
+    bare_tokenizer,
+    openai_sources,
+    openai_state,
+    published_preprocess,
+    transformers_sources,
+)
 from diptych.checkpoint.formats.infer import CHANNELS_PER_HEAD, infer_config
 from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
 from diptych.checkpoint.sources import Published, find_published
-from diptych.checkpoint.weights.read import Source, Weights, clean_names, read_tensor_file
+from diptych.checkpoint.weights.read import Weights, clean_names, read_tensor_file
 from diptych.checkpoint.weights.tensors import TensorFile
-from diptych.errors import ActivationUnknownError, CheckpointError
+from diptych.errors import ActivationUnknownError
 from diptych.image import Preprocess
-from diptych.model.config import Activation, CLIPConfig, ViTConfig, check_activation
-from diptych.tokenizer import FILE_NAME as TOKENIZER_FILE
+from diptych.model.config import Activation, ViTConfig, check_activation
 from diptych.tokenizer import Tokenizer
 
 _ACTIVATION_CLASSES: Mapping[str, Activation] = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
@@ -42,12 +47,10 @@ def open_file(
     path: Path, activation: Activation | None = None, preset: str | None = None, published: Published | None = None
 ) -> Opened:
     """Look into a bare file of weights under OpenAI's, OpenCLIP's or transformers' names."""
-    from diptych.checkpoint.formats import transformers
-
     file = read_tensor_file(path)
     names = clean_names(file, path)
     of_transformers = any(name.startswith(("text_model.", "vision_model.")) for name in names)
-    sources = transformers.sources(names, path) if of_transformers else openai_sources(names)
+    sources = transformers_sources(names, path) if of_transformers else openai_sources(names)
     weights = Weights(file=file, sources=sources)
     published = published or find_published(path)
     shapes = weights.shapes
@@ -70,22 +73,6 @@ def open_file(
     )
 
 
-def openai_sources(names: Mapping[str, str]) -> dict[str, Source]:
-    """Our names -> tensors of the file, from OpenAI's names or those of OpenCLIP's CustomTextCLIP."""
-    return {from_openai(name): Source((given,)) for name, given in names.items()}
-
-
-def from_openai(name: str) -> str:
-    """`transformer.resblocks.0.attn.in_proj_weight` -> `text.transformer.resblocks.0.attn.in_proj.weight`."""
-    name = name.replace(".in_proj_", ".in_proj.")
-    return name if name == "logit_scale" or name.startswith(("visual.", "text.", "logit_bias")) else f"text.{name}"
-
-
-def to_openai(name: str) -> str:
-    """The way back; `text.` is left out, as in OpenAI's and OpenCLIP's plain `CLIP`."""
-    return name.removeprefix("text.").replace(".in_proj.", ".in_proj_")
-
-
 def decide_activation(path: Path, file: TensorFile, given: Activation | None, published: Published | None) -> Evidence:
     """What shows which activation these weights were trained with; ActivationUnknownError if nothing does."""
     if given is not None:
@@ -100,26 +87,6 @@ def decide_activation(path: Path, file: TensorFile, given: Activation | None, pu
         "say activation='quick_gelu' (OpenAI's weights, the first of LAION-400M, MetaCLIP, DFN) or activation='gelu' "
         "(most of OpenCLIP's); on the command line --activation"
     )
-
-
-def published_preprocess(published: Published | None, image_size: int) -> Preprocess:
-    """OpenAI's preprocessing, where the published weights say nothing else."""
-    names = ("mean", "std", "resize", "interpolation")
-    known = {name: value for name in names if published and (value := getattr(published, name)) is not None}
-    return Preprocess(image_size=image_size, **known)
-
-
-def bare_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
-    """The released vocabulary, or a tokenizer of ours that lies beside the file."""
-    if (path.parent / TOKENIZER_FILE).is_file():
-        return Tokenizer.load(path.parent)
-    stock = Tokenizer.clip(max(3, config.text.context_length))
-    if config.text.vocab_size != stock.vocab_size:
-        raise CheckpointError(
-            f"{path} has a vocabulary of {config.text.vocab_size} ids, the released one has {stock.vocab_size}; "
-            f"put its {TOKENIZER_FILE} beside it (Tokenizer.save)"
-        )
-    return stock
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -148,8 +115,3 @@ def write(path: Path, loaded: Loaded) -> None:
     """Write a state dict under OpenAI's names with torch.save."""
     with open(path, "wb") as file:  # a file, not its name, which torch would write into the archive
         torch.save(openai_state(loaded.model.state_dict().items()), file)
-
-
-def openai_state(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Our tensors under OpenAI's names, on the CPU."""
-    return {to_openai(name): tensor.detach().cpu().contiguous() for name, tensor in tensors}

@@ -6,7 +6,6 @@ activation is `hidden_act`. The pooled text feature stands at the end token, wha
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from diptych import files
 from diptych.bpe import SINGLE_TOKENS
-from diptych.checkpoint.formats.native import save_tensors
+from diptych.checkpoint.formats.conventions import TRANSPOSED, transformers_places, transformers_sources
 from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
-from diptych.checkpoint.weights.read import Source, Weights, clean_names, find_weights, read_tensor_file
+from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import MAX_JSON, is_count, open_file, read_json, short
+from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import OPENAI_MEAN, OPENAI_STD, Preprocess
 from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig, check_activation
@@ -27,73 +27,6 @@ from diptych.tokenizer import Tokenizer
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-
-_PLACES = {
-    # ours -> theirs
-    "logit_scale": "logit_scale",
-    "text.text_projection": "text_projection.weight",
-    "text.token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "text.positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "text.ln_final.weight": "text_model.final_layer_norm.weight",
-    "text.ln_final.bias": "text_model.final_layer_norm.bias",
-    "visual.proj": "visual_projection.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-}
-_BLOCK_PLACES = {
-    "ln_1": ("layer_norm1",),
-    "ln_2": ("layer_norm2",),
-    "mlp.c_fc": ("mlp.fc1",),
-    "mlp.c_proj": ("mlp.fc2",),
-    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.out_proj": ("self_attn.out_proj",),
-}
-_TRANSPOSED = frozenset({"text.text_projection", "visual.proj"})
-_TOWERS = {"text": "text_model", "visual": "vision_model"}
-_OUR_BLOCK = re.compile(r"(text|visual)\.transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
-_THEIR_BLOCK = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d{1,4})\.")
-
-
-def places(name: str) -> tuple[str, ...]:
-    """Where transformers keeps one of our tensors; several places are joined along the first axis."""
-    if name in _PLACES:
-        return (_PLACES[name],)
-    match = _OUR_BLOCK.fullmatch(name)
-    if match is None:
-        raise UsageError(f"{name} has no place in transformers' CLIPModel")
-    tower, number, part, end = match.groups()
-    return tuple(f"{_TOWERS[tower]}.encoder.layers.{number}.{theirs}.{end}" for theirs in _BLOCK_PLACES[part])
-
-
-def sources(names: Mapping[str, str], where: Path) -> dict[str, Source]:
-    """Our names -> tensors of a file under transformers' names. `names` maps clean names to those in the file."""
-    ours = dict.fromkeys(_PLACES)
-    for tower, theirs in _TOWERS.items():
-        blocks = {int(m[2]) for name in names if (m := _THEIR_BLOCK.match(name)) and f"{m[1]}_model" == theirs}
-        ours |= dict.fromkeys(
-            f"{tower}.transformer.resblocks.{number}.{part}.{end}"
-            for number in sorted(blocks)
-            for part in _BLOCK_PLACES
-            for end in ("weight", "bias")
-        )
-    found: dict[str, Source] = {}
-    for name in ours:
-        wanted = places(name)
-        if missing := [place for place in wanted if place not in names]:
-            raise CheckpointError(f"{where} is no complete CLIPModel: {missing[0]} is missing")
-        found[name] = Source(tuple(names[place] for place in wanted), transpose=name in _TRANSPOSED)
-    used = {name for source in found.values() for name in source.names}
-    if odd := sorted(set(names.values()) - used):
-        raise CheckpointError(
-            f"{where} is not of the CLIP family that diptych knows: it holds {short(odd[0])}, which CLIPModel has not"
-        )
-    return found
-
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -111,7 +44,7 @@ def open_folder(folder: Path, weights: Path | None = None) -> Opened:
         config=config,
         preprocess=preprocess,
         tokenizer=tokenizer,
-        weights=Weights(file=file, sources=sources(clean_names(file, file.paths[0]), file.paths[0])),
+        weights=Weights(file=file, sources=transformers_sources(clean_names(file, file.paths[0]), file.paths[0])),
         evidence={"activation": f"{CONFIG} says hidden_act {config.activation}"},
         files=(path, *preprocess_files, *tokenizer_files, *file.paths),
     )
@@ -294,9 +227,9 @@ def write(folder: Path, loaded: Loaded) -> None:
     """Fill an empty folder with weights, config, preprocessor and tokenizer."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in loaded.model.state_dict().items():
-        match places(name):
+        match transformers_places(name):
             case (place,):
-                tensors[place] = tensor.T if name in _TRANSPOSED else tensor
+                tensors[place] = tensor.T if name in TRANSPOSED else tensor
             case several:
                 parts = tensor.chunk(len(several))
                 tensors |= {place: part.clone() for place, part in zip(several, parts, strict=True)}

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from diptych.ranks import Ranks
 from diptych.shards.index import ShardIndex
 from diptych.shards.loader import Loader, StoredFeatures
 from diptych.train.config import StartConfig, TrainConfig
+from diptych.train.step import autocast
 
 VERSION = 1
 BATCH_SIZE = 64
@@ -73,7 +74,6 @@ class Tower:
     device: torch.device
     dtype: torch.dtype
     """Type of the tower's matrix products."""
-    precision: Callable[[], AbstractContextManager[None]]
     stored: np.dtype[Any]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Tower:
     def encode(self, inputs: Tensor) -> np.ndarray:
         """Pixels or tokens of BATCH_SIZE samples -> their normalised features."""
         model, inputs = self.loaded.model, inputs.to(self.device)
-        with self.precision():
+        with autocast(self.device, self.dtype):
             if self.image:
                 features = model.encode_image(self.loaded.preprocess.normalize(inputs), normalize=True)
             else:

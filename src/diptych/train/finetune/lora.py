@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych import files
-from diptych.checkpoint.formats.native import save_tensors
+from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import UsageError
 from diptych.model.clip import CLIP
 from diptych.train.config import StartConfig

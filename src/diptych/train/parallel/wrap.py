@@ -1,8 +1,8 @@
 """A model on many devices, by torch's own engines: DistributedDataParallel, or FSDP2's `fully_shard`.
 
 Gradients are added over ranks, not averaged: the loss of the whole batch is differentiated, each rank has a part of it.
-Whatever is evaluated is the whole model (`whole`), whatever is stored is made whole on its way (sharded.py), so that
-neither the engine nor the number of ranks is part of a checkpoint.
+Whatever is evaluated is the whole model (`whole`), whatever is stored becomes one file (checkpoint/weights/write.py),
+so that neither the engine nor the number of ranks is part of a checkpoint.
 """
 
 from collections.abc import Iterable, Mapping

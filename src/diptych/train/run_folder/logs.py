@@ -48,7 +48,7 @@ class Logs:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the exact logs, to be stored in a checkpoint."""
-        return {name: (self.out / name).stat().st_size for name in EXACT}
+        return {name: (self.out / name).stat().st_size for name in EXACT} if self.active else {}
 
     def files(self) -> list[Path]:
         """Every log that is there."""

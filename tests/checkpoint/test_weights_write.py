@@ -1,11 +1,14 @@
+import pytest
 import torch
 from safetensors.torch import save_file
 
-from diptych.checkpoint.weights.outline import write_outline
 from diptych.checkpoint.weights.tensors import read_safetensors
+from diptych.checkpoint.weights.write import on_first, save_tensors
+from diptych.ranks import Ranks
 
 
-def test_an_outline_that_is_filled_is_the_file_that_safetensors_writes(tmp_path):
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_file_is_the_one_that_safetensors_writes(tmp_path, metadata):
     tensors = {
         "steps": torch.tensor(7),
         "rng": torch.arange(5, dtype=torch.uint8),
@@ -21,15 +24,23 @@ def test_an_outline_that_is_filled_is_the_file_that_safetensors_writes(tmp_path)
         "nothing": torch.zeros(0, 4),
         'quoted "\n"': torch.ones(()),
     }
-    save_file(tensors, tmp_path / "theirs")
-    write_outline(tmp_path / "ours", tensors)
-    entries = read_safetensors(tmp_path / "ours").entries
-    assert entries.keys() == tensors.keys()
-    with open(tmp_path / "ours", "r+b") as file:
-        for name, tensor in tensors.items():
-            file.seek(entries[name].start)
-            file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    save_file(tensors, tmp_path / "theirs", metadata)
+    save_tensors(tensors, tmp_path / "ours", metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_tensor_that_is_not_contiguous_is_written_in_order(tmp_path):
+    tensor = torch.randn(3, 5).T
+    save_tensors({"x": tensor}, tmp_path / "file")
+    assert torch.equal(read_safetensors(tmp_path / "file").read()["x"], tensor)
+
+
+def test_a_failure_of_one_process_is_told_as_it_is():
+    def fail() -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match=r"^no space left"):
+        on_first(Ranks(), fail)
 
 
 def test_a_file_that_is_mapped_has_the_tensors_that_were_saved(tmp_path):
