@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.decode import REASONS, decode, open_header
+from diptych.decode import FORMATS, REASONS, decode, open_header
 from diptych.errors import PictureError
 from samples import encode, noise
 
@@ -50,7 +50,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("data", "reason"), UNUSABLE)
-@pytest.mark.parametrize("formats", [None, ("JPEG", "PNG")])
+@pytest.mark.parametrize("formats", [FORMATS, ("JPEG", "PNG")])
 @pytest.mark.parametrize("side", [None, 8])
 def test_what_is_no_usable_picture_has_a_reason(data, reason, formats, side):
     with pytest.raises(PictureError) as caught:

@@ -1,27 +1,67 @@
 """Encoded bytes -> an image of Pillow's, within bounds, or the counted reason why there is none.
 
-It imports no torch, so that the processes of curation, which decode what strangers sent, start quickly.
+The one place where files of images are read and parsed. It imports no torch, so that the processes of curation, which
+decode what strangers sent, start quickly.
 """
 
 import contextlib
 import io
+import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from diptych.errors import PictureError
+from diptych.image_file import MAX_BYTES, SUFFIXES
 
-REASONS = ("empty", "not_a_picture", "truncated", "too_many_pixels", "too_small", "changed", "deleted")
-"""Why a picture is not used: no bytes, no known format, breaks off or is damaged inside, more pixels than allowed, a
-side of zero after resizing, not the bytes that the shard's index was made of, deleted from its dataset."""
+REASONS = (
+    *("missing", "unreadable", "not_a_file", "too_many_bytes", "empty"),
+    *("not_a_picture", "truncated", "too_many_pixels", "too_small", "out_of_memory"),
+    *("changed", "deleted"),
+)
+"""Why a picture is not used.
+
+missing: no such file. unreadable: no permission, or the disk or network fails. not_a_file: a folder, pipe or device.
+too_many_bytes: more than MAX_BYTES. empty: 0 bytes. not_a_picture: no format that is read. truncated: it breaks off or
+is damaged inside. too_many_pixels: more than MAX_PIXELS. too_small: a side of zero after resizing. out_of_memory: there
+was not enough. changed: not the bytes that the shard's index was made of. deleted: taken out of its dataset."""
+
+FORMATS = (*SUFFIXES, "MPO")
+"""What is decoded, as Pillow names it (MPO: a JPEG with more pictures behind it); no other parser sees the bytes.
+Pillow would start another program for some."""
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused from their header alone (decompression bombs)."""
 
+# Pillow warns of odd metadata and of bombs; both are decided here. Once for all: other threads have their own filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # comments of megabytes do not damage a picture
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image's file; raises PictureError for what is no file, has no end or cannot be read."""
+    try:
+        # without O_NONBLOCK, opening a pipe waits for whoever writes into it
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise PictureError("not_a_file", f"{path} is a folder, pipe or device")
+            if status.st_size > MAX_BYTES:
+                raise PictureError("too_many_bytes", f"{path} has {status.st_size:,} bytes, at most {MAX_BYTES:,}")
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise PictureError("missing", f"no such picture: {path}") from None
+    except IsADirectoryError:
+        raise PictureError("not_a_file", f"{path} is a folder") from None
+    except (OSError, ValueError) as error:  # a NUL in a name that a table gave
+        raise PictureError("unreadable", f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
 
 def decode(
-    data: bytes, *, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS, side: int | None = None
+    data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS, side: int | None = None
 ) -> Image.Image:
     """Decode a picture's first frame, completely; a JPEG at a reduced scale if both sides stay at least `side`.
 
@@ -35,15 +75,14 @@ def decode(
     return image
 
 
-def open_header(data: bytes, *, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read format and size; nothing is decoded yet. `formats`: the only parsers that see the bytes, else all."""
+def open_header(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read format and size; nothing is decoded yet. `formats`: the only parsers that see the bytes."""
     if not data:
         raise PictureError("empty", "0 bytes")
     with _faults_named(data):
-        if formats is not None:
-            Image.init()  # without it Pillow knows only its five most common formats
-            formats = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
-        image = Image.open(io.BytesIO(data), formats=formats)
+        Image.init()  # without it Pillow knows only its five most common formats
+        known = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
+        image = Image.open(io.BytesIO(data), formats=known)
     check_pixels(image.width, image.height, max_pixels)
     return image
 
@@ -57,12 +96,20 @@ def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 @contextlib.contextmanager
 def _faults_named(data: bytes) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of bombs; both are decided here
-            yield
+        yield
     except UnidentifiedImageError:
-        raise PictureError("not_a_picture", f"{len(data)} bytes of no known format") from None
+        raise PictureError("not_a_picture", _describe(data)) from None
     except Image.DecompressionBombError as error:
         raise PictureError("too_many_pixels", str(error)) from None
+    except MemoryError:
+        raise PictureError("out_of_memory", "there is not enough memory to decode it") from None
     except Exception as error:  # Pillow's plugins raise whatever their format made them stumble over
         raise PictureError("truncated", f"{type(error).__name__}: {error}") from None
+
+
+def _describe(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+        return "HEIC is not read; convert it to JPEG"
+    if data.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page"
+    return f"{len(data)} bytes of no format that is read ({', '.join(SUFFIXES)})"

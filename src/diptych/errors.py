@@ -46,6 +46,11 @@ class PictureError(DiptychError):
     `reason` is one short word from `diptych.decode.REASONS`: it is counted, printed and stored.
     """
 
+    @property
+    def passes(self) -> bool:
+        """Whether the fault is the machine's, so that another try may succeed: it is counted, never remembered."""
+        return self.reason in ("unreadable", "out_of_memory")
+
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.decode import check_pixels, decode
-from diptych.errors import NotFoundError, PictureError, UsageError, unknown_name
+from diptych.decode import check_pixels, decode, read_file
+from diptych.errors import PictureError, UsageError, unknown_name
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -31,6 +31,9 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 SCALED_DECODE_MARGIN = 1.75
 """A JPEG is decoded at a reduced scale (7/8 to 1/8) only if what comes out is still this many times larger than what
 is needed."""
+
+MAX_ASPECT = 64
+"""Pictures with longer sides than this many times the shorter one are cropped before they are resized."""
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -80,8 +83,12 @@ class Preprocess:
     def pixels(self, image: Image.Image) -> UInt8[np.ndarray, "3 H W"]:
         """The part before normalisation: what is cheap to keep and to send."""
         size, resample = self.image_size, Image.Resampling[self.interpolation.upper()]
+        if min(image.size) < 1:
+            raise PictureError("too_small", f"{image.width} x {image.height}")
         if self.resize == "squash":
             image = image if image.size == (size, size) else image.resize((size, size), resample)
+        elif is_stripe(*image.size):
+            image = _resize_centre(image, size, resample)
         else:
             image = resize_shorter_side(image, size, resample)
             left, top = round((image.width - size) / 2), round((image.height - size) / 2)
@@ -95,13 +102,15 @@ class Preprocess:
         thousand; a JPEG is decoded at a reduced scale where QUICK_MARGIN allows it. What is no plain RGB
         (palettes, transparency, CMYK) is left to `pixels`.
         """
-        data = Path(picture).read_bytes() if isinstance(picture, str | Path) and Path(picture).is_file() else picture
+        data = read_file(Path(picture)) if isinstance(picture, str | Path) else picture
         decoded = _decode_scaled(data, self.image_size, halves=True) if isinstance(data, bytes) else None
         if decoded is None:
             image = open_picture(data)
-            if image.mode != "RGB" or min(image.size) < 1:
+            if image.mode != "RGB" or is_stripe(*image.size):
                 return self.pixels(image)
             decoded = np.array(image), image.size
+        elif is_stripe(*decoded[1]):
+            return self.pixels(decode(data))
         return _resize_bytes(*decoded, self)
 
     def normalize(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
@@ -114,7 +123,7 @@ class Preprocess:
 def open_picture(picture: Picture) -> Image.Image:
     """Open whatever the user has; decoded completely, so that a damaged file fails here.
 
-    Raises NotFoundError for a path that is not there and PictureError for bytes that are no usable picture.
+    Raises PictureError for a path that is not there, or what is no usable picture, and UsageError for other types.
     """
     match picture:
         case Image.Image():
@@ -124,14 +133,18 @@ def open_picture(picture: Picture) -> Image.Image:
                 raise UsageError(
                     f"an array of {picture.dtype} {list(picture.shape)} is not a picture; use uint8 [H, W, 3]"
                 )
+            if not picture.size:
+                raise PictureError("too_small", f"an array of {list(picture.shape)}")
             return Image.fromarray(picture)
         case bytes():
             return decode(picture)
         case str() | Path():
-            path = Path(picture)
-            if not path.is_file():
-                raise NotFoundError(f"no such picture: {path}")
-            return decode(path.read_bytes())
+            return decode(read_file(Path(picture)))
+        case _:
+            raise UsageError(
+                f"{type(picture).__name__} is not a picture; give a path, encoded bytes, a Pillow image, or an array "
+                "of uint8 [H, W, 3]"
+            )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -150,6 +163,26 @@ def resize_shorter_side(
     """Resize so that the shorter side is `size`; the longer side is truncated as torchvision does."""
     new = _shorter_side(*image.size, size)
     return image if min(image.size) == size else image.resize(new, resample)
+
+
+def is_stripe(width: int, height: int) -> bool:
+    """Whether a picture is so narrow that resizing all of it, to keep its centre, would take gigabytes."""
+    return max(width, height) > MAX_ASPECT * max(min(width, height), 1)
+
+
+def _resize_centre(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """The centre of `resize_shorter_side(image, size)`: the filter sees what it reaches of the rest, and no more."""
+    new = _shorter_side(*image.size, size)
+    box, kept = [0, 0, *new], [0, 0, size, size]
+    long = 0 if image.width > image.height else 1
+    scale = image.size[long] / new[long]  # of the original, pixels for each that is made
+    reach = math.ceil(2 * max(scale, 1) / scale) + 1  # of a bicubic filter, pixels that are made
+    start = round((new[long] - size) / 2)
+    box[long], box[long + 2] = max(0, start - reach), min(new[long], start + size + reach)
+    kept[long], kept[long + 2] = start - box[long], start - box[long] + size
+    whole = [image.size[i % 2] / new[i % 2] * box[i] for i in range(4)]
+    made = image.resize((box[2] - box[0], box[3] - box[1]), resample, box=(whole[0], whole[1], whole[2], whole[3]))
+    return made.crop((kept[0], kept[1], kept[2], kept[3]))
 
 
 def _shorter_side(width: int, height: int, size: int) -> tuple[int, int]:
@@ -200,17 +233,12 @@ def read_crop(data: bytes, crop: Crop, size: int) -> UInt8[np.ndarray, "3 H W"]:
 
     Resizing the square alone equals resizing the picture and cropping, up to the filter's reach at the square's edge.
     """
-    image = decode_for(data, round(size / crop.side))
+    decoded = _decode_scaled(data, round(size / crop.side))
+    image = decode(data) if decoded is None else Image.fromarray(decoded[0])
     if min(image.size) < 1:
         raise PictureError("too_small", f"{image.width} x {image.height}")
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box(*image.size))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def decode_for(data: bytes, size: int) -> Image.Image:
-    """Decode to RGB, at a reduced scale if the picture is a JPEG much larger than `size` (its shorter side)."""
-    decoded = _decode_scaled(data, size)
-    return to_rgb(decode(data)) if decoded is None else Image.fromarray(decoded[0])
+    return np.ascontiguousarray(np.asarray(to_rgb(image)).transpose(2, 0, 1))  # resized first, as `Preprocess` does it
 
 
 def _decode_scaled(
