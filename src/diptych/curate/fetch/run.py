@@ -44,7 +44,7 @@ from diptych.curate.rows import with_reason
 from diptych.errors import DownloadError, PictureError, ShardError, UsageError
 from diptych.stage.folder import MANIFEST_FILE, read_manifest, read_part
 from diptych.stage.job import Task
-from diptych.stage.run import Execute, StageReport, tasks_of
+from diptych.stage.run import Engine, StageReport, tasks_of
 
 _UNREACHED = frozenset({"dns", "connect", "tls", "timeout", "robots_unreachable"})
 _PAUSING = ("http_429", "http_503")
@@ -67,7 +67,7 @@ class FetchReport:
 
 
 def run(
-    config: FetchConfig, *, execute: Execute, on_progress: Callable[[Counter[str]], None] | None = None
+    config: FetchConfig, *, engine: Engine, on_progress: Callable[[Counter[str]], None] | None = None
 ) -> FetchReport:
     """Fetch what is missing and write the pairs; `on_progress` is told outcomes -> addresses now and then."""
     tasks = tasks_of(config.folder)
@@ -88,7 +88,7 @@ def run(
         max_aspect=config.max_aspect,
         max_pixels=config.max_pixels,
     )
-    report = execute(
+    report = engine.run_stage(
         stage,
         tasks,
         config.out,
