@@ -30,7 +30,7 @@ from diptych.curate.balance.config import BalanceConfig, Policy
 from diptych.curate.balance.policies import Matches, pair_draws
 from diptych.curate.rows import MATCHED, with_reason
 from diptych.stage.job import Task
-from diptych.stage.run import part_name, run_stage
+from diptych.stage.run import Engine, part_name
 
 sys.path.insert(0, str(harness.ROOT / "tests"))
 from reference.balance_plan import build_plan  # pyright: ignore[reportMissingImports]
@@ -76,7 +76,7 @@ def make_pairs(first: int, shares: np.ndarray) -> pa.RecordBatch:
 def make_folder(folder: Path, pairs: int) -> Path:
     """Write them."""
     tasks = [Task(part_name(i), (str(i),), rows=False) for i in range(pairs // PART)]
-    run_stage(Synthetic(), tasks, folder / "match", {}, schema=MATCHED, processes=2)
+    Engine(processes=2).run_stage(Synthetic(), tasks, folder / "match", {}, schema=MATCHED)
     pq.write_table(
         pa.table({"id": range(QUERIES), "text": [f"q{i}" for i in range(QUERIES)]}), folder / "queries.parquet"
     )
@@ -94,7 +94,7 @@ def work(folder: Path, pairs: int, policy: Policy, compare: bool) -> None:
         compare=compare,
     )
     wall, processor = time.perf_counter(), time.process_time()
-    report = run(config, execute=run_stage)
+    report = run(config, engine=Engine())
     seconds = time.process_time() - processor, time.perf_counter() - wall
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     one = report.achieved[policy]

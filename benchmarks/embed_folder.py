@@ -38,35 +38,40 @@ def run_ours(pictures: str, precision: str) -> None:
     import torch
 
     from diptych.checkpoint.loaded import Loaded
-    from diptych.embed.bulk.config import OutputConfig
-    from diptych.embed.bulk.folder import FeatureFolder, describe, plan_parts
+    from diptych.embed.bulk.config import EmbedConfig, WorkConfig
     from diptych.embed.bulk.inputs import open_inputs
-    from diptych.embed.bulk.pipeline import Pipeline, compute_parts
+    from diptych.embed.bulk.job import EmbedJob, plan_parts
     from diptych.embed.images import ImageTower
     from diptych.image import Preprocess
     from diptych.model.clip import CLIP
     from diptych.model.config import get_preset
+    from diptych.stage.run import Engine
     from diptych.tokenizer import Tokenizer
 
     torch.manual_seed(0)
     loaded = Loaded(CLIP(get_preset("ViT-B-32")).eval(), Preprocess(image_size=224), Tokenizer.clip())
-    tower = ImageTower(loaded, precision)  # type: ignore[arg-type]
-    pipeline = Pipeline(loaded, tower, BATCH_SIZE)
+    precision = ImageTower(loaded, precision).precision  # type: ignore[arg-type]
     out = Path(tempfile.mkdtemp())
+    work = WorkConfig(precision=precision, batch_size=BATCH_SIZE)
+    config = EmbedConfig(model="", inputs=(pictures,), out=out, work=work)
 
     def measure() -> float:
         shutil.rmtree(out, ignore_errors=True)
         started = time.perf_counter()
-        sources = open_inputs([pictures])
-        folder = FeatureFolder(out, describe({}, OutputConfig(), sources), OutputConfig())
-        folder.begin()
-        parts = plan_parts(sources, OutputConfig().part_rows)
-        compute_parts(pipeline, folder, sources, parts)
-        counts = folder.finish(sources, parts)
-        return counts["features"] / (time.perf_counter() - started)
+        sources = tuple(open_inputs([pictures]))
+        parts = plan_parts(sources, config.output.part_rows)
+        job = EmbedJob(
+            folder=out,
+            settings={"model": {}, "settings": {}, "inputs": []},
+            config=config,
+            sources=sources,
+            model=loaded,
+        )
+        report = Engine(batches=lambda tasks: [tasks]).run_job(job, parts)
+        return report.kept / (time.perf_counter() - started)
 
     measure()
-    answer(measure, torch=torch.__version__, precision=tower.precision)
+    answer(measure, torch=torch.__version__, precision=precision)
     shutil.rmtree(out, ignore_errors=True)
 
 

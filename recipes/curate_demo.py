@@ -33,7 +33,7 @@ from diptych.model.config import get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
 from diptych.stage.config import EngineConfig
-from diptych.stage.run import executors
+from diptych.stage.run import Engine
 from diptych.tokenizer import train_bpe
 from diptych.train.config import OptimConfig, RunConfig, TrainConfig
 
@@ -68,7 +68,7 @@ def main(demo: CurateDemo) -> pipeline.PipelineReport:
     """Run the demo from end to end."""
     began = time.monotonic()
     site = build_site(demo.work)
-    with serve(site, demo.port), executors(demo.engine) as (execute, execute_job):
+    with serve(site, demo.port), Engine.open(demo.engine) as engine:
         archive = crawl_site(demo.work, demo.port)
         config = PipelineConfig(
             work=demo.work / "stages",
@@ -78,7 +78,7 @@ def main(demo: CurateDemo) -> pipeline.PipelineReport:
             limit=demo.limit,
             allow_host=(f"127.0.0.1:{demo.port}",),
         )
-        pipeline.run(config, execute=execute, execute_job=execute_job, until="filter")
+        pipeline.run(config, engine=engine, until="filter")
         listed = queries.run(
             QueriesConfig(
                 out=demo.work / "queries",
@@ -90,7 +90,7 @@ def main(demo: CurateDemo) -> pipeline.PipelineReport:
             )
         )
         print(f"queries: {listed.queries:,}")
-        report = pipeline.run(config, execute=execute, execute_job=execute_job)
+        report = pipeline.run(config, engine=engine)
     print(report.funnel)
     print(f"report: {report.html}")
     print(f"shards: {report.folder}  (manifest {report.hash}); {time.monotonic() - began:.0f} s")

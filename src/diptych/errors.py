@@ -11,7 +11,7 @@
     ├── DownloadError                      weights that could not be fetched
     ├── RunLockedError                     another process is training in this folder
     ├── RankLostError                      another process of the job died or did not answer in time
-    ├── TaskLostError                      a task of curation ended its process again and again
+    ├── TaskLostError                      a task ended its process again and again
     └── NonFiniteLossError                 training stopped before the optimizer step
 
 The command line prints any of these as one line and exits with code 2; all else is a bug and keeps its traceback.
@@ -85,7 +85,7 @@ class RankLostError(DiptychError):
 
 
 class TaskLostError(DiptychError):
-    """A piece of curation ended the process that worked at it, more than once; the message names it."""
+    """A task of a stage ended the process that worked at it, more than once; the message names it."""
 
 
 class NonFiniteLossError(DiptychError):

@@ -1,6 +1,5 @@
 """Small real things for tests of the fetch: a server of many pictures, a folder of pairs, a fetch in a process."""
 
-import functools
 import io
 import json
 import os
@@ -24,9 +23,9 @@ from diptych.curate.fetch.config import FetchConfig
 from diptych.curate.fetch.run import FetchReport, run
 from diptych.curate.rows import CANDIDATES, key_of, with_reason
 from diptych.stage.job import Task
-from diptych.stage.run import part_name, run_stage
+from diptych.stage.run import Engine, part_name
 
-execute = functools.partial(run_stage, processes=0)
+engine = Engine()
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def write_pairs(folder: Path, urls: list[str | None], per_part: int = 100) -> Pa
         path = folder / f"urls-{i:05d}.json"
         path.write_text(json.dumps(urls[start : start + per_part]))
         tasks.append(Task(part_name(i), (path,), rows=False))
-    execute(Listed(), tasks, folder / "pairs", {}, schema=CANDIDATES)
+    engine.run_stage(Listed(), tasks, folder / "pairs", {}, schema=CANDIDATES)
     return folder / "pairs"
 
 
@@ -140,7 +139,7 @@ def config_for(folder: Path, out: Path, server: Pictures | None, **changes: Any)
 
 
 def fetch(config: FetchConfig) -> FetchReport:
-    return run(config, execute=execute)
+    return run(config, engine=engine)
 
 
 def kill_and_finish(folder: Path, out: Path, server: Pictures, pictures: int, kills: int) -> int:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from diptych.curate.rows import BALANCED, CANDIDATES, key_of, with_reason
 from diptych.pair import Pair, to_batch
-from diptych.stage.run import Task, part_name, run_stage
+from diptych.stage.run import Engine, Task, part_name
 
 
 @dataclass(frozen=True)
@@ -83,4 +83,4 @@ def crawl(work: Path, files: int = 5, **options) -> str:
     for i in range(files):
         (inputs / f"page{i}").write_text("x")
     tasks = [Task(part_name(i), (path,), rows=False) for i, path in enumerate(sorted(inputs.iterdir()))]
-    return run_stage(Page(), tasks, work / "crawl", {"pairs": 40}, schema=CANDIDATES, **options).hash
+    return Engine(**options).run_stage(Page(), tasks, work / "crawl", {"pairs": 40}, schema=CANDIDATES).hash

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from diptych.curate.rows import BALANCED, CANDIDATES, MATCHED
 from diptych.errors import UsageError
 from diptych.pair import Pair
 from diptych.stage.folder import read_manifest, read_rows
-from diptych.stage.run import run_stage
+from diptych.stage.run import Engine
 from reference.folders import make_stage
 
 QUERIES, LIMIT, PAIRS = 300, 20, 1500
@@ -37,7 +36,7 @@ def balance(folder: Path, matches: dict[int, list[int]], parts: int, policy, **s
     split = [[Pair(key=str(name), caption=f"text {name}") for name in names[i::parts]] for i in range(parts)]
     pairs = make_stage(folder / "match", split, MATCHED, {str(name): held for name, held in matches.items()})
     config = BalanceConfig(pairs=pairs, queries=queries, out=folder / "balance", policy=policy, limit=LIMIT, **settings)
-    return run(config, execute=run_stage)
+    return run(config, engine=Engine())
 
 
 def kept_keys(report: BalanceReport) -> set[int]:
@@ -97,12 +96,12 @@ def test_a_second_run_redoes_nothing_and_other_settings_are_refused(matches, tmp
         limit=LIMIT,
         compare=False,
     )
-    again = run(config, execute=run_stage)
+    again = run(config, engine=Engine())
     assert (again.stage.found, again.stage.hash) == (2, report.stage.hash)
     other = BalanceConfig(pairs=config.pairs, queries=config.queries, out=config.out, limit=LIMIT + 1)
     with pytest.raises(UsageError, match="other settings"):
-        run(other, execute=run_stage)
-    assert run(other, execute=partial(run_stage, redo=True)).limit == LIMIT + 1
+        run(other, engine=Engine())
+    assert run(other, engine=Engine(redo=True)).limit == LIMIT + 1
 
 
 def test_sums_of_several_parts_a_task_are_the_same(matches, tmp_path, monkeypatch):
@@ -117,9 +116,9 @@ def test_another_list_than_the_pairs_were_matched_with_is_refused(tmp_path):
     for name, texts in (("a", ["dog", "cat"]), ("b", ["cat", "dog"])):
         pq.write_table(pa.table({"id": pa.array([0, 1], pa.int32()), "text": texts}), tmp_path / f"{name}.parquet")
     pairs = make_stage(tmp_path / "filter", [[Pair(key="1", caption="a dog")]], CANDIDATES)
-    match.run(MatchConfig(pairs=pairs, queries=tmp_path / "a.parquet", out=tmp_path / "match"), execute=run_stage)
+    match.run(MatchConfig(pairs=pairs, queries=tmp_path / "a.parquet", out=tmp_path / "match"), engine=Engine())
     config = BalanceConfig(pairs=tmp_path / "match", queries=tmp_path / "b.parquet", out=tmp_path / "balance")
     with pytest.raises(UsageError, match="matched with another list"):
-        run(config, execute=run_stage)
-    report = run(dataclasses.replace(config, queries=tmp_path / "a.parquet"), execute=run_stage)
+        run(config, engine=Engine())
+    report = run(dataclasses.replace(config, queries=tmp_path / "a.parquet"), engine=Engine())
     assert report.achieved["cap"].pairs == report.pairs == 1

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fetching import execute
+from fetching import engine
 from PIL import Image, ImageFilter, ImageOps
 
 from diptych.curate.images.config import ContaminationConfig
@@ -96,7 +96,7 @@ def test_the_overlap_of_two_sets_of_shards_is_found(tmp_path):
     write_shards(pairs({f"t{i}": scene(1000 + i) for i in range(30)} | copied), tmp_path / "train", samples_per_shard=9)
     write_shards(pairs(tested), tmp_path / "test", samples_per_shard=9)
     config = ContaminationConfig(data=tmp_path / "train", against=tmp_path / "test", out=tmp_path / "out", samples=20)
-    report = run(config, execute=execute)
+    report = run(config, engine=engine)
     assert (report.pictures, report.against, report.overlapping) == (34, 20, 3)
     rows = {row["key"]: row for row in pq.read_table(config.out / "overlap.parquet").to_pylist()}
     assert {key: (row["train_key"], row["copies"]) for key, row in rows.items()} == {
@@ -110,21 +110,21 @@ def test_the_overlap_of_two_sets_of_shards_is_found(tmp_path):
     assert float(chosen["precision"]) >= 0.99
     assert float(chosen["recall"]) == pytest.approx(report.recall, rel=1e-4)
     assert json.loads((config.out / "contamination.json").read_text())["overlapping"] == 3
-    assert run(config, execute=execute) == report
+    assert run(config, engine=engine) == report
 
 
 def test_a_threshold_may_be_given_and_one_picture_makes_no_curve(tmp_path):
     write_shards(pairs({"a": scene(1), "b": scene(2)}), tmp_path / "two")
     write_shards(pairs({"c": scene(1)}), tmp_path / "one")
     given = ContaminationConfig(data=tmp_path / "one", against=tmp_path / "two", out=tmp_path / "o", max_distance=0)
-    assert run(given, execute=execute).max_distance == 0
+    assert run(given, engine=engine).max_distance == 0
     with pytest.raises(UsageError, match="at least 2"):
         run(
             ContaminationConfig(data=tmp_path / "two", against=tmp_path / "one", out=tmp_path / "p"),
-            execute=execute,
+            engine=engine,
         )
     with pytest.raises(NotFoundError, match="no such set"):
-        run(ContaminationConfig(data=tmp_path / "no", against=tmp_path / "one", out=tmp_path / "q"), execute=execute)
+        run(ContaminationConfig(data=tmp_path / "no", against=tmp_path / "one", out=tmp_path / "q"), engine=engine)
 
 
 def test_the_first_view_is_the_hash_that_the_filters_use():

@@ -17,7 +17,7 @@ from diptych.curate.pages.page import Drop, Page, read_pages
 from diptych.curate.rows import CANDIDATES, key_of, outcome
 from diptych.errors import NotFoundError, UsageError
 from diptych.stage.folder import read_rows
-from diptych.stage.run import run_stage
+from diptych.stage.run import Engine
 
 SETTINGS = {
     "texts": ("alt", "title", "figcaption"),
@@ -151,7 +151,7 @@ def test_plain_files_are_found_at_the_url_they_came_from(tmp_path):
     config = CrawlConfig(
         inputs=(f"{tmp_path}/site/",), out=tmp_path / "out", pages_at="http://a.example/x/", files_per_task=2
     )
-    report = run(config, execute=run_stage)
+    report = run(config, engine=Engine())
     rows = [row for batch in read_rows(tmp_path / "out") for row in batch.to_pylist()]
     assert (report.kept, report.dropped, report.done) == (3, {}, 2)
     assert {(row["page_url"], row["image_url"]) for row in rows} == {
@@ -170,7 +170,7 @@ def test_processes_and_place_do_not_change_the_outcome(tmp_path):
             records = [page(f"http://{i}.example/{j}", PICTURE) for j in range(20)]
             write(tmp_path / name / f"{i}.warc.gz", packed(records))
         config = CrawlConfig(inputs=(str(tmp_path / name),), out=tmp_path / name / "out")
-        hashes.add(run(config, execute=lambda *a, p=processes, **k: run_stage(*a, processes=p, **k)).hash)
+        hashes.add(run(config, engine=Engine(processes=processes)).hash)
     assert len(hashes) == 1
 
 

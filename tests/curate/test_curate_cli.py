@@ -1,10 +1,11 @@
+import os
+
 import pytest
 import website
 
 from diptych.cli import main
 from diptych.cli.curate import COMMANDS, ClipScore
 from diptych.shards.dataset import load_dataset
-from diptych.stage.run import run_stage
 from samples import TINY_VIT, encode, make_loaded, noise
 
 
@@ -126,8 +127,9 @@ def test_a_model_rates_pairs(tmp_path):
 
 def test_the_engine_of_the_command_line_is_the_one_that_stages_take():
     from diptych.stage.config import EngineConfig
-    from diptych.stage.run import executors
+    from diptych.stage.run import Engine
 
-    with executors(EngineConfig(processes=3, redo=True)) as (execute, _):
-        assert execute.func is run_stage
-        assert (execute.keywords["processes"], execute.keywords["redo"]) == (3, True)
+    engine = Engine.open(EngineConfig(processes=3, redo=True))
+    assert (engine.kind, engine.processes, engine.redo) == ("local", 3, True)
+    assert Engine.open(EngineConfig()).processes == os.cpu_count()
+    assert Engine.open(EngineConfig(engine="ray")).processes == 0

@@ -11,7 +11,7 @@ import fetching
 import hostile_web
 import pyarrow.parquet as pq
 import pytest
-from fetching import config_for, execute, fetch, serve, write_pairs
+from fetching import config_for, engine, fetch, serve, write_pairs
 from PIL import Image
 
 from diptych.curate.fetch.guard import Guard
@@ -237,7 +237,7 @@ def test_the_schema_of_the_input_is_kept(tmp_path):
         fetch(config_for(folder, tmp_path / "out", server))
     (batch,) = read_rows(tmp_path / "out")
     assert batch.schema.names == CANDIDATES.names
-    assert execute is fetching.execute
+    assert engine is fetching.engine
 
 
 def test_the_resolver_of_this_machine_is_asked_and_a_name_may_be_allowed(tmp_path):

@@ -10,7 +10,7 @@ from diptych.curate.rows import CANDIDATES, key_of, outcome
 from diptych.curate.text.config import FilterConfig
 from diptych.curate.text.filter import Filter, run
 from diptych.errors import UsageError
-from diptych.stage.run import run_stage
+from diptych.stage.run import Engine
 
 EXAMPLES = {
     "A red car parked in front of a house": None,
@@ -78,6 +78,6 @@ def test_long_texts_made_to_stall_a_pattern_do_not():
 
 def test_a_language_that_is_not_known_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="languages xx are not among"):
-        run(FilterConfig(folder=tmp_path, out=tmp_path / "o", languages=("xx",)), execute=run_stage)
+        run(FilterConfig(folder=tmp_path, out=tmp_path / "o", languages=("xx",)), engine=Engine())
     with pytest.raises(UsageError, match="is not a code like"):
         FilterConfig(folder=tmp_path, out=tmp_path, languages=("English",))

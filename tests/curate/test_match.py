@@ -16,7 +16,7 @@ from diptych.curate.rows import CANDIDATES, MATCHED
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair, to_batch
 from diptych.stage.folder import read_manifest, read_rows
-from diptych.stage.run import run_stage
+from diptych.stage.run import Engine
 from reference.folders import make_stage
 from reference.match_many import RULES, differing
 
@@ -83,13 +83,13 @@ def test_stage_marks_pairs_without_a_query(queries):
 def test_run_keeps_matched_pairs_and_records_the_list(queries, tmp_path):
     candidates = make_stage(tmp_path / "filter", [[Pair(key=text, caption=text) for text in TEXTS]], CANDIDATES)
     config = MatchConfig(pairs=candidates, queries=queries.parent, out=tmp_path / "match")
-    report = run(config, execute=run_stage)
+    report = run(config, engine=Engine())
     assert (report.rows, report.kept, report.dropped) == (3, 2, {"no_query": 1})
     (rows,) = read_rows(config.out)
     assert rows.schema.equals(MATCHED)
     assert rows.column("queries").to_pylist() == [[0, 1], [0]]
     assert read_manifest(config.out).config["queries"]["sha256"] == files.sha256(queries)
-    assert run(config, execute=run_stage).found == 1
+    assert run(config, engine=Engine()).found == 1
 
 
 def test_a_changed_list_is_read_again(queries):

@@ -15,7 +15,7 @@ from diptych.curate.text.config import NearTextConfig
 from diptych.curate.text.dedup import DUPLICATE, SIGNED, DropDuplicates, MinHash, band_rows, judge, run
 from diptych.errors import ShardError, UsageError
 from diptych.stage.folder import part_paths, read_part, read_rows
-from diptych.stage.run import Task, part_name, run_stage
+from diptych.stage.run import Engine, Task, part_name
 from reference.near_text import judge as judge_slowly
 from reference.near_text import similarity
 
@@ -57,14 +57,14 @@ def write(folder: Path, rows: list[dict], parts: int) -> None:
     for i in range(parts):
         (folder.parent / str(i)).write_bytes(b"")
         tasks.append(Task(part_name(i), (folder.parent / str(i),), rows=False))
-    run_stage(Give(), tasks, folder, {}, schema=CANDIDATES)
+    Engine().run_stage(Give(), tasks, folder, {}, schema=CANDIDATES)
 
 
 def kept(tmp_path: Path, name: str, rows: list[dict], parts: int, **more) -> tuple[list[tuple], dict[str, int]]:
     (tmp_path / name).mkdir()
     write(tmp_path / name / "in", rows, parts)
     config = NearTextConfig(folder=tmp_path / name / "in", out=tmp_path / name / "out", **more)
-    report = run(config, execute=run_stage)
+    report = run(config, engine=Engine())
     found = [one for batch in read_rows(config.out) for one in batch.to_pylist()]
     assert report.kept == len(found)
     assert report.rows == len(rows)
@@ -144,13 +144,13 @@ def test_verdicts_are_made_once_for_the_same_signatures(tmp_path):
     config = NearTextConfig(folder=tmp_path / "in", out=tmp_path / "out")
     record = tmp_path / "out_verdicts" / "verdicts.json"
     verdicts = tmp_path / "out_verdicts" / "part-00001.npy"
-    first = run(config, execute=run_stage)
+    first = run(config, engine=Engine())
     assert first.dropped.keys() == {"duplicate", "near_duplicate"}
     whole = verdicts.read_bytes()
 
     def made_anew(config: NearTextConfig = config, **more) -> bool:
         before = record.stat().st_ino, record.stat().st_mtime_ns
-        report = run(config, execute=lambda *a, **k: run_stage(*a, **k, **more))
+        report = run(config, engine=Engine(**more))
         assert (report.dropped == first.dropped) is config.near
         assert (verdicts.read_bytes() == whole) is config.near
         return before != (record.stat().st_ino, record.stat().st_mtime_ns)
@@ -162,7 +162,7 @@ def test_verdicts_are_made_once_for_the_same_signatures(tmp_path):
     verdicts.unlink()
     assert made_anew()
     record.write_text("{")
-    run(config, execute=run_stage)
+    run(config, engine=Engine())
     assert not made_anew()
     assert made_anew(replace(config, near=False), redo=True)
     assert made_anew(config, redo=True)

@@ -19,8 +19,7 @@ from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
 from diptych.stage import folder as parts
-from diptych.stage.config import EngineConfig
-from diptych.stage.run import executors
+from diptych.stage.run import Engine
 from samples import train_config
 
 
@@ -48,8 +47,8 @@ def configure(site, work: Path, **changes) -> PipelineConfig:
 
 
 def run(config: PipelineConfig, *, processes: int = 1, redo: bool = False, until: str = "shards"):
-    with executors(EngineConfig(processes=processes, redo=redo)) as (execute, execute_job):
-        return pipeline.run(config, execute=execute, execute_job=execute_job, until=until)
+    with Engine(processes=processes, redo=redo) as engine:
+        return pipeline.run(config, engine=engine, until=until)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,8 @@ def straight(site, tmp_path_factory):
 
 
 def shards_of(work: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((work / "shards").iterdir()) if path.is_file()}
+    """Every file but the lock, which names the process that held it."""
+    return {path.name: path.read_bytes() for path in sorted((work / "shards").glob("[!.]*")) if path.is_file()}
 
 
 def test_pages_become_shards_and_every_row_has_a_reason(straight):

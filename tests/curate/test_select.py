@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fetching import execute
+from fetching import engine
 from PIL import ImageOps
 from test_contamination import scene
 
@@ -45,7 +45,7 @@ def write_rows(folder: Path, images: dict[str, bytes | None], per_part: int = 5)
         path = folder / f"{start}.parquet"
         pq.write_table(pa.Table.from_pylist(rows[start : start + per_part], schema=CANDIDATES), path)
         tasks.append(Task(part_name(len(tasks)), (path,)))
-    execute(Same(), tasks, folder / "pictures", {}, schema=CANDIDATES)
+    engine.run_stage(Same(), tasks, folder / "pictures", {}, schema=CANDIDATES)
     return folder / "pictures"
 
 
@@ -68,12 +68,12 @@ def test_copies_and_pictures_that_are_tested_on_are_dropped_with_their_reason(tm
     }
     folder = write_rows(tmp_path / "in", images)
     config = PicturesConfig(folder=folder, out=tmp_path / "out", evaluation=(tmp_path / "tested",))
-    report = run(config, execute=execute)
+    report = run(config, engine=engine)
     assert kept(config.out) == ["a", "b", "c"]
     dropped = {"duplicate": 1, "near_duplicate": 1, "evaluation": 2, "empty": 1}
     assert {k: v for k, v in report.dropped.items() if k in dropped} == dropped
     assert report.kept + sum(report.dropped.values()) == len(images)
-    assert run(config, execute=execute).hash == report.hash
+    assert run(config, engine=engine).hash == report.hash
 
 
 def test_pictures_of_another_colour_are_no_copies(tmp_path):
@@ -86,7 +86,7 @@ def test_pictures_of_another_colour_are_no_copies(tmp_path):
     greys = [hash_picture(image) for image in images.values()]
     assert max(int(greys[0] ^ grey).bit_count() for grey in greys) <= 6
     config = PicturesConfig(folder=write_rows(tmp_path / "in", images), out=tmp_path / "out", max_distance=6)
-    assert run(config, execute=execute).dropped == {"near_duplicate": 1}
+    assert run(config, engine=engine).dropped == {"near_duplicate": 1}
     assert kept(config.out) == ["a", "other"]
 
 
@@ -95,7 +95,7 @@ def test_a_listed_picture_does_not_stay(tmp_path):
     (tmp_path / "list").write_text(hashlib.sha1(images["a"]).hexdigest())
     folder = write_rows(tmp_path / "in", images)
     config = PicturesConfig(folder=folder, out=tmp_path / "out", known_hashes=(tmp_path / "list",))
-    assert run(config, execute=execute).dropped == {"known_hash": 1}
+    assert run(config, engine=engine).dropped == {"known_hash": 1}
 
 
 def score(images: Sequence[bytes], captions: Sequence[str]) -> Sequence[float]:
@@ -105,10 +105,10 @@ def score(images: Sequence[bytes], captions: Sequence[str]) -> Sequence[float]:
 def test_pairs_that_do_not_fit_are_dropped_by_a_given_score(tmp_path):
     folder = write_rows(tmp_path / "in", {"a": encode(scene(1)), "b": encode(scene(2))})
     config = PicturesConfig(folder=folder, out=tmp_path / "out", min_score=0.3)
-    assert run(config, execute=execute, score=score).dropped == {"score": 1}
+    assert run(config, engine=engine, score=score).dropped == {"score": 1}
     assert kept(config.out) == ["b"]
     with pytest.raises(UsageError, match="belong together"):
-        run(config, execute=execute)
+        run(config, engine=engine)
 
 
 def test_several_pairs_of_a_picture_may_stay_and_dropped_ones_do_not_count():

@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,13 +14,13 @@ from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.shards.dataset import load_dataset
 from diptych.shards.tombstones import TOMBSTONES_FILE, read_tombstones
 from diptych.stage import folder as parts
-from diptych.stage.run import run_job, run_stage, tasks_of
+from diptych.stage.run import Engine, tasks_of
 
 
 def fetched(work: Path) -> Path:
     stages.crawl(work)
     parent = parts.read_manifest(work / "crawl").hash
-    run_stage(stages.Paint(), tasks_of(work / "crawl"), work / "fetch", {}, schema=BALANCED, parent=parent)
+    Engine().run_stage(stages.Paint(), tasks_of(work / "crawl"), work / "fetch", {}, schema=BALANCED, parent=parent)
     return work / "fetch"
 
 
@@ -31,11 +30,12 @@ def config(work: Path, **changes) -> WriteConfig:
 
 
 def run(config: WriteConfig, **options):
-    return write.run(config, execute=partial(run_job, **options))
+    return write.run(config, engine=Engine(**options))
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    """Every file but the lock, which names the process that held it."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*")) if path.is_file()}
 
 
 def test_shards_hold_every_pair_once_in_an_order_of_their_own(tmp_path):
@@ -98,7 +98,7 @@ def test_pairs_that_cannot_be_samples_are_dropped_with_a_reason(tmp_path):
     stages.crawl(tmp_path)
     parent = parts.read_manifest(tmp_path / "crawl").hash
     no_picture = stages.Paint(picture=b"<html>")
-    run_stage(no_picture, tasks_of(tmp_path / "crawl"), tmp_path / "fetch", {}, schema=BALANCED, parent=parent)
+    Engine().run_stage(no_picture, tasks_of(tmp_path / "crawl"), tmp_path / "fetch", {}, schema=BALANCED, parent=parent)
     with pytest.raises(UsageError, match=r"no pair was left to write.*not_a_picture.*130"):
         run(config(tmp_path))
 
@@ -107,7 +107,7 @@ def test_a_copy_of_a_pair_is_written_once(tmp_path):
     fetched(tmp_path)
     part = tmp_path / "fetch/part-00000.parquet"
     task = replace(tasks_of(tmp_path / "fetch")[0], inputs=(part, part))
-    run_stage(stages.Paint(), [task], tmp_path / "double", {}, schema=BALANCED)
+    Engine().run_stage(stages.Paint(), [task], tmp_path / "double", {}, schema=BALANCED)
     report = run(config(tmp_path, folder=tmp_path / "double"))
     assert (report.kept, report.dropped) == (26, {"duplicate_key": 26})
 

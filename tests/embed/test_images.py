@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from diptych.embed.images import ImageTower, embed_images, encode_each
+from diptych.embed.stream import encode_stream
+from diptych.embed.texts import TextEncoder, embed_texts
 from diptych.errors import PictureError
 from diptych.model.inference.precision import choose_precision
 from diptych.prefetch import map_ahead
@@ -166,3 +168,10 @@ def test_what_cannot_be_used_stands_between_the_features_of_the_rest():
         if good:
             expected = embed_images(loaded, [pictures[i] for i in good])
             torch.testing.assert_close(torch.stack([found[i] for i in good]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_take_the_way_of_images():
+    loaded = make_loaded(TINY_VIT)
+    texts = [f"{'a ' * (i % 7)}cat {i}" for i in range(21)]
+    found = [feature for _, feature in encode_stream(TextEncoder(loaded, "exact"), enumerate(texts), batch_size=4)]
+    torch.testing.assert_close(torch.stack(found), embed_texts(loaded, texts), rtol=1e-4, atol=1e-5)

@@ -5,9 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diptych.embed.bulk.folder import plan_parts
 from diptych.embed.bulk.inputs import open_inputs
-from diptych.embed.bulk.pipeline import iter_contiguous_parts
+from diptych.embed.bulk.job import iter_contiguous_parts, plan_parts
 from diptych.embed.sources import Source, fetch
 from diptych.errors import NotFoundError, PictureError, UsageError
 from samples import draw, encode, write_samples, write_tar
@@ -177,9 +176,11 @@ def test_parts_cover_every_row_once_and_neighbours_are_read_together(tmp_path):
         *((0, 0, 10), (0, 10, 20), (0, 20, 25)),
         *((1, 0, 10), (2, 0, 1)),
     ]
-    todo = [part for part in parts if part.number != 1]
-    assert [[part.number for part in stretch] for stretch in iter_contiguous_parts(todo)] == [[0], [2], [3], [4]]
-    assert [[part.number for part in stretch] for stretch in iter_contiguous_parts(parts, 2)] == [[0, 1], [2], [3], [4]]
+    assert [part.name for part in parts] == ["00000", "00001", "00002", "00003", "00004"]
+    todo = [parts[i] for i in (0, 2, 3, 4)]
+    assert list(iter_contiguous_parts(todo)) == [[part] for part in todo]
+    assert list(iter_contiguous_parts(parts)) == [parts[:3], [parts[3]], [parts[4]]]
+    assert list(iter_contiguous_parts(parts, 2)) == [parts[:2], [parts[2]], [parts[3]], [parts[4]]]
 
 
 def test_a_named_file_of_no_known_kind_is_refused_with_the_kinds_that_are(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from diptych.checkpoint.layouts import save
 from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
-from diptych.embed.bulk.read import load_features
+from diptych.embed.bulk.folder import load_features
 from diptych.embed.bulk.run import run
 from samples import TINY_VIT, encode, make_loaded, noise
 
@@ -37,7 +37,7 @@ def test_a_cluster_writes_what_one_machine_writes(tmp_path):
     try:
         report = embed("cluster", "ray")
         assert (report.inputs, report.features, dict(report.skipped)) == (42, 41, {"not_a_picture": 1})
-        (tmp_path / "cluster/records/00003.json").unlink()
+        (tmp_path / "cluster/done/00003.json").unlink()
         assert embed("cluster", "ray").resumed == 42 - 6
     finally:
         ray.shutdown()

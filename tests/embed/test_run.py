@@ -14,11 +14,13 @@ import pytest
 from diptych.checkpoint.layouts import save
 from diptych.cli import main
 from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
-from diptych.embed.bulk.read import load_features
-from diptych.embed.bulk.run import EmbedProgress, EmbedReport, locked, run
+from diptych.embed.bulk.folder import load_features
+from diptych.embed.bulk.run import EmbedProgress, EmbedReport, run
 from diptych.embed.images import embed_images
+from diptych.embed.sources import Row, TextSource
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, RunLockedError, UsageError
+from diptych.stage.run import locked
 from samples import TINY_VIT, draw, encode, make_loaded, make_pairs, noise, write_samples
 
 EXACT = WorkConfig(precision="exact", batch_size=8)
@@ -127,11 +129,11 @@ def test_a_run_that_is_started_again_keeps_what_is_done(model, pictures, tmp_pat
     embed(model, pictures, out=out)
     before = load_features(out)
     times = {file.name: file.stat().st_mtime_ns for file in (out / "features").iterdir()}
-    (out / "records/00001.json").unlink()  # as if the kill had come between a part and its record
+    (out / "done/00001.json").unlink()  # as if the kill had come between a part and its record
     (out / "features/00002.parquet").write_bytes(b"half")
     (out / "features/.00003.parquet.123.tmp").write_bytes(b"left by a kill")
-    record = out / "records/00003.json"  # as if it had been copied from the features of another model
-    record.write_text(record.read_text().replace(json.loads(record.read_text())["identity"], "0" * 32))
+    record = out / "done/00003.json"  # as if it had been copied from the features of another model
+    record.write_text(record.read_text().replace(json.loads(record.read_text())["fingerprint"], "0" * 64))
     seen: list[EmbedProgress] = []
     report = embed(model, pictures, out=out, on_progress=seen.append)
     assert report.resumed == 23 - 15
@@ -164,6 +166,15 @@ def test_a_folder_is_not_mixed_from_two_models_inputs_or_settings(model, picture
         embed(model, prompts, out=tmp_path / "full")
 
 
+def test_a_file_that_comes_beside_the_pictures_changes_no_part(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(encode(noise()))
+    embed(model, tmp_path / "in", out=tmp_path / "out")
+    (tmp_path / "in/notes.md").touch()
+    report = embed(model, tmp_path / "in", out=tmp_path / "out")
+    assert (report.resumed, report.passed_over) == (1, {".md": 1})
+
+
 def test_a_model_that_was_moved_is_the_same_model(model, pictures, tmp_path):
     embed(model, pictures, out=tmp_path / "out")
     save(make_loaded(TINY_VIT), tmp_path / "moved", "diptych")
@@ -175,6 +186,26 @@ def test_a_folder_takes_one_process_at_a_time(model, pictures, tmp_path):
         embed(model, pictures, out=tmp_path / "out")
 
 
+def test_a_folder_of_an_earlier_layout_or_of_another_stage_is_refused(model, pictures, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/manifest.json").write_text('{"format": "diptych features", "version": 1}')
+    stage = {"format": "diptych stage", "version": 1, "stage": "crawl", "config": {}, "parent": None}
+    (tmp_path / "crawl").mkdir()
+    (tmp_path / "crawl/manifest.json").write_text(json.dumps(stage))
+    for name in ("old", "crawl"):
+        with pytest.raises(UsageError, match=r"holds no manifest\.json of this version .* name a new folder as --out"):
+            embed(model, pictures, out=tmp_path / name)
+        with pytest.raises(NotFoundError, match="no features"):
+            load_features(tmp_path / name)
+
+
+def test_a_source_that_loses_rows_while_it_is_read_is_told(model, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    monkeypatch.setattr(TextSource, "read", lambda self, start, stop: iter([Row("0", "a")]))
+    with pytest.raises(UsageError, match=r"p\.txt lost rows after it was listed"):
+        embed(model, tmp_path / "p.txt", out=tmp_path / "out")
+
+
 def test_an_unfinished_or_damaged_folder_is_not_read(model, pictures, tmp_path):
     out = tmp_path / "out"
     embed(model, pictures, out=out)
@@ -184,7 +215,7 @@ def test_an_unfinished_or_damaged_folder_is_not_read(model, pictures, tmp_path):
     with pytest.raises(UsageError, match="not what was written"):
         load_features(out)
     manifest = json.loads((out / "manifest.json").read_text())
-    del manifest["counts"]
+    del manifest["hash"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="not finished"):
         load_features(out)
@@ -204,11 +235,11 @@ def test_killed_again_and_again_every_picture_comes_once(model, tmp_path):
     kills = 0
     for wanted in (2, 6, 10, 14):  # parts that are done when the kill comes
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list((out / "records").glob("*.json"))) < wanted:
+        while process.poll() is None and len(list((out / "done").glob("*.json"))) < wanted:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    before = {file.name: file.stat().st_ino for file in (out / "records").iterdir()}
+    before = {file.name: file.stat().st_ino for file in (out / "done").iterdir()}
     assert kills == 4
     assert 14 <= len(before) < 20
     ended = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
@@ -216,7 +247,7 @@ def test_killed_again_and_again_every_picture_comes_once(model, tmp_path):
     report = json.loads(ended.stdout)
     assert (report["inputs"], report["features"], report["skipped"]) == (5000, 4995, {"not_a_picture": 5})
     assert report["resumed"] == 250 * len(before)
-    assert {name: (out / "records" / name).stat().st_ino for name in before} == before
+    assert {name: (out / "done" / name).stat().st_ino for name in before} == before
     ids = load_features(out).ids
     assert ids == [f"{i:04d}.jpg" for i in range(5000) if i % 1000 != 999]
 
@@ -279,8 +310,8 @@ def test_a_folder_in_which_nothing_could_be_embedded_is_not_claimed(model, pictu
     found = load_features(out)
     assert len(found.ids) == 21
     assert set(found.sources) == {str(pictures)}
-    with pytest.raises(UsageError, match="holds features of other inputs"):
+    with pytest.raises(UsageError, match="was begun with other inputs"):
         embed(model, broken, out=out)
     (out / "manifest.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not a manifest of features"):
+    with pytest.raises(UsageError, match=r"holds no manifest\.json of this version"):
         embed(model, broken, out=out)

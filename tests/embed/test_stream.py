@@ -49,6 +49,26 @@ def test_each_input_has_its_outcome_in_order_and_batches_depend_on_inputs_alone(
     assert sorted(encoder.batches) == sorted(plain_batches(items, 4, group))
 
 
+def test_a_short_stream_is_batched_as_a_long_one_without_the_shortcut():
+    where = set()
+    encoder = Squares()
+    encoder.encode = lambda batch: (where.add(threading.current_thread().name), Squares().encode(batch))[1]
+    assert [one.item() for _, one in encode_stream(encoder, enumerate([2, 3]), batch_size=4)] == [4, 9]
+    assert where == {"MainThread"}
+    where.clear()
+    found = encode_stream(encoder, enumerate([2, 3]), batch_size=4, together=False, threads=1)
+    assert [one.item() for _, one in found] == [4, 9]
+    assert "MainThread" not in where
+
+
+def test_unusable_inputs_do_not_change_what_is_computed_together():
+    items = list(enumerate([1] + [-1] * 20 + [2, 3] + [-1] * 3 + [4, 5]))
+    encoder = Squares()
+    outcomes = [outcome for _, outcome in encode_stream(encoder, items, batch_size=4, together=False)]
+    assert [isinstance(outcome, PictureError) for outcome in outcomes] == [number < 0 for _, number in items]
+    assert sorted(encoder.batches) == [(1, 2, 3, 4), (5,)]
+
+
 def test_rubbish_streams():
     taken = []
     items = ((key, taken.append(key) or -1) for key in range(10_000))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from diptych.curate.rows import with_reason
 from diptych.pair import Pair, to_batch
 from diptych.stage.job import Task
-from diptych.stage.run import part_name, run_stage
+from diptych.stage.run import Engine, part_name
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,5 @@ def make_stage(
         path = raw / f"{part_name(number)}.parquet"
         pq.write_table(pa.Table.from_batches([batch], schema=schema), path, write_page_checksum=True)
         tasks.append(Task(part_name(number), (path,)))
-    run_stage(KeepAll(), tasks, folder, {}, schema=schema)
+    Engine().run_stage(KeepAll(), tasks, folder, {}, schema=schema)
     return folder

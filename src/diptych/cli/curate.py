@@ -23,7 +23,7 @@ from diptych.stage.config import EngineConfig
 
 if TYPE_CHECKING:
     from diptych.checkpoint.loaded import Loaded
-    from diptych.stage.run import Execute, ExecuteJob, StageReport
+    from diptych.stage.run import Engine, StageReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Crawl:
     def __call__(self) -> int:
         from diptych.curate.pages import crawl
 
-        with _executing(self.engine) as (execute, _):
-            report = crawl.run(self.crawl, execute=execute)
+        with _open_engine(self.engine) as engine:
+            report = crawl.run(self.crawl, engine=engine)
         return _print_stage(report)
 
 
@@ -68,8 +68,8 @@ class Filter:
     def __call__(self) -> int:
         from diptych.curate.text import filter as filters
 
-        with _executing(self.engine) as (execute, _):
-            report = filters.run(self.filter, execute=execute)
+        with _open_engine(self.engine) as engine:
+            report = filters.run(self.filter, engine=engine)
         return _print_stage(report)
 
 
@@ -83,8 +83,8 @@ class Distinct:
     def __call__(self) -> int:
         from diptych.curate.text import dedup as near_text
 
-        with _executing(self.engine) as (execute, _):
-            report = near_text.run(self.distinct, execute=execute)
+        with _open_engine(self.engine) as engine:
+            report = near_text.run(self.distinct, engine=engine)
         return _print_stage(report)
 
 
@@ -98,8 +98,8 @@ class Match:
     def __call__(self) -> int:
         from diptych.curate.balance import match
 
-        with _executing(self.engine) as (execute, _):
-            report = match.run(self.match, execute=execute)
+        with _open_engine(self.engine) as engine:
+            report = match.run(self.match, engine=engine)
         return _print_stage(report)
 
 
@@ -113,8 +113,8 @@ class Balance:
     def __call__(self) -> int:
         from diptych.curate.balance import balance
 
-        with _executing(self.engine) as (execute, _):
-            report = balance.run(self.balance, execute=execute)
+        with _open_engine(self.engine) as engine:
+            report = balance.run(self.balance, engine=engine)
         print(balance.format_report(report))
         return _print_stage(report.stage)
 
@@ -129,8 +129,8 @@ class Fetch:
     def __call__(self) -> int:
         from diptych.curate.fetch import run as fetch
 
-        with _executing(self.engine) as (execute, _), _counting("fetching") as show:
-            report = fetch.run(self.fetch, execute=execute, on_progress=show)
+        with _open_engine(self.engine) as engine, _counting("fetching") as show:
+            report = fetch.run(self.fetch, engine=engine, on_progress=show)
         print(f"addresses: {', '.join(f'{name} {count:,}' for name, count in report.outcomes.items())}")
         return _print_stage(report.stage)
 
@@ -145,9 +145,9 @@ class Pictures:
     def __call__(self) -> int:
         from diptych.curate.images import select
 
-        with _executing(self.engine) as (execute, _):
+        with _open_engine(self.engine) as engine:
             score = None if self.pictures.model is None else ClipScore(self.pictures.model)
-            report = select.run(self.pictures, execute=execute, score=score)
+            report = select.run(self.pictures, engine=engine, score=score)
         return _print_stage(report)
 
 
@@ -161,8 +161,8 @@ class Write:
     def __call__(self) -> int:
         from diptych.curate import write
 
-        with _executing(self.engine) as (_, execute_job):
-            report = write.run(self.write, execute=execute_job)
+        with _open_engine(self.engine) as engine:
+            report = write.run(self.write, engine=engine)
         return _print_stage(report)
 
 
@@ -176,8 +176,8 @@ class Contamination:
     def __call__(self) -> int:
         from diptych.curate.images import contamination
 
-        with _executing(self.engine) as (execute, _):
-            report = contamination.run(self.contamination, execute=execute)
+        with _open_engine(self.engine) as engine:
+            report = contamination.run(self.contamination, engine=engine)
         print(
             f"{report.overlapping:,} of {report.against:,} pictures ({report.share:.2%}) have a copy among "
             f"{report.pictures:,}; hashes that differ in up to {report.max_distance} bits count as copies, which finds "
@@ -230,8 +230,8 @@ class Run:
     def __call__(self) -> int:
         from diptych.curate import pipeline
 
-        with _executing(self.engine) as (execute, execute_job):
-            report = pipeline.run(self.pipeline, execute=execute, execute_job=execute_job, scorer=ClipScore)
+        with _open_engine(self.engine) as engine:
+            report = pipeline.run(self.pipeline, engine=engine, scorer=ClipScore)
         print(report.funnel)
         print(f"report: {report.html}")
         print(f"shards: {report.folder}  (manifest {report.hash})")
@@ -302,19 +302,19 @@ def _load_model(name: str) -> "Loaded":
 
 
 @contextlib.contextmanager
-def _executing(config: EngineConfig) -> "Iterator[tuple[Execute, ExecuteJob]]":
+def _open_engine(config: EngineConfig) -> "Iterator[Engine]":
     """The engine, with a progress bar of the tasks of whatever stage is run."""
-    from diptych.stage.run import executors
+    from diptych.stage.run import Engine
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=None)
 
-        def show(stage: str, done: int, total: int) -> None:
+        def show(stage: str, _: object, done: int, total: int) -> None:
             progress.update(bar, description=stage, completed=done, total=total)
 
-        with executors(config, show) as both:
-            yield both
+        with Engine.open(config, show) as engine:
+            yield engine
 
 
 @contextlib.contextmanager

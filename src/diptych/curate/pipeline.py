@@ -29,7 +29,7 @@ from diptych.curate.text import dedup as near_text
 from diptych.curate.text import filter as filters
 from diptych.curate.text.config import FilterConfig, NearTextConfig
 from diptych.errors import NotFoundError, UsageError, unknown_name
-from diptych.stage.run import Execute, ExecuteJob
+from diptych.stage.run import Engine
 
 STAGES = ("crawl", "filter", "distinct", "match", "balance", "fetch", "pictures", "shards")
 """Folders of the stages, in order."""
@@ -54,8 +54,7 @@ class PipelineReport:
 def run(
     config: PipelineConfig,
     *,
-    execute: Execute,
-    execute_job: ExecuteJob,
+    engine: Engine,
     scorer: Callable[[str], Score] | None = None,
     until: str = STAGES[-1],
 ) -> PipelineReport:
@@ -65,7 +64,7 @@ def run(
     done = STAGES[: STAGES.index(until) + 1]
     if "match" in done:
         match.queries_file(config.queries)  # says now if there is none
-    steps = _build_steps(config, execute, execute_job, scorer)
+    steps = _build_steps(config, engine, scorer)
     for name in done:
         steps[name]()
     funnel = read_funnel([config.work / name for name in done])
@@ -74,7 +73,7 @@ def run(
 
 
 def _build_steps(
-    config: PipelineConfig, execute: Execute, execute_job: ExecuteJob, scorer: Callable[[str], Score] | None
+    config: PipelineConfig, engine: Engine, scorer: Callable[[str], Score] | None
 ) -> dict[str, Callable[[], object]]:
     """Each stage with its settings; all are read before any is run."""
     made = _Settings(config.settings)
@@ -108,14 +107,14 @@ def _build_steps(
         WriteConfig, "write", folder=folder["pictures"], out=folder["shards"], queries=listed, seed=config.seed
     )
     return {
-        "crawl": lambda: crawl.run(crawling, execute=execute),
-        "filter": lambda: filters.run(filtering, execute=execute),
-        "distinct": lambda: near_text.run(comparing, execute=execute),
-        "match": lambda: match.run(matching, execute=execute),
-        "balance": lambda: balance.run(balancing, execute=execute),
-        "fetch": lambda: fetch.run(fetching, execute=execute),
-        "pictures": lambda: select.run(choosing, execute=execute, score=score),
-        "shards": lambda: write.run(writing, execute=execute_job),
+        "crawl": lambda: crawl.run(crawling, engine=engine),
+        "filter": lambda: filters.run(filtering, engine=engine),
+        "distinct": lambda: near_text.run(comparing, engine=engine),
+        "match": lambda: match.run(matching, engine=engine),
+        "balance": lambda: balance.run(balancing, engine=engine),
+        "fetch": lambda: fetch.run(fetching, engine=engine),
+        "pictures": lambda: select.run(choosing, engine=engine, score=score),
+        "shards": lambda: write.run(writing, engine=engine),
     }
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from diptych import files
 from diptych.curate.config import WriteConfig
-from diptych.errors import UsageError
+from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
 from diptych.shards.index import load_index
@@ -35,9 +35,9 @@ from diptych.shards.order import hash_positions
 from diptych.shards.tombstones import DELETED, read_tombstones
 from diptych.shards.write import shard_name, why_not, write_shard
 from diptych.stage import folder as parts
-from diptych.stage.folder import DROPPED, MANIFEST_FILE, Manifest, TaskRecord
-from diptych.stage.job import Task, task_fingerprint
-from diptych.stage.run import ExecuteJob, StageReport, tasks_of
+from diptych.stage.folder import DROPPED, Manifest, TaskRecord
+from diptych.stage.job import Job, Task
+from diptych.stage.run import Engine, StageReport, tasks_of
 
 SCATTER = "scatter"
 """Folder of the first step, inside that of the shards; it goes when they are finished."""
@@ -45,7 +45,7 @@ COMPACTED = "compacted"
 """In the manifest's settings: samples whose bytes were taken out after the shards were written."""
 
 
-def run(config: WriteConfig, *, execute: ExecuteJob) -> StageReport:
+def run(config: WriteConfig, *, engine: Engine) -> StageReport:
     """Write the shards; raises UsageError if no pair is left to write."""
     source = parts.read_manifest(config.folder)
     described = parts.describe_config(config, config.out)
@@ -54,21 +54,27 @@ def run(config: WriteConfig, *, execute: ExecuteJob) -> StageReport:
         return compacted
     sources = tasks_of(config.folder)
     cuts = _cut(config)
-    common = parts.fingerprint(config.out.name, described, source.hash)
-    scatter = Scatter(folder=config.out / SCATTER, fingerprint=common, seed=config.seed, cuts=tuple(cuts.tolist()))
+    scatter = Scatter(
+        folder=config.out / SCATTER,
+        settings=described,
+        parent=source.hash,
+        seed=config.seed,
+        cuts=tuple(cuts.tolist()),
+    )
     gather = Gather(
         folder=config.out,
-        fingerprint=common,
+        settings=described,
+        parent=source.hash,
         config=config,
         inputs=tuple(scatter.folder / f"{task.name}.parquet" for task in sources),
     )
 
-    def prepare() -> None:
+    def prepare(_: object) -> None:
         (config.out / DATASET_FILE).unlink(missing_ok=True)
-        execute(scatter, sources, config={}, parent=source.hash)
+        engine.run_job(scatter, sources)
 
     buckets = [Task(f"shards-{number:05d}", ()) for number in range(len(cuts) + 1)]
-    report = execute(gather, buckets, config=described, parent=source.hash, prepare=prepare)
+    report = engine.run_job(gather, buckets, prepare=prepare)
     names = [name for name in parts.read_manifest(config.out).files if name.endswith(".tar")]
     if not names:
         raise UsageError(f"no pair was left to write into {config.out}; dropped: {report.dropped or 'none came'}")
@@ -80,9 +86,10 @@ def run(config: WriteConfig, *, execute: ExecuteJob) -> StageReport:
 
 def _read_compacted(out: Path, described: Mapping[str, Any], parent: str) -> StageReport | None:
     """The report of shards that were compacted since; they are not written again, or what was deleted would be back."""
-    if not (out / MANIFEST_FILE).exists():
+    try:
+        manifest = parts.read_manifest(out)
+    except NotFoundError:
         return None
-    manifest = parts.read_manifest(out)
     if COMPACTED not in manifest.config:
         return None
     if {**manifest.config, COMPACTED: 0} != {**described, COMPACTED: 0} or manifest.parent != parent:
@@ -124,15 +131,13 @@ def _cut(config: WriteConfig) -> NDArray[np.uint64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scatter:
+class Scatter(Job):
     """Job: one part, sorted by place; the metadata says which task each row group is for."""
 
-    folder: Path
-    fingerprint: str
     seed: int
     cuts: tuple[int, ...]
 
-    def __call__(self, task: Task) -> TaskRecord:
+    def do(self, task: Task) -> TaskRecord:
         """Sort one part; it is held in memory."""
         table = pa.Table.from_batches(list(task.read()), schema=_schema_of(task))
         wide = pa.field("image", pa.large_binary())  # a binary column ends at 2 GiB
@@ -149,15 +154,7 @@ class Scatter:
                 for number in filled:
                     writer.write_table(table.take(groups[number]).cast(schema), len(groups[number]))
             digest = files.sha256(path)
-        done = TaskRecord(
-            fingerprint=task_fingerprint(self.fingerprint, task),
-            rows=len(table),
-            kept=len(table),
-            dropped={},
-            files={name: digest},
-        )
-        parts.write_done(self.folder, task.name, done)
-        return done
+        return self.commit(task, kept=len(table), dropped={}, written={name: digest})
 
 
 def _schema_of(task: Task) -> pa.Schema:
@@ -165,15 +162,13 @@ def _schema_of(task: Task) -> pa.Schema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gather:
+class Gather(Job):
     """Job: a few shards, of what all parts have for them."""
 
-    folder: Path
-    fingerprint: str
     config: WriteConfig
     inputs: tuple[Path, ...]
 
-    def __call__(self, task: Task) -> TaskRecord:
+    def do(self, task: Task) -> TaskRecord:
         """Write the shards of one task."""
         bucket = int(task.name.rpartition("-")[2])
         batches = [batch for path in self.inputs for batch in _read_group(path, bucket)]
@@ -191,15 +186,7 @@ class Gather:
         with files.atomic_file(self.folder / name) as path:
             pq.write_table(pa.Table.from_pylist(dropped, schema=DROPPED), path, compression="zstd")
             written[name] = files.sha256(path)
-        done = TaskRecord(
-            fingerprint=task_fingerprint(self.fingerprint, task),
-            rows=len(pairs) + len(dropped),
-            kept=len(pairs),
-            dropped=dict(sorted(Counter(row["reason"] for row in dropped).items())),
-            files=written,
-        )
-        parts.write_done(self.folder, task.name, done)
-        return done
+        return self.commit(task, kept=len(pairs), dropped=Counter(row["reason"] for row in dropped), written=written)
 
     def _choose(self, batches: list[pa.RecordBatch]) -> tuple[list[tuple[int, int]], list[dict[str, str]]]:
         """(batch, row) of what is written, in order, and the rows that are not."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
-from diptych.embed.stream import count_cores, encode_stream
+from diptych.embed.stream import best_streams, encode_stream
 from diptych.errors import PictureError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
@@ -113,7 +113,7 @@ class ImageTower:
     @property
     def streams(self) -> int:
         """Batches that are best computed at the same time."""
-        return count_cores() if self.device.type == "cpu" else 1
+        return best_streams(self.device)
 
 
 @torch.inference_mode()
@@ -135,19 +135,20 @@ def encode_each(
 
     `read` takes the place of the tower's.
     """
-    encoder = _Stacked(tower, read or tower.read)
+    encoder = ImageEncoder(tower, read)
     with closing(encode_stream(encoder, enumerate(pictures), batch_size=batch_size)) as outcomes:
         for _, outcome in outcomes:
             yield outcome
 
 
-class _Stacked:
-    """A tower as an `Encoder`: its batches are stacked arrays."""
+class ImageEncoder:
+    """A tower as an `Encoder`: its batches are stacked arrays. `read` takes the place of the tower's."""
 
-    def __init__(self, tower: Tower, read: Callable[[Picture], np.ndarray]) -> None:
-        self.tower, self.read, self.streams = tower, read, tower.streams
+    def __init__(self, tower: Tower, read: Callable[[Picture], np.ndarray] | None = None) -> None:
+        self.tower, self.read, self.streams = tower, read or tower.read, tower.streams
 
     def encode(self, batch: list[np.ndarray]) -> Float[Tensor, "N E"]:
+        """Features of what `read` made."""
         return self.tower.encode(torch.stack([torch.from_numpy(one) for one in batch]))
 
 

@@ -23,6 +23,9 @@ Result = TypeVar("Result")
 Entry = tuple[Key, Any]
 """An input's key, and what was read of it or the PictureError that says why nothing was."""
 
+MOST_UNUSABLE = 4096
+"""Unusable items that wait for a batch of usable ones to be full."""
+
 
 @runtime_checkable
 class Encoder(Protocol):
@@ -48,11 +51,15 @@ def encode_stream(
     *,
     batch_size: int,
     group: Callable[[Key], object] = lambda _: None,
+    threads: int | None = None,
+    together: bool = True,
 ) -> Generator[tuple[Key, Float[Tensor, " E"] | PictureError]]:
     """The key of each item with its feature, or with why it has none; reading goes on while others are computed.
 
-    A batch never spans two groups of keys. Up to `batch_size` items are computed by all cores together, more by one
-    core a batch. A batch also ends after `batch_size` unusable items, so that a folder of rubbish does not pile up.
+    A batch never spans two groups of keys. It also ends after `batch_size` items if all are unusable, so that a folder
+    of rubbish does not pile up, and in any case after MOST_UNUSABLE. `threads` read, by default one a core. With
+    `together` up to `batch_size` items are computed by all cores together, which may change the last bits; else all are
+    computed as those of a long stream are.
     """
 
     def read(item: tuple[Key, Any]) -> Entry[Key]:
@@ -68,13 +75,15 @@ def encode_stream(
         return [(key, one if isinstance(one, PictureError) else next(features)) for key, one in batch]
 
     remaining = iter(items)
-    head = list(islice(remaining, batch_size + 1))
-    if len(head) <= batch_size:
+    head = list(islice(remaining, batch_size + 1)) if together else []
+    if together and len(head) <= batch_size:
         for batch in _fill(map(read, head), batch_size, group):
             yield from encode(batch)
         return
     ahead = (encoder.streams + 2) * batch_size
-    entries = map_ahead(read, chain(head, remaining), threads=count_cores(), ahead=ahead, prepare=use_one_thread)
+    entries = map_ahead(
+        read, chain(head, remaining), threads=threads or count_cores(), ahead=ahead, prepare=use_one_thread
+    )
     batches = compute_ahead(encode, _fill(entries, batch_size, group), encoder.streams)
     with closing(entries), closing(batches):
         for batch in batches:
@@ -83,14 +92,15 @@ def encode_stream(
 
 def _fill(entries: Iterable[Entry[Key]], batch_size: int, group: Callable[[Key], object]) -> Iterator[list[Entry[Key]]]:
     batch: list[Entry[Key]] = []
-    broken = 0
+    usable = 0
     for entry in entries:
-        full = batch_size in (broken, len(batch) - broken)
+        unusable = len(batch) - usable
+        full = usable == batch_size or unusable == MOST_UNUSABLE or (not usable and unusable == batch_size)
         if batch and (full or group(entry[0]) != group(batch[0][0])):
             yield batch
-            batch, broken = [], 0
+            batch, usable = [], 0
         batch.append(entry)
-        broken += isinstance(entry[1], PictureError)
+        usable += not isinstance(entry[1], PictureError)
     if batch:
         yield batch
 
@@ -109,6 +119,11 @@ def compute_ahead(function: Callable[[Batch], Result], batches: Iterable[Batch],
 def use_one_thread() -> None:
     """Let this thread compute by itself: PyTorch's count of threads belongs to the thread that sets it."""
     torch.set_num_threads(1)
+
+
+def best_streams(device: torch.device) -> int:
+    """Batches that are best computed at the same time on a device."""
+    return count_cores() if device.type == "cpu" else 1
 
 
 def count_cores() -> int:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
+from diptych.embed.stream import best_streams
 from diptych.model.config import Precision
 from diptych.model.inference.precision import choose_text_precision, get_ready
 from diptych.model.inference.text import encode_texts
@@ -34,6 +35,23 @@ def embed_texts(
         batch = slice(start, start + batch_size)
         features[batch] = F.normalize(encode_texts(model.text, ready, tokenizer(list(texts[batch]))), dim=-1)
     return features
+
+
+class TextEncoder:
+    """Texts to normalised features, as an `Encoder`."""
+
+    def __init__(self, loaded: Loaded, precision: Precision = "auto") -> None:
+        self.loaded = loaded
+        self.precision: Precision = precision
+        self.streams = best_streams(loaded.model.logit_scale.device)
+
+    def read(self, text: str, /) -> str:
+        """A text is read as it is."""
+        return text
+
+    def encode(self, batch: list[str], /) -> Float[Tensor, "N E"]:
+        """Features, float32 on the CPU."""
+        return embed_texts(self.loaded, batch, precision=self.precision)
 
 
 def text_space(loaded: Loaded, precision: Precision) -> str:

@@ -1,8 +1,7 @@
-"""Where tasks run: in this process, in processes of this machine, or on a cluster by Ray.
+"""Workers: processes of this machine, or actors of a Ray cluster, that are given tasks.
 
-A process that dies in the middle of a task (killed, out of memory, a fault in a C library) costs a second try of that
-task in a new process; when that one dies too, the error names the task. A task that raises is not tried again: it would
-raise again.
+A worker that dies in the middle of its tasks (killed, out of memory, a fault in a C library) costs a second try of them
+by a new one; when that one dies too, the error names them. A task that raises is not tried again: it would raise again.
 """
 
 import contextlib
@@ -10,147 +9,143 @@ import multiprocessing
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any
+from multiprocessing.connection import wait
+from typing import Any, Protocol, runtime_checkable
 
 from diptych.errors import TaskLostError, UsageError
-from diptych.stage.config import Engine
 from diptych.stage.folder import TaskRecord
 from diptych.stage.job import Job, Task
 
 TRIES = 2
-"""How often a task is begun whose process dies."""
+"""How often tasks are begun whose worker dies."""
 
 
-def run_tasks(
-    job: Job, tasks: Sequence[Task], *, processes: int, engine: Engine, crew: "WorkerPool | None" = None
-) -> Iterator[tuple[str, TaskRecord]]:
-    """Do tasks in any order; yields each as it is done. A crew is one whose processes live on behind this job."""
-    if engine == "ray":
-        return _run_on_ray(job, tasks, processes)
-    if engine != "local":
-        raise UsageError(f"engine is {engine!r}; allowed: local, ray")
-    if processes < 0:
-        raise UsageError(f"processes is {processes}; allowed: 0 (work in this process) or more")
-    if processes == 0:
-        return _run_here(job, tasks)
-    return crew.run(job, tasks, processes) if crew is not None else _run_alone(job, tasks, processes)
+@dataclass(frozen=True)
+class Died:
+    """The answer of a worker that is no more."""
+
+    how: str
 
 
-def _run_here(job: Job, tasks: Sequence[Task]) -> Iterator[tuple[str, TaskRecord]]:
-    for task in tasks:
-        with _naming(job, task):
-            yield task.name, job(task)
+Answer = list[TaskRecord] | Exception | Died
 
 
-def _run_alone(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, TaskRecord]]:
-    crew = WorkerPool()
-    try:
-        yield from crew.run(job, tasks, processes)
-    finally:
-        crew.close()
+@runtime_checkable
+class Worker(Protocol):
+    """Does tasks elsewhere, one batch of them at a time."""
 
+    reusable: bool
+    """Whether it is kept, once nothing is left to do, for the next job."""
 
-@contextlib.contextmanager
-def _naming(job: Job, task: Task) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in {task.name} of {job.folder.name}, which reads {', '.join(map(str, task.inputs))}")
-        raise
+    def give(self, job: Job, tasks: Sequence[Task], /) -> None:
+        """Let it begin."""
+        ...
 
+    def take(self) -> Answer:
+        """What came of it, once `wait` has named this worker."""
+        ...
 
-@dataclass
-class _Worker:
-    """A process, the job that it knows and the task that it is at."""
+    def stop(self) -> None:
+        """End it, whatever it is at."""
+        ...
 
-    process: BaseProcess
-    pipe: Connection
-    job: Job | None = None
-    task: Task | None = None
+    @classmethod
+    def wait(cls, workers: Sequence[Any]) -> list[Any]:
+        """Wait for at least one of some busy workers; which have an answer."""
+        ...
 
 
 class WorkerPool:
-    """Processes that are given one task after the other, of one job after the other."""
+    """Workers that are given one batch of tasks after the other, of one job after the other."""
 
-    def __init__(self) -> None:
-        self._workers: list[_Worker] = []
-        self._waiting: deque[Task] = deque()
-        self._tries: Counter[str] = Counter()
+    def __init__(self, start: Callable[[], Worker]) -> None:
+        self._start = start
+        self._idle: list[Worker] = []
 
-    def run(self, job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, TaskRecord]]:
-        """Do tasks with so many processes; yields each as it is done."""
-        self._waiting, self._tries = deque(tasks), Counter()
-        wanted = min(processes, len(tasks))
+    def run(self, job: Job, batches: Iterable[Sequence[Task]], width: int) -> Iterator[tuple[str, TaskRecord]]:
+        """Do batches of tasks, `width` at once; yields each task's name and record, in any order."""
+        waiting, tries, busy = deque(batches), Counter[str](), dict[Worker, Sequence[Task]]()
         try:
-            while len(self._workers) < wanted:
-                self._start()
-            for worker in self._workers[:wanted]:
-                self._assign(job, worker)
-            while busy := [worker for worker in self._workers if worker.task is not None]:
-                ready = wait([worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy])
-                for worker in busy:
-                    if worker.pipe in ready or worker.process.sentinel in ready:
-                        yield from self._take(job, worker)
+            while waiting or busy:
+                while waiting and len(busy) < width:
+                    worker, tasks = self._idle.pop() if self._idle else self._start(), waiting.popleft()
+                    tries[tasks[0].name] += 1
+                    busy[worker] = tasks
+                    worker.give(job, tasks)
+                for worker in next(iter(busy)).wait(list(busy)):
+                    answer, tasks = worker.take(), busy.pop(worker)
+                    if isinstance(answer, Died):
+                        worker.stop()
+                        if tries[tasks[0].name] >= TRIES:
+                            raise _lost(job, tasks, answer.how)
+                        waiting.appendleft(tasks)
+                        continue
+                    if waiting or worker.reusable:
+                        self._idle.append(worker)
+                    else:  # what it holds may be all that another one waits for
+                        worker.stop()
+                    if isinstance(answer, Exception):
+                        raise answer
+                    yield from zip((task.name for task in tasks), answer, strict=True)
         finally:
-            for worker in [worker for worker in self._workers if worker.task is not None]:
-                self._stop(worker)
+            for worker in busy:
+                worker.stop()
 
     def close(self) -> None:
-        """End all processes."""
-        for worker in list(self._workers):
-            self._stop(worker)
+        """End all workers."""
+        while self._idle:
+            self._idle.pop().stop()
 
-    def _start(self) -> _Worker:
+
+def _lost(job: Job, tasks: Sequence[Task], how: str) -> TaskLostError:
+    names = tasks[0].name + (f" to {tasks[-1].name}" if len(tasks) > 1 else "")
+    inputs = ", ".join(dict.fromkeys(str(one) for task in tasks for one in task.inputs))
+    return TaskLostError(
+        f"{names} of {job.stage} ended its process {TRIES} times ({how}); it reads {inputs}. Out of memory? "
+        f"{job.LIGHTER}. What is done stays done: start the same command again"
+    )
+
+
+class LocalWorker:
+    """A process of this machine."""
+
+    reusable = True
+
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs,), daemon=True, name="diptych-curate")
-        process.start()
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs,), daemon=True, name="diptych-stage")
+        self._process.start()
         theirs.close()
-        self._workers.append(_Worker(process, ours))
-        return self._workers[-1]
+        self._job: Job | None = None
 
-    def _assign(self, job: Job, worker: _Worker) -> None:
-        worker.task = self._waiting.popleft() if self._waiting else None
-        if worker.task is None:
-            return
-        self._tries[worker.task.name] += 1
+    def give(self, job: Job, tasks: Sequence[Task], /) -> None:
+        """Send the tasks, and the job if it is another one."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died; its sentinel will say so
-            worker.pipe.send((job if worker.job is not job else None, worker.task))
-        worker.job = job
+            self._pipe.send((job if self._job is not job else None, tasks))
+        self._job = job
 
-    def _take(self, job: Job, worker: _Worker) -> Iterator[tuple[str, TaskRecord]]:
-        """What a worker sent: the record of its task, an exception, or nothing because it died."""
-        assert worker.task is not None
+    def take(self) -> Answer:
+        """What it sent, or how it ended."""
         try:
-            answer = worker.pipe.recv()
+            return self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._replace(job, worker)
-            return
-        name, worker.task = worker.task.name, None
-        if isinstance(answer, BaseException):
-            raise answer
-        self._assign(job, worker)
-        yield name, answer
+            self._process.join()
+            return Died(f"exit code {self._process.exitcode}")
 
-    def _replace(self, job: Job, worker: _Worker) -> None:
-        """A process has died: another one begins its task again, unless it was tried often enough."""
-        task, worker.task = worker.task, None
-        self._stop(worker)
-        assert task is not None
-        if self._tries[task.name] >= TRIES:
-            raise _lost(job, task, f"exit code {worker.process.exitcode}")
-        self._waiting.appendleft(task)
-        self._assign(job, self._start())
+    def stop(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
 
-    def _stop(self, worker: _Worker) -> None:
-        worker.process.kill()
-        worker.process.join()
-        worker.pipe.close()
-        self._workers.remove(worker)
+    @classmethod
+    def wait(cls, workers: Sequence["LocalWorker"]) -> list["LocalWorker"]:
+        """Those that sent something or ended."""
+        ready = wait([one for worker in workers for one in (worker._pipe, worker._process.sentinel)])
+        return [worker for worker in workers if worker._pipe in ready or worker._process.sentinel in ready]
 
 
 def end_with_parent() -> None:
@@ -160,64 +155,75 @@ def end_with_parent() -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _work(pipe: Connection) -> None:
-    """The life of a worker; it ends with its parent, also when that is killed."""
+def _work(pipe: Any) -> None:
+    """The life of a process, which is given tasks until it ends with its parent."""
     end_with_parent()
     job: Job | None = None
     while True:
-        given, task = pipe.recv()
+        given, tasks = pipe.recv()
         job = given if given is not None else job
         assert job is not None
         try:
-            with _naming(job, task):
-                answer: object = job(task)
+            answer: Answer = list(job(tasks))
         except Exception as error:
             answer = error
         pipe.send(answer)
 
 
-def _lost(job: Job, task: Task, how: str) -> TaskLostError:
-    return TaskLostError(
-        f"{task.name} of {job.folder.name} ended its process {TRIES} times ({how}); it reads "
-        f"{', '.join(map(str, task.inputs))}. Out of memory? Use fewer processes; else leave that input out"
-    )
-
-
-def _run_on_ray(job: Job, tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, TaskRecord]]:
-    """Ray schedules and retries; the folder must be at the same path on all machines of the cluster."""
+def connect_ray(processes: int = 0) -> Any:
+    """The module `ray`, connected to the cluster of $RAY_ADDRESS or to one started here, of so many cores."""
     try:
         import ray
-        from ray import exceptions
     except ImportError:
         raise UsageError("engine ray needs Ray; `pip install diptych[ray]`") from None
     if not ray.is_initialized():
         own = None if os.environ.get("RAY_ADDRESS") else processes or None
         ray.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
-    shared = ray.put(job)
-    work: Any = ray.remote(num_cpus=1, max_retries=TRIES - 1, retry_exceptions=False)(_do)
-    waiting = deque(tasks)
-    width = processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    running: dict[Any, Task] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < width:
-                task = waiting.popleft()
-                running[work.remote(shared, task, os.getcwd())] = task
-            ready, _ = ray.wait(list(running), num_returns=1)
-            task = running.pop(ready[0])
-            try:
-                yield task.name, ray.get(ready[0])
-            except exceptions.RayTaskError as error:
-                raise error.cause from None
-            except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError) as error:
-                raise _lost(job, task, type(error).__name__) from None
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+    return ray
 
 
-def _do(job: Job, task: Task, folder: str) -> TaskRecord:
-    with contextlib.suppress(FileNotFoundError):  # relative paths mean the same as where the run was started
-        os.chdir(folder)
-    with _naming(job, task):
-        return job(task)
+class RayWorker:
+    """An actor of a Ray cluster; what the job reads and writes must be at the same paths on all machines."""
+
+    reusable = False
+
+    def __init__(self, ray: Any, job: Any, resources: Mapping[str, Any]) -> None:
+        self.ray, self._actor = ray, ray.remote(**resources)(Actor).remote(job, os.getcwd())
+        self._answer: Any = None
+
+    def give(self, _: Job, tasks: Sequence[Task], /) -> None:
+        """Call the actor, which has the job."""
+        self._answer = self._actor.do.remote(tasks)
+
+    def take(self) -> Answer:
+        """What it gave back, or how it ended."""
+        exceptions = self.ray.exceptions
+        try:
+            return self.ray.get(self._answer)
+        except exceptions.RayTaskError as error:
+            return error.cause
+        except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
+            return Died(type(error).__name__)
+
+    def stop(self) -> None:
+        """Kill the actor."""
+        self.ray.kill(self._actor)
+
+    @classmethod
+    def wait(cls, workers: Sequence["RayWorker"]) -> list["RayWorker"]:
+        """Those whose call has ended."""
+        ready, _ = workers[0].ray.wait([worker._answer for worker in workers], num_returns=1)
+        return [worker for worker in workers if worker._answer in ready]
+
+
+class Actor:
+    """A job on one machine of a cluster."""
+
+    def __init__(self, job: Job, folder: str) -> None:
+        self.job = job
+        with contextlib.suppress(FileNotFoundError):  # relative paths mean the same as where the run was started
+            os.chdir(folder)
+
+    def do(self, tasks: Sequence[Task]) -> list[TaskRecord]:
+        """Do some tasks."""
+        return list(self.job(tasks))

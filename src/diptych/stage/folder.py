@@ -24,6 +24,8 @@ REASON = pa.field("reason", pa.string())
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 """Version of the folder's layout and of what stages make of their rows; other versions are rebuilt."""
+HEADER: dict[str, Any] = {"format": "diptych stage", "version": MANIFEST_VERSION}
+"""How every manifest begins."""
 READ_ROWS = 1024
 """Rows of a batch that a stage is given."""
 GROUP_ROWS = 16384
@@ -50,7 +52,7 @@ class TaskRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a finished folder says of itself."""
+    """What a finished folder says of itself; what it was begun with is written first, without the counts and files."""
 
     stage: str
     config: Mapping[str, Any]
@@ -207,10 +209,38 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def begin_manifest(folder: Path, begun: Mapping[str, Any]) -> None:
+    """Write what a folder is begun with: stage, config and parent. Until `write_manifest` it is not finished."""
+    files.write_json(folder / MANIFEST_FILE, HEADER | dict(begun))
+
+
+def read_begun(folder: Path) -> dict[str, Any] | None:
+    """Stage, config and parent of a folder, finished or not; None without a manifest of this version."""
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_text())
+        if any(content[name] != value for name, value in HEADER.items()):
+            return None
+        return {name: content[name] for name in ("stage", "config", "parent")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_difference(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first setting that differs, with both values; None if all are equal."""
+    for name in sorted(then.keys() | now.keys()):
+        there, here = then.get(name), now.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            if inner := find_difference(there, here, f"{prefix}{name}."):
+                return inner
+        elif there != here:
+            return f"there {prefix}{name} is {there}, here {here}"
+    return None
+
+
 def write_manifest(
-    folder: Path, *, config: Mapping[str, Any], parent: str | None, done: Iterable[TaskRecord]
+    folder: Path, *, stage: str, config: Mapping[str, Any], parent: str | None, done: Iterable[TaskRecord]
 ) -> Manifest:
-    """Add up the records of all tasks."""
+    """Add up the records of all tasks; the folder is finished."""
     rows = kept = 0
     dropped: Counter[str] = Counter()
     parts: dict[str, str] = {}
@@ -219,7 +249,7 @@ def write_manifest(
         dropped.update(one.dropped)
         parts.update(one.files)
     manifest = Manifest(
-        stage=folder.name,
+        stage=stage,
         config=config,
         parent=parent,
         rows=rows,
@@ -232,7 +262,7 @@ def write_manifest(
 
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write a manifest with its hash."""
-    content = {"format": "diptych stage", "version": MANIFEST_VERSION, **asdict(manifest)}
+    content = HEADER | asdict(manifest)
     del content["hash"]
     digest = hash_json(content)
     files.write_json(folder / MANIFEST_FILE, content | {"hash": digest})
@@ -244,12 +274,16 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
         content = json.loads(path.read_text())
+        if "hash" not in content and read_begun(folder) is not None:
+            raise NotFoundError(f"{folder} is not finished; start the command that writes it again, and it goes on")
         digest = content.pop("hash")
         if hash_json(content) != digest:
             raise ShardError(f"{path} was changed after it was written: its hash is another; run the stage again")
-        if content.pop("version") != MANIFEST_VERSION or content.pop("format") != "diptych stage":
+        if any(content.pop(name) != value for name, value in HEADER.items()):
             raise ShardError(f"{path} has another format version; run the stage again with this version")
         return Manifest(**content, hash=digest)
+    except NotFoundError:
+        raise
     except FileNotFoundError:
         raise NotFoundError(f"{folder} holds no finished stage: no {MANIFEST_FILE}; run that stage first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -1,40 +1,42 @@
-"""Runs a stage over the files of a folder: a task per file, each done once, whatever is killed in between.
+"""Runs the tasks of a folder: each is done once, whatever is killed in between.
 
     work/match/
+      manifest.json                what it is begun with: stage, settings, the parent's hash; at the end also counts,
+                                   files and its own hash
       part-00000.parquet           the rows that stay
       dropped/part-00000.parquet   key, image_url, caption and reason of those that do not
       done/part-00000.json         written last: counts, SHA-256 of both files, a fingerprint of settings and inputs
-      manifest.json                when all tasks are done: settings, counts, files, the parent's hash, its own hash
 
 The tasks decide which files there are and what is in them; an engine only decides where and when a task runs. So any
 number of processes, on one machine or many, leaves the same bytes. A task with a valid record in `done` is never done
 again; one whose files are not those of its record is. Two runs of the same inputs have the same hash: no clock, no
-absolute path and no number of processes goes into a manifest.
+absolute path and no number of processes goes into a manifest. `diptych embed` works in the same way, on files of its
+own (`diptych.embed.bulk.job`).
 """
 
 import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from diptych import files
 from diptych.errors import NotFoundError, RunLockedError, UsageError
 from diptych.stage import folder as parts
-from diptych.stage.config import Engine, EngineConfig
-from diptych.stage.engines import WorkerPool, run_tasks
-from diptych.stage.folder import MANIFEST_FILE, TaskRecord
-from diptych.stage.job import Job, Stage, StageJob, Task, task_fingerprint
+from diptych.stage.config import EngineConfig
+from diptych.stage.engines import LocalWorker, RayWorker, WorkerPool, connect_ray
+from diptych.stage.folder import TaskRecord
+from diptych.stage.job import Job, Stage, StageJob, Task
 
-OnTask = Callable[[str, int, int], None]
-"""Told the stage, how many of its tasks are done, and of how many, after each."""
+OnTask = Callable[[str, TaskRecord, int, int], None]
+"""Told the stage, the record of a task, how many tasks are done, and of how many, after each."""
 
 
 def part_name(number: int) -> str:
@@ -67,11 +69,45 @@ class StageReport:
     """SHA-256 of the manifest."""
 
 
-@runtime_checkable
-class Execute(Protocol):
-    """What runs a stage: `run_stage` with an engine chosen by the caller."""
+def _one_by_one(tasks: Sequence[Task]) -> Iterator[list[Task]]:
+    return ([task] for task in tasks)
 
-    def __call__(
+
+@dataclass(kw_only=True)
+class Engine:
+    """Where tasks run, who is told, and what becomes of a folder that was begun with other settings.
+
+    As a context its processes serve one stage after the other; else they end with each.
+    """
+
+    kind: Literal["local", "ray"] = "local"
+    processes: int = 0
+    """Tasks at once; 0: in this process, or by Ray one a core of the cluster."""
+    redo: bool = False
+    """Make a folder anew that was begun with other settings or inputs; else it is refused."""
+    on_task: OnTask | None = None
+    batches: Callable[[Sequence[Task]], Iterable[Sequence[Task]]] = _one_by_one
+    """Tasks as they are handed out: a worker is given a batch at a time."""
+    resources: Mapping[str, Any] = field(default_factory=lambda: {"num_cpus": 1})
+    """What Ray gives each worker."""
+    _pool: WorkerPool | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def open(cls, config: EngineConfig, on_task: OnTask | None = None) -> "Engine":
+        """The engine that settings describe."""
+        processes = config.processes or ((os.cpu_count() or 1) if config.engine == "local" else 0)
+        return cls(kind=config.engine, processes=processes, redo=config.redo, on_task=on_task)
+
+    def __enter__(self) -> "Engine":
+        self._pool = WorkerPool(LocalWorker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._pool is not None
+        self._pool.close()
+        self._pool = None
+
+    def run_stage(
         self,
         stage: Stage,
         tasks: Sequence[Task],
@@ -81,131 +117,80 @@ class Execute(Protocol):
         schema: pa.Schema,
         parent: str | None = None,
     ) -> StageReport:
-        """Run it."""
-        ...
+        """Do the tasks that are not done yet and write the manifest; the folder's name is the stage's.
 
+        `config` is a dataclass or a mapping of what decides the outcome, `schema` that of the rows that stay, `parent`
+        the hash of the manifest of what is read.
+        """
+        described = parts.describe_config(config, folder)
+        job = StageJob(run=stage, folder=folder, schema=schema, settings=described, parent=parent)
+        return self.run_job(job, tasks)
 
-@runtime_checkable
-class ExecuteJob(Protocol):
-    """What runs a job: `tasks.run_job` with an engine chosen by the caller."""
-
-    def __call__(
+    def run_job(
         self,
         job: Job,
         tasks: Sequence[Task],
         *,
-        config: Mapping[str, Any],
-        parent: str | None = None,
-        prepare: Callable[[], object] | None = None,
+        prepare: Callable[[Mapping[str, TaskRecord]], object] | None = None,
+        hold: bool = True,
     ) -> StageReport:
-        """Run it."""
-        ...
+        """`run_stage` for a job of one's own.
 
+        `prepare` is called with the records of what is done, if there is anything to do, before it is done. With
+        `hold=False` the caller holds the folder.
+        """
+        began = time.monotonic()
+        _check_tasks(tasks)
+        with locked(job.folder) if hold else contextlib.nullcontext():
+            for part in (job.folder / "done", job.folder / "dropped"):
+                part.mkdir(exist_ok=True)
+            _remove_leftovers(job.folder)
+            found = _find_done(job, tasks, self.redo)
+            missing = [task for task in tasks if task.name not in found]
+            done = dict(found)
+            if missing:
+                parts.begin_manifest(job.folder, job.describe())
+                if prepare is not None:
+                    prepare(found)
+                for name, record in self._do(job, missing):
+                    done[name] = record
+                    if self.on_task is not None:
+                        self.on_task(job.stage, record, len(done), len(tasks))
+                _remove_leftovers(job.folder)  # of processes that died
+            manifest = parts.write_manifest(job.folder, **job.describe(), done=[done[task.name] for task in tasks])
+        return StageReport(
+            stage=job.stage,
+            folder=job.folder,
+            rows=manifest.rows,
+            kept=manifest.kept,
+            dropped=dict(manifest.dropped),
+            done=len(missing),
+            found=len(found),
+            seconds=time.monotonic() - began,
+            hash=manifest.hash,
+        )
 
-def run_stage(
-    stage: Stage,
-    tasks: Sequence[Task],
-    folder: Path,
-    config: object,
-    *,
-    schema: pa.Schema,
-    processes: int = 0,
-    engine: Engine = "local",
-    parent: str | None = None,
-    redo: bool = False,
-    on_task: OnTask | None = None,
-    crew: WorkerPool | None = None,
-) -> StageReport:
-    """Do the tasks that are not done yet and write the manifest; the folder's name is the stage's.
-
-    `config` is a dataclass or a mapping of what decides the outcome, `schema` that of the rows that stay, `parent` the
-    hash of the manifest of what is read. `processes` 0 works in this process. A folder made with other settings is
-    refused; with `redo` it is made anew.
-    """
-    described = parts.describe_config(config, folder)
-    job = StageJob(
-        stage=stage, folder=folder, schema=schema, fingerprint=parts.fingerprint(folder.name, described, parent)
-    )
-    return run_job(
-        job,
-        tasks,
-        config=described,
-        processes=processes,
-        engine=engine,
-        parent=parent,
-        redo=redo,
-        on_task=on_task,
-        crew=crew,
-    )
-
-
-def run_job(
-    job: Job,
-    tasks: Sequence[Task],
-    *,
-    config: Mapping[str, Any],
-    processes: int = 0,
-    engine: Engine = "local",
-    parent: str | None = None,
-    redo: bool = False,
-    on_task: OnTask | None = None,
-    crew: WorkerPool | None = None,
-    prepare: Callable[[], object] | None = None,
-) -> StageReport:
-    """`run_stage` for a job of one's own; `config` is what the manifest says of its settings.
-
-    `prepare` is called if there is anything to do, before it is done.
-    """
-    began = time.monotonic()
-    folder = job.folder
-    _check_tasks(tasks)
-    with locked(folder):
-        for part in (folder / "done", folder / "dropped"):
-            part.mkdir(exist_ok=True)
-        _remove_leftovers(folder)
-        found = _find_done(job, tasks, redo)
-        missing = [task for task in tasks if task.name not in found]
-        if missing:
-            (folder / MANIFEST_FILE).unlink(missing_ok=True)
-            if prepare is not None:
-                prepare()
-        done = dict(found)
-        for name, one in run_tasks(job, missing, processes=processes, engine=engine, crew=crew):
-            done[name] = one
-            if on_task is not None:
-                on_task(folder.name, len(done), len(tasks))
-        _remove_leftovers(folder)  # of processes that died
-        manifest = parts.write_manifest(folder, config=config, parent=parent, done=[done[task.name] for task in tasks])
-    return StageReport(
-        stage=folder.name,
-        folder=folder,
-        rows=manifest.rows,
-        kept=manifest.kept,
-        dropped=dict(manifest.dropped),
-        done=len(missing),
-        found=len(found),
-        seconds=time.monotonic() - began,
-        hash=manifest.hash,
-    )
-
-
-@contextlib.contextmanager
-def executors(config: EngineConfig, on_task: OnTask | None = None) -> Iterator[tuple[Execute, ExecuteJob]]:
-    """`run_stage` and `run_job` with an engine, whose processes serve one stage after the other."""
-    processes = config.processes
-    if processes is None:
-        processes = (os.cpu_count() or 1) if config.engine == "local" else 0
-    crew = WorkerPool()
-    chosen: dict[str, Any] = {"processes": processes, "engine": config.engine, "redo": config.redo}
-    chosen |= {"on_task": on_task, "crew": crew}
-    try:
-        yield partial(run_stage, **chosen), partial(run_job, **chosen)
-    finally:
-        crew.close()
+    def _do(self, job: Job, tasks: Sequence[Task]) -> Generator[tuple[str, TaskRecord]]:
+        """Do tasks in any order; yields each as it is done."""
+        batches = self.batches(tasks)
+        if self.kind == "local" and self.processes == 0:
+            for batch in batches:
+                with contextlib.closing(job(batch)) as records:
+                    yield from ((task.name, record) for record, task in zip(records, batch, strict=True))
+        elif self.kind == "local" and self._pool is not None:
+            yield from self._pool.run(job, batches, self.processes)
+        else:
+            start, width = LocalWorker, self.processes
+            if self.kind == "ray":
+                ray = connect_ray(self.processes)
+                start = partial(RayWorker, ray, ray.put(job), self.resources)
+                width = width or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            with contextlib.closing(WorkerPool(start)) as pool:
+                yield from pool.run(job, batches, width)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for part in (folder, folder / "done", folder / "dropped"):
+    for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         files.remove_leftovers(part)
 
 
@@ -227,13 +212,13 @@ def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, TaskRec
     stale = names - recorded.keys()
     for task in tasks:
         done = recorded[task.name]
-        if done is not None and done.fingerprint != task_fingerprint(job.fingerprint, task):
+        if done is not None and done.fingerprint != job.fingerprint_of(task):
             stale.add(task.name)
     if stale and not redo:
-        raise UsageError(
-            f"{job.folder} was begun with other settings or inputs ({len(stale)} of its parts); name another folder, "
-            "or add --redo to make it anew"
-        )
+        then = parts.read_begun(job.folder)
+        different = job.find_difference(then, job.describe()) if then is not None else None
+        different = different or f"other settings or inputs ({len(stale)} of its parts)"
+        raise UsageError(f"{job.folder} was begun with {different}; {job.REMEDY}")
     for name in stale:
         old = parts.read_done(job.folder, name)
         for path in (f"done/{name}.json", *(old.files if old is not None else ())):
@@ -246,11 +231,18 @@ def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, TaskRec
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, so that two runs do not write into it at once; ends with the process."""
+    """Hold a folder, so that two runs do not write into it at once; ends with the process, however that ends."""
     files.make_folder(folder)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunLockedError(f"another process is working in {folder}; wait for it or stop it") from None
+            lock.seek(0)
+            raise RunLockedError(
+                f"another process is working in {folder} ({lock.read().strip() or 'unknown'}); wait for it, stop it, "
+                "or name another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
         yield

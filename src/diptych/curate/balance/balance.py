@@ -30,7 +30,7 @@ from diptych.curate.rows import BALANCED, with_reason
 from diptych.errors import ShardError, UsageError
 from diptych.stage.folder import Manifest, part_paths, read_manifest, read_rows
 from diptych.stage.job import Task
-from diptych.stage.run import Execute, StageReport, part_name, tasks_of
+from diptych.stage.run import Engine, StageReport, part_name, tasks_of
 
 POLICIES: tuple[Policy, ...] = ("cap", "metaclip", "assign")
 OVER_LIMIT = "over_limit"
@@ -210,17 +210,17 @@ class BalanceReport:
     """By policy; one of them was carried out."""
 
 
-def run(config: BalanceConfig, *, execute: Execute) -> BalanceReport:
+def run(config: BalanceConfig, *, engine: Engine) -> BalanceReport:
     """Balance a folder of matched pairs; the others of the three policies are only counted."""
     config = replace(config, queries=queries_file(config.queries))
     parent = read_manifest(config.pairs)
     _check_list(config, parent)
     texts = pq.read_table(config.queries, columns=["id", "text"]).sort_by("id")
-    planner = _Planner(config, parent.hash, len(texts), execute)
+    planner = _Planner(config, parent.hash, len(texts), engine)
     counts = planner.counts()
     chosen: list[Policy] = [policy for policy in POLICIES if config.compare or policy == config.policy]
     plans = {policy: planner.plan(policy) for policy in chosen}
-    report = execute(
+    report = engine.run_stage(
         Balance(plan=plans[config.policy]),
         tasks_of(config.pairs),
         config.out,
@@ -260,8 +260,8 @@ def _check_list(config: BalanceConfig, parent: Manifest) -> None:
 class _Planner:
     """Asks the engine for the sums that plans are made of; each is kept in a folder of its own."""
 
-    def __init__(self, config: BalanceConfig, parent: str, queries: int, execute: Execute) -> None:
-        self._config, self._parent, self._queries, self._execute = config, parent, queries, execute
+    def __init__(self, config: BalanceConfig, parent: str, queries: int, engine: Engine) -> None:
+        self._config, self._parent, self._queries, self._engine = config, parent, queries, engine
         self._folder = config.out / "plan"
         paths = part_paths(config.pairs)
         together = -(-len(paths) // TASKS)
@@ -312,7 +312,7 @@ class _Planner:
     def _run(self, name: str, stage: "Tally | CollectDraws", schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         decides = {"limit": self._config.limit, "seed": self._config.seed, "queries": self._queries}
         folder = self._folder / name
-        self._execute(stage, self._tasks, folder, decides, schema=schema, parent=self._parent)
+        self._engine.run_stage(stage, self._tasks, folder, decides, schema=schema, parent=self._parent)
         return read_rows(folder)
 
     def _save(self, name: str, array: NDArray[np.generic]) -> str:

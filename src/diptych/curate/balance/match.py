@@ -28,7 +28,7 @@ from diptych.curate.rows import MATCHED, with_reason
 from diptych.curate.text.words import split_metaclip, split_words
 from diptych.errors import NotFoundError, UsageError
 from diptych.stage.folder import read_manifest
-from diptych.stage.run import Execute, StageReport, tasks_of
+from diptych.stage.run import Engine, StageReport, tasks_of
 
 NO_QUERY = "no_query"
 """The reason of a text that contains none of the queries."""
@@ -111,9 +111,9 @@ class Match:
             yield with_reason(batch, [None if size else NO_QUERY for size in np.diff(offsets).tolist()])
 
 
-def run(config: MatchConfig, *, execute: Execute) -> StageReport:
+def run(config: MatchConfig, *, engine: Engine) -> StageReport:
     """Match a folder of candidates."""
     config = replace(config, queries=queries_file(config.queries))
     stage = Match(queries=str(config.queries), rule=config.rule)
     parent = read_manifest(config.pairs).hash
-    return execute(stage, tasks_of(config.pairs), config.out, config, schema=MATCHED, parent=parent)
+    return engine.run_stage(stage, tasks_of(config.pairs), config.out, config, schema=MATCHED, parent=parent)

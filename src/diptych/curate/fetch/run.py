@@ -38,7 +38,7 @@ from diptych.errors import PictureError, ShardError, UsageError
 from diptych.stage.engines import end_with_parent
 from diptych.stage.folder import MANIFEST_FILE, read_manifest, read_part
 from diptych.stage.job import Task
-from diptych.stage.run import Execute, StageReport, tasks_of
+from diptych.stage.run import Engine, StageReport, tasks_of
 
 _ROWS = 64
 """Rows of a batch that is given on with pictures: bounds the memory."""
@@ -56,7 +56,7 @@ class FetchReport:
 
 
 def run(
-    config: FetchConfig, *, execute: Execute, on_progress: Callable[[Counter[str]], None] | None = None
+    config: FetchConfig, *, engine: Engine, on_progress: Callable[[Counter[str]], None] | None = None
 ) -> FetchReport:
     """Fetch what is missing and write the pairs; `on_progress` is told outcomes -> addresses now and then."""
     tasks = tasks_of(config.folder)
@@ -74,7 +74,7 @@ def run(
         "max_aspect": config.max_aspect,
         "max_pixels": config.max_pixels,
     }
-    report = execute(
+    report = engine.run_stage(
         Build(ledger=ledger, partitions=config.partitions, known=known, **prepared),
         tasks,
         config.out,

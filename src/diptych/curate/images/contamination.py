@@ -31,7 +31,7 @@ from diptych.errors import NotFoundError, PictureError, UsageError
 from diptych.shards.dataset import DATASET_FILE, load_dataset
 from diptych.stage.folder import MANIFEST_FILE, part_paths, read_manifest, read_part, read_rows
 from diptych.stage.job import Task
-from diptych.stage.run import Execute, StageReport, part_name
+from diptych.stage.run import Engine, StageReport, part_name
 
 HASHES = pa.schema([pa.field("key", pa.string()), pa.field("views", pa.list_(pa.uint64(), VIEWS))])
 OVERLAP = pa.schema(
@@ -71,10 +71,10 @@ class ContaminationReport:
     """Reason -> pictures of either set."""
 
 
-def run(config: ContaminationConfig, *, execute: Execute) -> ContaminationReport:
+def run(config: ContaminationConfig, *, engine: Engine) -> ContaminationReport:
     """Compare the sets and write the result."""
-    data = hash_set(config.data, config.out / "data", execute)
-    against = hash_set(config.against, config.out / "against", execute)
+    data = hash_set(config.data, config.out / "data", engine)
+    against = hash_set(config.against, config.out / "against", engine)
     curve = measure_curve(_sample(config), config.seed)
     threshold = curve.choose(config.precision) if config.max_distance is None else config.max_distance
     _write_curve(curve, config.out / "curve.csv")
@@ -148,11 +148,11 @@ def picture_files(folder: Path) -> tuple[list[Path], str | None]:
     return [shard.path for shard in dataset.shards], dataset.content_hash
 
 
-def hash_set(path: Path, out: Path, execute: Execute) -> StageReport:
+def hash_set(path: Path, out: Path, engine: Engine) -> StageReport:
     """Hash a set's pictures into a stage's folder."""
     inputs, parent = picture_files(path)
     tasks = [Task(part_name(i), (one,), rows=False) for i, one in enumerate(inputs)]
-    return execute(HashPictures(), tasks, out, {"views": VIEWS}, schema=HASHES, parent=parent)
+    return engine.run_stage(HashPictures(), tasks, out, {"views": VIEWS}, schema=HASHES, parent=parent)
 
 
 def _iter_hashes(folder: Path) -> Iterator[tuple[list[str], Hashes]]:

@@ -33,7 +33,7 @@ from diptych.curate.rows import with_reason
 from diptych.errors import PictureError, UsageError
 from diptych.stage.folder import read_manifest, read_part, read_rows
 from diptych.stage.job import Task
-from diptych.stage.run import Execute, StageReport, tasks_of
+from diptych.stage.run import Engine, StageReport, tasks_of
 
 Score = Callable[[Sequence[bytes], Sequence[str]], Sequence[float]]
 """Encoded pictures and their texts -> how well they fit, for example CLIP's cosines; picklable."""
@@ -53,7 +53,7 @@ COLOUR_TOLERANCE = 12
 _ROWS = 256
 
 
-def run(config: PicturesConfig, *, execute: Execute, score: Score | None = None) -> StageReport:
+def run(config: PicturesConfig, *, engine: Engine, score: Score | None = None) -> StageReport:
     """Decide and write; `score` is needed for `min_score`."""
     if (score is None) != (config.min_score is None):
         raise UsageError(
@@ -64,7 +64,7 @@ def run(config: PicturesConfig, *, execute: Execute, score: Score | None = None)
     known = read_known(config.known_hashes, config.known_distance)
     facts = config.out / "facts"
     settings = {"known_hashes": config.known_hashes, "known_distance": config.known_distance}
-    execute(
+    engine.run_stage(
         Facts(known=known, score=score),
         tasks,
         facts,
@@ -73,10 +73,10 @@ def run(config: PicturesConfig, *, execute: Execute, score: Score | None = None)
         parent=parent,
     )
     decided = config.out / "decided"
-    _decide(config, tasks, facts, decided, _evaluation_hashes(config, execute))
+    _decide(config, tasks, facts, decided, _evaluation_hashes(config, engine))
     by_path = [Task(task.name, (*task.inputs, decided / f"{task.name}.parquet"), rows=False) for task in tasks]
     schema = pq.read_schema(tasks[0].inputs[0]).remove_metadata()
-    return execute(Apply(), by_path, config.out, _settings(config), schema=schema, parent=parent)
+    return engine.run_stage(Apply(), by_path, config.out, _settings(config), schema=schema, parent=parent)
 
 
 def _settings(config: PicturesConfig) -> dict[str, object]:
@@ -192,11 +192,11 @@ def _same_colour(one: int, other: int) -> bool:
     return all(abs((one >> shift & 255) - (other >> shift & 255)) <= COLOUR_TOLERANCE for shift in (0, 8, 16))
 
 
-def _evaluation_hashes(config: PicturesConfig, execute: Execute) -> Hashes:
+def _evaluation_hashes(config: PicturesConfig, engine: Engine) -> Hashes:
     """Hashes of the evaluation pictures, and of their mirror images."""
     found = [np.empty(0, np.uint64)]
     for number, folder in enumerate(config.evaluation):
         out = config.out / f"evaluation-{number}"
-        hash_set(folder, out, execute)
+        hash_set(folder, out, engine)
         found.append(read_hashes(out)[1][:, :2].ravel())
     return np.unique(np.concatenate(found))

@@ -30,7 +30,7 @@ from diptych.curate.pages.page import (
 from diptych.curate.pages.sandbox import Answer, Parser
 from diptych.curate.rows import CANDIDATES, key_of, outcome
 from diptych.errors import NotFoundError, UsageError
-from diptych.stage.run import Execute, StageReport, Task, part_name
+from diptych.stage.run import Engine, StageReport, Task, part_name
 
 if TYPE_CHECKING:
     from diptych.curate.pages.extract import Extract
@@ -92,7 +92,7 @@ class Crawl:
         return f"{self.pages_at.rstrip('/')}/{place}"
 
 
-def run(config: CrawlConfig, *, execute: Execute) -> StageReport:
+def run(config: CrawlConfig, *, engine: Engine) -> StageReport:
     """Make candidates of all inputs; a task is an archive, or some plain files."""
     _import_extract()  # says at once if a library is missing
     archives, plain, roots = find_inputs(config.inputs, config.prefix)
@@ -109,7 +109,7 @@ def run(config: CrawlConfig, *, execute: Execute) -> StageReport:
         "parser_bytes": config.parser_bytes,
         "pages_at": config.pages_at,
     }
-    return execute(Crawl(**decides, roots=roots), tasks, config.out, decides, schema=CANDIDATES)
+    return engine.run_stage(Crawl(**decides, roots=roots), tasks, config.out, decides, schema=CANDIDATES)
 
 
 def _import_extract() -> "type[Extract]":

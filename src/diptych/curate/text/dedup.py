@@ -29,7 +29,7 @@ from diptych.curate.text.words import normalise
 from diptych.errors import ShardError
 from diptych.shards.order import mix
 from diptych.stage.folder import part_paths, read_manifest, read_part
-from diptych.stage.run import Execute, StageReport, Task, part_name, tasks_of
+from diptych.stage.run import Engine, StageReport, Task, part_name, tasks_of
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near_duplicate"
@@ -153,12 +153,12 @@ def band_rows(hashes: int, similarity: float) -> int:
     return max(fitting)
 
 
-def run(config: NearTextConfig, *, execute: Execute) -> StageReport:
+def run(config: NearTextConfig, *, engine: Engine) -> StageReport:
     """Sign, compare, drop; signatures and verdicts lie in folders beside the output's."""
     tasks, parent = tasks_of(config.folder), read_manifest(config.folder).hash
     signed, verdicts = (config.out.with_name(f"{config.out.name}_{part}") for part in ("signed", "verdicts"))
     stage = ComputeSignatures(scope=config.scope, similarity=config.similarity, hashes=config.hashes, seed=config.seed)
-    report = execute(stage, tasks, signed, stage, schema=SIGNED, parent=parent)
+    report = engine.run_stage(stage, tasks, signed, stage, schema=SIGNED, parent=parent)
     _write_verdicts(config, signed, report.hash, verdicts, [f"{Path(task.inputs[0]).stem}.npy" for task in tasks])
     strikes = [Task(part_name(i), task.inputs, rows=False) for i, task in enumerate(tasks)]
     decides: dict[str, Any] = {
@@ -169,7 +169,7 @@ def run(config: NearTextConfig, *, execute: Execute) -> StageReport:
         "seed": config.seed,
         "signed": report.hash,
     }
-    return execute(
+    return engine.run_stage(
         DropDuplicates(verdicts=str(verdicts)), strikes, config.out, decides, schema=CANDIDATES, parent=parent
     )
 

@@ -17,7 +17,7 @@ from diptych.curate.text.config import FilterConfig
 from diptych.curate.text.words import normalise
 from diptych.errors import UsageError
 from diptych.stage.folder import read_manifest
-from diptych.stage.run import Execute, StageReport, tasks_of
+from diptych.stage.run import Engine, StageReport, tasks_of
 
 TEXT_SHORT = "text_short"
 TEXT_LONG = "text_long"
@@ -144,9 +144,9 @@ def _load_languages() -> tuple[Callable[[str], Any], frozenset[str]]:
     return py3langid.rank, frozenset(language for language, _ in py3langid.rank("a"))
 
 
-def run(config: FilterConfig, *, execute: Execute) -> StageReport:
+def run(config: FilterConfig, *, engine: Engine) -> StageReport:
     """Filter a folder of candidates."""
     stage = Filter(config)
     stage.judge()  # says at once if a language is unknown
     parent = read_manifest(config.folder).hash
-    return execute(stage, tasks_of(config.folder), config.out, config, schema=CANDIDATES, parent=parent)
+    return engine.run_stage(stage, tasks_of(config.folder), config.out, config, schema=CANDIDATES, parent=parent)

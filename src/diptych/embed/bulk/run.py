@@ -1,30 +1,36 @@
 """`diptych embed`: many pictures or texts to a folder of features that is finished, or can be gone on with."""
 
-import contextlib
-import fcntl
-import os
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from diptych import files
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
-from diptych.embed.bulk.config import EmbedConfig
-from diptych.embed.bulk.folder import FeatureFolder, describe, plan_parts
+from diptych.embed.bulk.config import EmbedConfig, WorkConfig
+from diptych.embed.bulk.folder import STAGE
 from diptych.embed.bulk.inputs import open_inputs
-from diptych.embed.bulk.pipeline import compute_parts, open_pipeline
-from diptych.embed.images import image_space
+from diptych.embed.bulk.job import EmbedJob, Part, format_dropped, iter_contiguous_parts, open_model, plan_parts
+from diptych.embed.images import ImageTower, image_space
 from diptych.embed.sources import Source
 from diptych.embed.texts import text_space
-from diptych.errors import RunLockedError
-from diptych.files import make_folder
+from diptych.errors import UsageError
 from diptych.model.inference.precision import choose_text_precision
+from diptych.stage.engines import connect_ray
+from diptych.stage.folder import MANIFEST_FILE, TaskRecord, read_begun, read_done, read_manifest
+from diptych.stage.run import Engine, locked
 
+SKIPPED_FILE = "skipped.jsonl"
+PARTS = 8
+"""Parts that a Ray actor is given at a time, at most."""
 _WINDOW = 15.0
 """Seconds over which the speed is averaged."""
+_PAUSE = 0.1
+"""Seconds between two reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,36 +71,96 @@ class EmbedReport:
 def run(config: EmbedConfig, *, on_progress: Callable[[EmbedProgress], None] | None = None) -> EmbedReport:
     """Embed everything that `config` names. Started again, it does what is not done."""
     began = time.monotonic()
-    kind = None if config.work.kind == "auto" else config.work.kind
-    sources = open_inputs(config.inputs, kind)
-    pipeline = open_pipeline(config)
-    precision = pipeline.tower.precision  # what `auto` means here is what it means everywhere
+    sources = tuple(open_inputs(config.inputs, None if config.work.kind == "auto" else config.work.kind))
+    loaded = open_model(config)
+    precision = ImageTower(loaded, config.work.precision).precision  # what `auto` means here it means everywhere
     config = replace(config, work=replace(config.work, precision=precision))
-    model = describe_model(config, pipeline.loaded, sources)
-    identity = describe(model, config.output, sources, batch_size=config.work.batch_size)
+    parts = plan_parts(sources, config.output.part_rows)
+    meter = _Meter(sum(source.rows for source in sources), on_progress)
+    model = describe_model(config, loaded, sources)
+    engine, config = _open_engine(config, meter)
+    job = EmbedJob(folder=config.out, settings=_describe(config, model, sources), config=config, sources=sources)
+    if engine.kind == "local":
+        job = replace(job, model=loaded, on_row=meter.count)
     with locked(config.out):
-        folder = FeatureFolder(config.out, identity, config.output)
-        folder.begin()
-        parts = plan_parts(sources, config.output.part_rows)
-        records = [(part, folder.read_record(part)) for part in parts]
-        todo = [part for part, record in records if record is None]
-        done = sum(part.stop - part.start for part, record in records if record is not None)
-        meter = _Meter(done, sum(source.rows for source in sources), on_progress)
-        if config.work.engine == "ray":
-            from diptych.embed.bulk.ray import run_on_ray
-
-            run_on_ray(config, folder, sources, todo, meter.count)
-        else:
-            compute_parts(pipeline, folder, sources, todo, meter.count)
-        counts = folder.finish(sources, parts)
+        engine.redo = _may_be_taken_over(config.out, job)
+        report = engine.run_job(job, parts, prepare=meter.resume, hold=False)
+        lines = [format_dropped(source.name, source.lost) for source in sources]
+        dropped = (name for name in read_manifest(config.out).files if name.startswith("dropped/"))
+        lines += [(config.out / name).read_bytes() for name in dropped]
+        files.write_bytes(config.out / SKIPPED_FILE, b"".join(lines))
+    lost = Counter(reason for source in sources for _, reason in source.lost)
     return EmbedReport(
-        **counts,
-        resumed=done,
-        passed_over=_add(source.passed_over for source in sources),
+        inputs=report.rows + lost.total(),
+        features=report.kept,
+        skipped=dict(sorted((Counter(report.dropped) + lost).items())),
+        resumed=report.rows - meter.computed,
+        passed_over=dict(sum((Counter(source.passed_over) for source in sources), Counter[str]())),
         precision={kind: model[f"{kind}_precision"] for kind in ("image", "text") if f"{kind}_precision" in model},
         seconds=time.monotonic() - began,
         out=config.out,
     )
+
+
+def _may_be_taken_over(out: Path, job: EmbedJob) -> bool:
+    """Whether a folder was begun with nothing else, or holds no feature of it; UsageError if it is not ours."""
+    begun = read_begun(out)
+    if (begun is None or begun["stage"] != STAGE) and any(out.glob("[!.]*")):
+        raise UsageError(
+            f"{out} is not empty and holds no {MANIFEST_FILE} of this version of `diptych embed`; name a new folder as "
+            "--out"
+        )
+    if begun is None or job.find_difference(begun, job.describe()) is None:
+        return True
+    records = (read_done(out, path.stem) for path in (out / "done").glob("*.json"))
+    return all(record is not None and not record.kept for record in records)
+
+
+def _describe(config: EmbedConfig, model: Mapping[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
+    """What makes a folder of features what it is."""
+    inputs: list[dict[str, Any]] = []
+    first = 0
+    for source in sources:
+        parts = math.ceil(source.rows / config.output.part_rows)
+        entry = {"source": source.name, "kind": source.kind, "rows": source.rows, "lost": len(source.lost)}
+        entry |= {"fingerprint": source.fingerprint, "first_part": first, "parts": parts}
+        inputs.append(entry | ({"passed_over": source.passed_over} if source.passed_over else {}))
+        first += parts
+    settings = to_dict(config.output) | {"batch_size": config.work.batch_size}
+    return {"model": model, "settings": settings, "inputs": inputs}
+
+
+def _open_engine(config: EmbedConfig, meter: "_Meter") -> tuple[Engine, EmbedConfig]:
+    """Threads of this process, or actors of a cluster; and the settings with the threads of each actor."""
+    if config.work.engine == "local":
+        return Engine(batches=lambda tasks: [tasks]), config
+    actors, resources = _size_actors(config.work, connect_ray())
+    engine = Engine(
+        kind="ray",
+        processes=actors,
+        resources=resources,
+        on_task=lambda _stage, record, _done, _total: meter.count_part(record),
+        batches=lambda tasks: iter_contiguous_parts(cast(Sequence[Part], tasks), _share(len(tasks), actors)),
+    )
+    return engine, replace(config, work=replace(config.work, threads=config.work.threads or resources["num_cpus"]))
+
+
+def _share(parts: int, actors: int) -> int:
+    """Parts that an actor is given at a time: few at the end of a run leave nobody idle for long."""
+    return min(PARTS, math.ceil(parts / (2 * actors)))
+
+
+def _size_actors(work: WorkConfig, ray: Any) -> tuple[int, dict[str, Any]]:
+    """How many actors, and what each takes: a GPU; or a machine's cores, shared if more actors are asked for."""
+    total = ray.cluster_resources()
+    gpus, cpus = int(total.get("GPU", 0)), max(1, int(total.get("CPU", 1)))
+    if gpus and work.device != "cpu":
+        actors = min(work.actors or gpus, gpus)
+        return actors, {"num_gpus": 1, "num_cpus": max(1, cpus // gpus), "scheduling_strategy": "SPREAD"}
+    machines = [node for node in ray.nodes() if node["Alive"]]
+    actors = min(work.actors or len(machines), cpus)
+    each = max(1, min(int(node["Resources"].get("CPU", 1)) for node in machines))
+    return actors, {"num_cpus": min(each, max(1, cpus // actors)), "scheduling_strategy": "SPREAD"}
 
 
 def describe_model(config: EmbedConfig, loaded: Loaded, sources: Sequence[Source]) -> dict[str, Any]:
@@ -112,48 +178,35 @@ def describe_model(config: EmbedConfig, loaded: Loaded, sources: Sequence[Source
     return about
 
 
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder; RunLockedError if another process does. The lock ends with the process, however it ends."""
-    make_folder(out)
-    with open(out / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise RunLockedError(
-                f"{out} is being filled by another process ({lock.read().strip() or 'unknown'}); wait for it, stop it, "
-                "or name another --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
-        yield
-
-
 class _Meter:
     """Counts inputs and tells how fast they go."""
 
-    def __init__(self, done: int, total: int, tell: Callable[[EmbedProgress], None] | None) -> None:
-        self.done, self.total, self.skipped, self.tell = done, total, 0, tell
-        self._marks = deque([(time.monotonic(), done)])
+    def __init__(self, total: int, tell: Callable[[EmbedProgress], None] | None) -> None:
+        self.total, self.tell = total, tell
+        self.found = self.computed = self.skipped = 0
+        self._marks = deque([(time.monotonic(), 0)])
 
-    def count(self, done: int, skipped: int) -> None:
-        self.done += done + skipped
+    def resume(self, found: Mapping[str, TaskRecord]) -> None:
+        """Begin behind what earlier runs have done."""
+        self.found = sum(record.rows for record in found.values())
+        self._marks = deque([(time.monotonic(), 0)])
+
+    def count_part(self, record: TaskRecord) -> None:
+        """Count a part that was computed elsewhere."""
+        self.computed += record.rows - 1
+        self.skipped += record.rows - record.kept
+        self.count(False)
+
+    def count(self, skipped: bool) -> None:
+        """Count an input, and tell a few times a second."""
+        self.computed += 1
         self.skipped += skipped
-        now = time.monotonic()
-        self._marks.append((now, self.done))
+        now, done = time.monotonic(), self.found + self.computed
+        if self.tell is None or (now - self._marks[-1][0] < _PAUSE and self.computed > 1 and done < self.total):
+            return
+        self._marks.append((now, self.computed))
         while len(self._marks) > 2 and now - self._marks[1][0] > _WINDOW:
             self._marks.popleft()
         since, before = self._marks[0]
-        if self.tell is not None:
-            rate = (self.done - before) / max(now - since, 1e-9)
-            self.tell(EmbedProgress(done=self.done, total=self.total, skipped=self.skipped, per_second=rate))
-
-
-def _add(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for one in counts:
-        for key, value in one.items():
-            total[key] = total.get(key, 0) + value
-    return total
+        rate = (self.computed - before) / max(now - since, 1e-9)
+        self.tell(EmbedProgress(done=done, total=self.total, skipped=self.skipped, per_second=rate))
