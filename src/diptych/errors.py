@@ -40,6 +40,10 @@ class NotFoundError(DiptychError, FileNotFoundError):
         return str(self.args[0])
 
 
+PASSING = frozenset({"unreadable", "out_of_memory"})
+"""Reasons of `PictureError` that are faults of the machine."""
+
+
 class PictureError(DiptychError):
     """The bytes are not a picture that can be used.
 
@@ -49,7 +53,7 @@ class PictureError(DiptychError):
     @property
     def passes(self) -> bool:
         """Whether the fault is the machine's, so that another try may succeed: it is counted, never remembered."""
-        return self.reason in ("unreadable", "out_of_memory")
+        return self.reason in PASSING
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")

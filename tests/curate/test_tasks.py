@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import stages
 
+from diptych import files
 from diptych.curate.rows import CANDIDATES, draw, key_of, with_reason
 from diptych.errors import NotFoundError, RunLockedError, ShardError, TaskLostError, UsageError
 from diptych.stage import folder as parts
-from diptych.stage.run import Engine, locked, tasks_of
+from diptych.stage.run import Engine, tasks_of
 
 
 def run_half(stage, tasks, folder: Path, *, parent=None, config=None, **options):
@@ -262,7 +263,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     stages.crawl(tmp_path)
     (tmp_path / "half").mkdir()
     holder = f"process {os.getpid()} on {os.uname().nodename}"
-    with locked(tmp_path / "half"):
+    with files.hold_folder(tmp_path / "half"):
         for _ in range(2):  # who is refused leaves the holder's name
             with pytest.raises(RunLockedError, match=rf"another process is working in .*half \({holder}\)"):
                 half(tmp_path)
@@ -323,6 +324,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import stages
+from diptych import files
 from diptych.errors import TaskLostError
 from test_tasks import half
 if __name__ == "__main__":

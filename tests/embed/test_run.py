@@ -20,7 +20,7 @@ from diptych.embed.images import embed_images
 from diptych.embed.sources import Row, TextSource
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, RunLockedError, UsageError
-from diptych.stage.run import locked
+from diptych.files import hold_folder
 from samples import TINY_VIT, draw, encode, make_loaded, make_pairs, noise, write_samples
 
 EXACT = WorkConfig(precision="exact", batch_size=8)
@@ -182,7 +182,7 @@ def test_a_model_that_was_moved_is_the_same_model(model, pictures, tmp_path):
 
 
 def test_a_folder_takes_one_process_at_a_time(model, pictures, tmp_path):
-    with locked(tmp_path / "out"), pytest.raises(RunLockedError, match="another process"):
+    with hold_folder(tmp_path / "out"), pytest.raises(RunLockedError, match="another process"):
         embed(model, pictures, out=tmp_path / "out")
 
 

@@ -30,7 +30,11 @@ def test_links_folders_and_devices_are_no_members(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    assert list(iter_members(path)) == []
+    found = list(iter_members(path))
+    assert [(one.name, one.reason) for one in found if isinstance(one, Damage)] == [
+        (n, "not_a_file") for n in ("l.jpg", "dev.jpg")
+    ]
+    assert len(found) == 2
 
 
 def test_a_damaged_header_is_reported_and_the_scan_goes_on(tmp_path):

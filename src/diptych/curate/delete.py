@@ -14,7 +14,6 @@ from diptych.shards.dataset import load_dataset
 from diptych.shards.tombstones import DELETED, read_tombstones, write_tombstones
 from diptych.stage import folder as parts
 from diptych.stage.folder import MANIFEST_FILE
-from diptych.stage.run import locked
 
 URLS = ("image_url", "page_url", "final_url", "url")
 """Where a sample's JSON holds addresses; `url` is img2dataset's."""
@@ -40,7 +39,7 @@ def run(config: DeleteConfig) -> DeleteReport:
     if config.file is not None:
         wanted |= set(_read_list(config.file))
     dataset = load_dataset(config.shards)
-    with locked(config.shards):
+    with files.hold_folder(config.shards):
         before = read_tombstones(config.shards)
         found: set[str] = set()
         keys: set[str] = set()

@@ -13,16 +13,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import pyarrow.parquet as pq
 import xxhash
 
+from diptych.decode import read_file
 from diptych.embed.config import InputKind
-from diptych.errors import PictureError
-from diptych.image_file import IMAGE_SUFFIXES
-from diptych.shards.index import load_index
+from diptych.errors import PictureError, UsageError
+from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES
+from diptych.shards.index import is_metadata_of_macos, load_index, split_name
 from diptych.shards.members import Damage, iter_members
+
+_COMPANIONS = frozenset({"txt", "json", "cls"})
+"""Suffixes of the other members of a sample."""
+MAX_LINE = 1 << 20
+"""Bytes of a text; a longer line is `text_too_large`."""
 
 READ_ROWS = 64
 """Rows of a Parquet file that are brought into memory at a time."""
@@ -54,22 +60,24 @@ def fetch(row: Row) -> bytes | str:
         case bytes() | str():
             return row.content
         case Path():
-            return _read(row.content, 0, None)
+            return read_file(row.content)
         case Extent(file, offset, size, xxh3):
-            data = _read(file, offset, size)
+            data = _read_extent(file, offset, size)
             if xxh3 is not None and xxhash.xxh3_64_intdigest(data) != xxh3:
                 raise PictureError("changed", f"not the bytes that {file.name} was indexed with")
             return data
 
 
-def _read(file: Path, offset: int, size: int | None) -> bytes:
+def _read_extent(file: Path, offset: int, size: int) -> bytes:
+    if size > MAX_BYTES:
+        raise PictureError("too_many_bytes", f"{size:,} bytes at {offset} of {file}, at most {MAX_BYTES:,}")
     try:
         with open(file, "rb") as handle:
-            return os.pread(handle.fileno(), size, offset) if size is not None else handle.read()
+            return os.pread(handle.fileno(), size, offset)
     except FileNotFoundError:
         raise PictureError("missing", f"no such file: {file}") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, a bad disk; a NUL in a column's path
-        raise PictureError("unreadable", str(error)) from None
+    except OSError as error:
+        raise PictureError("unreadable", f"{file}: {error.strerror}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +134,10 @@ class ShardSource:
             index = load_index(path)
             return cls(path=path, kind=kind, fingerprint=fingerprint, lost=index.skipped, rows=len(index))
         listed = list(_scan_pictures(path))
-        lost = tuple(item for item in listed if not isinstance(item, Row))
-        return cls(path=path, kind=kind, fingerprint=fingerprint, lost=lost, rows=len(listed) - len(lost))
+        lost = tuple(item for item in listed if isinstance(item, tuple) and not isinstance(item, Row))
+        others = Counter(item for item in listed if isinstance(item, str))
+        rows = len(listed) - len(lost) - others.total()
+        return cls(path=path, kind=kind, fingerprint=fingerprint, lost=lost, rows=rows, passed_over=dict(others))
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
         if not _is_indexed(self.path, self.kind):
@@ -145,21 +155,24 @@ def _is_indexed(path: Path, kind: InputKind) -> bool:
     return kind == "text" or path.with_suffix(".arrow").exists()
 
 
-def _scan_pictures(path: Path) -> Iterator[Row | tuple[str, str]]:
-    """The first picture of every key of any tar, whether or not it has a caption."""
+def _scan_pictures(path: Path) -> Iterator[Row | tuple[str, str] | str]:
+    """Of any tar, the first picture of every key, whether or not it has a caption; (key, reason) of what is damaged or
+    there twice; the suffix of each member that is taken for no part of a sample."""
     seen: set[str] = set()
     for item in iter_members(path):
-        folder, slash, file = item.name.rpartition("/")
-        stem, _, suffix = file.partition(".")
-        key = f"{folder}{slash}{stem}"
+        key, suffix = split_name(item.name)
         if isinstance(item, Damage):
             yield key or f"@{item.offset}", item.reason
-        elif f".{suffix.lower()}" in IMAGE_SUFFIXES:
+        elif is_metadata_of_macos(item.name):
+            continue
+        elif f".{suffix}" in IMAGE_SUFFIXES:
             if key in seen:
                 yield key, "duplicate_key"
             else:
                 seen.add(key)
                 yield Row(key, Extent(path, item.offset, item.size, None))
+        elif suffix not in _COMPANIONS:
+            yield f".{suffix}" if suffix else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +227,13 @@ class ParquetSource:
             return Row(str(number), None, "null")
         if self.holds == "texts":
             return _text_row(number, str(value))
-        return Row(str(number), self.path.parent / value if isinstance(value, str | Path) else value)  # type: ignore[arg-type]
+        if not isinstance(value, str | Path):
+            return Row(str(number), value)  # type: ignore[arg-type]
+        if "://" in str(value):
+            return Row(str(number), None, "url")  # nothing is fetched here; `diptych curate fetch` does that
+        if leaves_folder(value):
+            return Row(str(number), None, "outside_folder")
+        return Row(str(number), self.path.parent / value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,17 +255,25 @@ class TextSource:
     def open(cls, path: Path) -> "TextSource":
         digest, rows = xxhash.xxh3_128(), 0
         with open(path, "rb") as file:
-            for line in file:
-                digest.update(line)
-                rows += 1
+            head = file.read(2)
+            if head in (b"\xff\xfe", b"\xfe\xff"):
+                raise UsageError(f"{path} is UTF-16; save it as UTF-8")
+            file.seek(0)
+            for part in iter(lambda: file.read(MAX_LINE), b""):
+                digest.update(part)
+            file.seek(0)
+            rows = sum(1 for _ in _iter_lines(file))
         return cls(path=path, fingerprint=digest.hexdigest(), rows=rows)
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file):
+            for number, line in enumerate(_iter_lines(file)):
                 if number >= stop:
                     return
                 if number < start:
+                    continue
+                if line is None:
+                    yield Row(str(number), None, "text_too_large")
                     continue
                 try:
                     text = line.decode("utf-8-sig" if number == 0 else "utf-8")
@@ -254,6 +281,22 @@ class TextSource:
                     yield Row(str(number), None, "bad_text")
                 else:
                     yield _text_row(number, text.rstrip("\r\n"))
+
+
+def _iter_lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Lines in bounded memory; None for one of more than MAX_LINE bytes."""
+    while line := file.readline(MAX_LINE):
+        if len(line) < MAX_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
+def leaves_folder(path: str | Path) -> bool:
+    """Whether a relative path climbs out of the folder of the table that names it."""
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir
 
 
 Source = PictureSource | ShardSource | ParquetSource | TextSource

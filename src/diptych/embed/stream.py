@@ -128,4 +128,7 @@ def best_streams(device: torch.device) -> int:
 
 def count_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # it is Linux's
+        return os.cpu_count() or 1

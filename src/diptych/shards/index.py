@@ -183,9 +183,10 @@ def _scan(tar: BinaryIO, shard: Path) -> tuple[list[dict[str, Any]], list[tuple[
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
     seen: set[str] = set()
+    damaged: set[str] = set()
 
     def finish(key: str, members: dict[str, Member]) -> None:
-        if not members:
+        if not members or key in damaged:  # a sample that lost a part is not used
             return
         if key in seen:
             skipped.append((key, "duplicate_key"))
@@ -202,8 +203,8 @@ def _scan(tar: BinaryIO, shard: Path) -> tuple[list[dict[str, Any]], list[tuple[
         stem, suffix = split_name(item.name)
         if isinstance(item, Damage):
             skipped.append((stem or f"@{item.offset}", item.reason))
-            if item.name and stem == key:
-                members = {}  # a sample that lost a part is not used
+            if item.name:
+                damaged.add(stem)
             continue
         if is_metadata_of_macos(item.name):
             continue

@@ -14,6 +14,7 @@ MAX_NAME = 1 << 20
 """Bytes of a long name or of PAX records that are looked at."""
 _ZERO = bytes(BLOCK)
 _REGULAR = b"0\0"  # type flags of an ordinary file; old tars write NUL
+_FOLDER = b"5"
 _LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
 
 
@@ -33,7 +34,7 @@ class Damage:
     """A stretch of the tar that is no member."""
 
     reason: str
-    """`damaged_header`, `zero_blocks` (an end, with more behind it) or `truncated`."""
+    """`damaged_header`, `zero_blocks` (an end, with more behind it), `truncated` or `not_a_file` (links, devices)."""
     offset: int
     """Where it begins, bytes."""
     name: str = ""
@@ -88,8 +89,11 @@ def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
             continue
         name = pax.get("path") or long_name or _name(header)
         long_name, pax = "", {}
-        if kind not in _REGULAR or name.endswith("/"):
-            continue  # folders, links, devices: never followed
+        if kind == _FOLDER or name.endswith("/"):
+            continue
+        if kind not in _REGULAR:  # links, devices, pipes, sparse files: never followed
+            yield Damage("not_a_file", content, name)
+            continue
         if content + size > end:
             yield Damage("truncated", content, name)
             return

@@ -15,7 +15,6 @@ own (`diptych.embed.bulk.job`).
 """
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from diptych import files
-from diptych.errors import NotFoundError, RunLockedError, UsageError
+from diptych.errors import NotFoundError, UsageError
 from diptych.stage import folder as parts
 from diptych.stage.config import EngineConfig
 from diptych.stage.engines import LocalWorker, RayWorker, WorkerPool, connect_ray
@@ -141,7 +140,7 @@ class Engine:
         """
         began = time.monotonic()
         _check_tasks(tasks)
-        with locked(job.folder) if hold else contextlib.nullcontext():
+        with files.hold_folder(job.folder) if hold else contextlib.nullcontext():
             for part in (job.folder / "done", job.folder / "dropped"):
                 part.mkdir(exist_ok=True)
             _remove_leftovers(job.folder)
@@ -226,23 +225,6 @@ def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, TaskRec
     current = {name: done for name, done in recorded.items() if done is not None and name not in stale}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         whole = list(pool.map(lambda done: parts.is_whole(job.folder, done), current.values()))
-    return {name: done for (name, done), good in zip(current.items(), whole, strict=True) if good}
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, so that two runs do not write into it at once; ends with the process, however that ends."""
-    files.make_folder(folder)
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise RunLockedError(
-                f"another process is working in {folder} ({lock.read().strip() or 'unknown'}); wait for it, stop it, "
-                "or name another folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
-        yield
+    return {
+        name: done for (name, done), good in zip(current.items(), whole, strict=True) if good and job.is_final(done)
+    }

@@ -29,7 +29,6 @@ from diptych.curate.queries.corpus import find_inputs
 from diptych.curate.queries.lists import clean_title, count_views, read_list, read_wordnet
 from diptych.curate.queries.ngrams import count_ngrams, remove_scratch
 from diptych.curate.text.words import normalise, split_words
-from diptych.stage.run import locked
 
 SOURCES = ("words", "bigrams", "titles", "wordnet", "list")
 SCHEMA = pa.schema(
@@ -123,7 +122,7 @@ class _List:
 
 def run(config: QueriesConfig) -> QueriesReport:
     """Build the list and write it; what a killed run had counted of a corpus is used again."""
-    with locked(config.out):
+    with files.hold_folder(config.out):
         return _build(config)
 
 

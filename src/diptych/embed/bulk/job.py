@@ -32,7 +32,7 @@ from diptych.embed.images import ImageEncoder, ImageTower
 from diptych.embed.sources import Row, Source, fetch
 from diptych.embed.stream import Encoder, encode_stream
 from diptych.embed.texts import TextEncoder
-from diptych.errors import PictureError, UsageError
+from diptych.errors import PASSING, PictureError, UsageError
 from diptych.model.device import choose_device
 from diptych.stage.folder import TaskRecord, find_difference, fingerprint
 from diptych.stage.job import Job, Task
@@ -122,6 +122,10 @@ class EmbedJob(Job):
             if different := find_difference(there[section], here[section]):
                 return f"{words}: {different}"
         return None
+
+    def is_final(self, record: TaskRecord) -> bool:
+        """A fault of the machine leaves out an input that can be read another time."""
+        return not any(reason in PASSING for reason in record.dropped)
 
     def __call__(self, tasks: Sequence[Task]) -> Generator[TaskRecord]:
         """Compute parts in order, while later ones are read, and commit each as soon as it is complete."""

@@ -22,7 +22,7 @@ from diptych.errors import UsageError
 from diptych.model.inference.precision import choose_text_precision
 from diptych.stage.engines import connect_ray
 from diptych.stage.folder import MANIFEST_FILE, TaskRecord, read_begun, read_done, read_manifest
-from diptych.stage.run import Engine, locked
+from diptych.stage.run import Engine
 
 SKIPPED_FILE = "skipped.jsonl"
 PARTS = 8
@@ -82,7 +82,7 @@ def run(config: EmbedConfig, *, on_progress: Callable[[EmbedProgress], None] | N
     job = EmbedJob(folder=config.out, settings=_describe(config, model, sources), config=config, sources=sources)
     if engine.kind == "local":
         job = replace(job, model=loaded, on_row=meter.count)
-    with locked(config.out):
+    with files.hold_folder(config.out):
         engine.redo = _may_be_taken_over(config.out, job)
         report = engine.run_job(job, parts, prepare=meter.resume, hold=False)
         lines = [format_dropped(source.name, source.lost) for source in sources]
