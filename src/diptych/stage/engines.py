@@ -11,7 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, runtime_checkable
 
 from diptych.errors import TaskLostError, UsageError
@@ -148,11 +148,16 @@ class LocalWorker:
         return [worker for worker in workers if worker._pipe in ready or worker._process.sentinel in ready]
 
 
-def _work(pipe: Any) -> None:
-    """The life of a process; it ends with its parent, also when that is killed."""
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, also when that is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _work(pipe: Connection) -> None:
+    """The life of a process that does tasks."""
+    end_with_parent()
     job: Job | None = None
     while True:
         given, tasks = pipe.recv()
