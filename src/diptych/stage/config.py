@@ -5,14 +5,14 @@ from typing import Literal
 
 from diptych.errors import UsageError
 
-Engine = Literal["local", "ray"]
+EngineKind = Literal["local", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Where the tasks of a stage run; it does not change what comes out."""
 
-    engine: Engine = "local"
+    engine: EngineKind = "local"
     """local: processes of this machine. ray: a Ray cluster ($RAY_ADDRESS, or one started here) that sees the folder."""
     processes: int | None = None
     """Tasks at once; by default one per core of this machine or of the cluster."""

@@ -11,7 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, runtime_checkable
 
 from diptych.errors import TaskLostError, UsageError
@@ -155,8 +155,8 @@ def end_with_parent() -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _work(pipe: Any) -> None:
-    """The life of a process, which is given tasks until it ends with its parent."""
+def _work(pipe: Connection) -> None:
+    """The life of a process that does tasks."""
     end_with_parent()
     job: Job | None = None
     while True:

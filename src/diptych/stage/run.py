@@ -22,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
 from diptych import files
 from diptych.errors import NotFoundError, UsageError
 from diptych.stage import folder as parts
-from diptych.stage.config import EngineConfig
+from diptych.stage.config import EngineConfig, EngineKind
 from diptych.stage.engines import LocalWorker, RayWorker, WorkerPool, connect_ray
 from diptych.stage.folder import TaskRecord
 from diptych.stage.job import Job, Stage, StageJob, Task
@@ -79,7 +79,7 @@ class Engine:
     As a context its processes serve one stage after the other; else they end with each.
     """
 
-    kind: Literal["local", "ray"] = "local"
+    kind: EngineKind = "local"
     processes: int = 0
     """Tasks at once; 0: in this process, or by Ray one a core of the cluster."""
     redo: bool = False

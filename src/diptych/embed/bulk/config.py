@@ -6,6 +6,7 @@ from typing import Literal
 
 from diptych.errors import UsageError, unknown_name
 from diptych.model.config import PRECISIONS, Activation, Precision
+from diptych.stage.config import EngineKind
 
 Format = Literal["parquet", "arrow", "npy"]
 FORMATS: tuple[Format, ...] = ("parquet", "arrow", "npy")
@@ -45,7 +46,7 @@ class WorkConfig:
     """That decode, and on a CPU as many again that compute, each a batch of its own; by default one a core."""
     device: str = "auto"
     """`cpu`, `cuda`, ...; auto takes a GPU if there is one."""
-    engine: Literal["local", "ray"] = "local"
+    engine: EngineKind = "local"
     """`ray`: on all machines of a Ray cluster (RAY_ADDRESS), which need --out and the inputs at the same paths."""
     actors: int | None = None
     """Ray actors, each with a model of its own; by default one a GPU, or one a machine where there is none."""

@@ -22,6 +22,8 @@ from diptych.errors import NotFoundError, RunLockedError, ShardError, TaskLostEr
 from diptych.stage import folder as parts
 from diptych.stage.run import Engine, tasks_of
 
+FOLDERS = [str(Path(__file__).parent), str(Path(stages.__file__).parent)]
+
 
 def run_half(stage, tasks, folder: Path, *, parent=None, config=None, **options):
     config = config or {"rule": "digit"}
@@ -166,6 +168,17 @@ def test_a_task_that_always_dies_is_named_and_the_others_can_go_on(tmp_path, str
     assert tree(tmp_path) == straight
 
 
+def test_tasks_that_are_handed_out_together_are_tried_again_together(tmp_path, straight):
+    stages.crawl(tmp_path)
+    with pytest.raises(
+        TaskLostError, match=r"part-00003 to part-00004 of half ended its process 2 times .*-9\).*part-00004"
+    ):
+        half(tmp_path, stages.Half(die_at="page3"), processes=1, batches=lambda tasks: [tasks[:3], tasks[3:]])
+    assert half(tmp_path, stages.Half(die_once=str(tmp_path / "died")), processes=2).found == 3
+    (tmp_path / "died").unlink()
+    assert tree(tmp_path) == straight
+
+
 @dataclass(frozen=True)
 class Faulty:
     how: str
@@ -200,7 +213,7 @@ def test_a_faulty_stage_is_told_with_the_task(tmp_path, processes, how, kind, me
 
 def test_processes_end_with_a_run_that_is_killed_in_the_middle_of_a_task(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), seconds=60))
+    script.write_text(SCRIPT.format(tests=FOLDERS, seconds=60))
     (tmp_path / "work").mkdir()
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "work")], start_new_session=True)
     deadline = time.monotonic() + 30
@@ -217,9 +230,9 @@ def test_processes_end_with_a_run_that_is_killed_in_the_middle_of_a_task(tmp_pat
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import stages
-from test_tasks import half
+from test_stages import half
 if __name__ == "__main__":
     work = Path(sys.argv[1])
     stages.crawl(work)
@@ -229,7 +242,7 @@ if __name__ == "__main__":
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, straight):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), seconds=0.3))
+    script.write_text(SCRIPT.format(tests=FOLDERS, seconds=0.3))
     work = tmp_path / "work"
     work.mkdir()
     kills = 0
@@ -267,6 +280,26 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         for _ in range(2):  # who is refused leaves the holder's name
             with pytest.raises(RunLockedError, match=rf"another process is working in .*half \({holder}\)"):
                 half(tmp_path)
+
+
+def test_a_difference_is_named_with_both_values_however_deep_it_lies():
+    then = {"limit": 3, "list": {"file": "a.txt", "sha256": "0"}, "kinds": ["a"]}
+    assert parts.find_difference(then, {**then}) is None
+    assert parts.find_difference(then, {**then, "limit": 4}) == "there limit is 3, here 4"
+    other = {**then, "list": {"file": "a.txt", "sha256": "1"}}
+    assert parts.find_difference(then, other) == "there list.sha256 is 0, here 1"
+    assert parts.find_difference(then, {**then, "new": True}) == "there new is None, here True"
+
+
+def test_a_folder_that_was_begun_says_with_what_and_is_not_read(tmp_path):
+    stages.crawl(tmp_path)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        half(tmp_path, Faulty("raise"))
+    begun = parts.read_begun(tmp_path / "half")
+    assert begun is not None
+    assert (begun["stage"], begun["config"]) == ("half", {"rule": "digit"})
+    with pytest.raises(NotFoundError, match="is not finished"):
+        tasks_of(tmp_path / "half")
 
 
 def test_a_manifest_that_was_changed_or_is_not_there_is_told(tmp_path):
@@ -309,7 +342,7 @@ def test_nothing_to_do_and_missing_inputs_are_told(tmp_path):
 def test_ray_leaves_the_same_bytes_and_names_a_task_that_dies(tmp_path, straight):
     pytest.importorskip("ray", reason="needs ray")
     script = tmp_path / "script.py"
-    script.write_text(RAY.format(tests=str(Path(__file__).parent)))
+    script.write_text(RAY.format(tests=FOLDERS))
     work = tmp_path / "work"
     work.mkdir()
     result = subprocess.run([sys.executable, str(script), str(work)], capture_output=True, text=True, check=False)
@@ -321,12 +354,12 @@ RAY = """
 import os
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import stages
 from diptych import files
 from diptych.errors import TaskLostError
-from test_tasks import half
+from test_stages import half
 if __name__ == "__main__":
     work = Path(sys.argv[1])
     stages.crawl(work, processes=2, kind="ray")
