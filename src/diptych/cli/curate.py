@@ -81,10 +81,10 @@ class Distinct:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate.text import dedup as near_text
+        from diptych.curate.text import dedup
 
         with _executing(self.engine) as (execute, _):
-            report = near_text.run(self.distinct, execute=execute)
+            report = dedup.run(self.distinct, execute=execute)
         return _print_stage(report)
 
 

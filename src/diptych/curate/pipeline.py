@@ -25,7 +25,7 @@ from diptych.curate.images.config import PicturesConfig
 from diptych.curate.images.select import Score
 from diptych.curate.pages import crawl
 from diptych.curate.pages.config import CrawlConfig
-from diptych.curate.text import dedup as near_text
+from diptych.curate.text import dedup
 from diptych.curate.text import filter as filters
 from diptych.curate.text.config import FilterConfig, NearTextConfig
 from diptych.errors import NotFoundError, UsageError, unknown_name
@@ -110,7 +110,7 @@ def _build_steps(
     return {
         "crawl": lambda: crawl.run(crawling, execute=execute),
         "filter": lambda: filters.run(filtering, execute=execute),
-        "distinct": lambda: near_text.run(comparing, execute=execute),
+        "distinct": lambda: dedup.run(comparing, execute=execute),
         "match": lambda: match.run(matching, execute=execute),
         "balance": lambda: balance.run(balancing, execute=execute),
         "fetch": lambda: fetch.run(fetching, execute=execute),
