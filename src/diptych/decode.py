@@ -27,8 +27,8 @@ def decode(
 
     Raises PictureError with one of REASONS.
     """
-    image = open_header(data, formats=formats, max_pixels=max_pixels)
     with _faults_named(data):
+        image = _open(data, formats, max_pixels)
         if side is not None:
             image.draft("RGB", (side, side))
         image.load()
@@ -37,13 +37,17 @@ def decode(
 
 def open_header(data: bytes, *, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read format and size; nothing is decoded yet. `formats`: the only parsers that see the bytes, else all."""
+    with _faults_named(data):
+        return _open(data, formats, max_pixels)
+
+
+def _open(data: bytes, formats: Sequence[str] | None, max_pixels: int) -> Image.Image:
     if not data:
         raise PictureError("empty", "0 bytes")
-    with _faults_named(data):
-        if formats is not None:
-            Image.init()  # without it Pillow knows only its five most common formats
-            formats = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
-        image = Image.open(io.BytesIO(data), formats=formats)
+    if formats is not None:
+        Image.init()  # without it Pillow knows only its five most common formats
+        formats = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
+    image = Image.open(io.BytesIO(data), formats=formats)
     check_pixels(image.width, image.height, max_pixels)
     return image
 
@@ -60,6 +64,8 @@ def _faults_named(data: bytes) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of bombs; both are decided here
             yield
+    except PictureError:
+        raise
     except UnidentifiedImageError:
         raise PictureError("not_a_picture", f"{len(data)} bytes of no known format") from None
     except Image.DecompressionBombError as error:
