@@ -67,8 +67,8 @@ def decode(
 
     Raises PictureError with one of REASONS.
     """
-    image = open_header(data, formats=formats, max_pixels=max_pixels)
     with _faults_named(data):
+        image = _open(data, formats, max_pixels)
         if side is not None:
             image.draft("RGB", (side, side))
         image.load()
@@ -77,12 +77,16 @@ def decode(
 
 def open_header(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read format and size; nothing is decoded yet. `formats`: the only parsers that see the bytes."""
+    with _faults_named(data):
+        return _open(data, formats, max_pixels)
+
+
+def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     if not data:
         raise PictureError("empty", "0 bytes")
-    with _faults_named(data):
-        Image.init()  # without it Pillow knows only its five most common formats
-        known = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
-        image = Image.open(io.BytesIO(data), formats=known)
+    Image.init()  # without it Pillow knows only its five most common formats
+    known = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
+    image = Image.open(io.BytesIO(data), formats=known)
     check_pixels(image.width, image.height, max_pixels)
     return image
 
@@ -97,6 +101,8 @@ def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 def _faults_named(data: bytes) -> Iterator[None]:
     try:
         yield
+    except PictureError:
+        raise
     except UnidentifiedImageError:
         raise PictureError("not_a_picture", _describe(data)) from None
     except Image.DecompressionBombError as error:

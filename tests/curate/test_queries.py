@@ -7,7 +7,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from curate.test_query_sources import make_wordnet
+from curate.test_lists import make_wordnet
 from diptych.curate.balance.match import Matcher
 from diptych.curate.queries.build import format_report, run
 from diptych.curate.queries.config import QueriesConfig

@@ -81,10 +81,10 @@ class Distinct:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __call__(self) -> int:
-        from diptych.curate.text import dedup as near_text
+        from diptych.curate.text import dedup
 
         with _open_engine(self.engine) as engine:
-            report = near_text.run(self.distinct, engine=engine)
+            report = dedup.run(self.distinct, engine=engine)
         return _print_stage(report)
 
 

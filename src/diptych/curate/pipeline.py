@@ -25,7 +25,7 @@ from diptych.curate.images.config import PicturesConfig
 from diptych.curate.images.select import Score
 from diptych.curate.pages import crawl
 from diptych.curate.pages.config import CrawlConfig
-from diptych.curate.text import dedup as near_text
+from diptych.curate.text import dedup
 from diptych.curate.text import filter as filters
 from diptych.curate.text.config import FilterConfig, NearTextConfig
 from diptych.errors import NotFoundError, UsageError, unknown_name
@@ -109,7 +109,7 @@ def _build_steps(
     return {
         "crawl": lambda: crawl.run(crawling, engine=engine),
         "filter": lambda: filters.run(filtering, engine=engine),
-        "distinct": lambda: near_text.run(comparing, engine=engine),
+        "distinct": lambda: dedup.run(comparing, engine=engine),
         "match": lambda: match.run(matching, engine=engine),
         "balance": lambda: balance.run(balancing, engine=engine),
         "fetch": lambda: fetch.run(fetching, engine=engine),

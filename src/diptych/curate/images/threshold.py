@@ -18,7 +18,6 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from diptych.curate.images.phash import Hashes, perceptual_hashes
 from diptych.curate.images.prepare import decode_to_hash, to_hash
-from diptych.decode import MAX_PIXELS
 
 MAX_DISTANCE = 20
 """Where the curve ends: beyond it everything resembles everything."""
@@ -39,9 +38,9 @@ def hash_views(picture: Image.Image) -> Hashes:
     return perceptual_hashes([picture, ImageOps.mirror(picture), middle, _cut(picture, 0.8, 0.5, 0.5), *cuts])
 
 
-def hash_encoded(data: bytes, max_pixels: int = MAX_PIXELS) -> Hashes:
+def hash_encoded(data: bytes) -> Hashes:
     """`hash_views` of encoded bytes; raises PictureError."""
-    return hash_views(decode_to_hash(data, max_pixels))
+    return hash_views(decode_to_hash(data))
 
 
 def _cut(picture: Image.Image, share: float, left: float, top: float) -> Image.Image:

@@ -220,9 +220,8 @@ class _Rows:
             self._append(page_url, page_url, answer if isinstance(answer, str) else NO_PAIR, crawl, None)
             return
         addresses, captions, origins, widths, heights, reasons = answer
-        same = [page_url or None], [crawl], [None]
-        pages, crawls, offsets = (one * len(captions) for one in same)
-        keys = list(map(key_of, addresses, captions))
+        keys, count = list(map(key_of, addresses, captions)), len(captions)
+        pages, crawls, offsets = [page_url or None] * count, [crawl] * count, [None] * count
         given = [address or None for address in addresses]
         added = keys, captions, given, pages, reasons, origins, crawls, widths, heights, offsets
         for column, values in zip(self._columns, added, strict=True):

@@ -67,21 +67,21 @@ class ComputeSignatures:
         for batch in batches:
             keys, pages = batch.column("key").to_pylist(), batch.column("page_url").to_pylist()
             signatures = hasher(batch.column("caption").to_pylist())
-            scopes = np.array([_hash(self._scope_of(*place)) for place in zip(
-                batch.column("image_url").to_pylist(), pages, strict=True)], dtype=np.uint64)  # fmt: skip
+            places = zip(batch.column("image_url").to_pylist(), pages, strict=True)
+            scopes = np.array([_hash(self._scope_of(*place)) for place in places], dtype=np.uint64)
             bands = signatures.reshape(len(keys), self.hashes // rows, rows)
             cut = np.zeros(bands.shape[:2], dtype=np.uint64)
             for row in range(rows):
                 cut = mix(cut ^ bands[:, :, row])
             cut = mix(cut ^ scopes[:, None] ^ np.arange(cut.shape[1], dtype=np.uint64))
             small = (signatures & np.uint64(255)).astype(np.uint8)
+            ranks = [_hash(f"{self.seed}\0{key}\0{page}") for key, page in zip(keys, pages, strict=True)]
             columns = [
                 pa.array([_hash(key) for key in keys], pa.uint64()),
-                pa.array([_hash(f"{self.seed}\0{key}\0{page}") for key, page in zip(keys, pages, strict=True)],
-                         pa.uint64()),
+                pa.array(ranks, pa.uint64()),
                 pa.array(list(cut), pa.list_(pa.uint64())),
                 pa.array([row.tobytes() for row in small], pa.binary()),
-            ]  # fmt: skip
+            ]
             yield with_reason(pa.RecordBatch.from_arrays(columns, schema=SIGNED), [None] * len(keys))
 
     def _scope_of(self, image_url: str | None, page_url: str | None) -> str:
@@ -148,9 +148,8 @@ def _pieces(text: str) -> U64:
 
 def band_rows(hashes: int, similarity: float) -> int:
     """Hashes per band: the most with which texts of this similarity still share a band almost surely."""
-    fitting = [rows for rows in range(1, hashes) if not hashes % rows
-               and (rows / hashes) ** (1 / rows) <= similarity - 0.05]  # fmt: skip
-    return max(fitting)
+    divisors = (rows for rows in range(1, hashes) if hashes % rows == 0)
+    return max(rows for rows in divisors if (rows / hashes) ** (1 / rows) <= similarity - 0.05)
 
 
 def run(config: NearTextConfig, *, engine: Engine) -> StageReport:

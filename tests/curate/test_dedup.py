@@ -16,8 +16,8 @@ from diptych.curate.text.dedup import DUPLICATE, SIGNED, DropDuplicates, MinHash
 from diptych.errors import ShardError, UsageError
 from diptych.stage.folder import part_paths, read_part, read_rows
 from diptych.stage.run import Engine, Task, part_name
-from reference.near_text import judge as judge_slowly
-from reference.near_text import similarity
+from reference.dedup import judge as judge_slowly
+from reference.dedup import similarity
 
 WORDS = ["red", "green", "old", "small", "house", "car", "dog", "tree", "on", "under", "near", "the", "a", "big"]
 WORDS += ["river", "stone", "bridge", "winter", "photo"]
