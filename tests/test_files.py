@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "step_1").mkdir()
     files.remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_leftovers_of_a_living_writer_and_of_other_names_stay_where_writers_share_a_folder(tmp_path):
+    living, other = tmp_path / f".a.{os.getpid()}.tmp", tmp_path / ".b.4194999.tmp"
+    for folder in (living, other, tmp_path / ".a.4194999.tmp", tmp_path / ".a.4194999.old.tmp"):
+        folder.mkdir()
+    files.remove_leftovers(tmp_path, "a", dead_only=True)
+    assert sorted(tmp_path.iterdir()) == sorted([living, other])
 
 
 def test_a_folder_that_cannot_be_made_or_written_says_why_in_one_line(tmp_path):

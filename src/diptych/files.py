@@ -90,10 +90,15 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(leftover)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer left half-done in `folder`."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def remove_leftovers(folder: Path, name: str = "*", *, dead_only: bool = False) -> None:
+    """Delete what killed writers left half-done in `folder`, of one name if it is given.
+
+    Whoever shares the folder with other writers spares, by `dead_only`, those whose process is still there.
+    """
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        process = leftover.name.removesuffix(".old.tmp").removesuffix(".tmp").rpartition(".")[2]
+        if not (dead_only and process.isdigit() and Path("/proc", process).exists()):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def sync_folder(folder: Path) -> None:

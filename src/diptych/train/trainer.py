@@ -107,7 +107,7 @@ class Trainer:
 
     def _store_features(self, dtype: torch.dtype, on_note: Callable[[str], None]) -> StoredFeatures:
         start = self.config.start
-        tower = features.Tower(
+        tower = features.LockedTower(
             loaded=Loaded(self.model.eval(), self.preprocess, self.tokenizer),
             image=start.lock == "image",
             device=self.device,
