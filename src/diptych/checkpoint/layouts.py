@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diptych import files
 from diptych.checkpoint import sources, surgery
+from diptych.checkpoint.config import WeightsDtype
 from diptych.checkpoint.formats import native, onnx, open_clip, openai, transformers
 from diptych.checkpoint.loaded import Loaded, Opened, build
 from diptych.checkpoint.weights.tensors import read_json
@@ -123,7 +124,7 @@ def convert(
     out: Path | str,
     layout: str,
     *,
-    precision: surgery.Precision = "float32",
+    precision: WeightsDtype = "float32",
     overwrite: bool = False,
 ) -> dict[str, float]:
     """`save`, read back, and compare features of pictures and texts before what was written is kept.

@@ -32,9 +32,10 @@ from diptych.train.parallel.micro_batch import choose_micro_batch_size
 from diptych.train.run_folder.checkpoints import CheckpointManager
 from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.run_folder.report import CLOCK, Clock, Evaluation, State, StepReport, TrainReport
-from diptych.train.setup import build_model, choose_dtype, load_tokenizer, require_same_run
+from diptych.train.run_folder.resume import require_same_run
+from diptych.train.setup import build_model, load_tokenizer
 from diptych.train.signals import Signals
-from diptych.train.step import Step, group_pairs
+from diptych.train.step import Step, choose_dtype, group_pairs
 
 Evaluator = Callable[[CLIP], Mapping[str, float]]
 """Takes the model in evaluation mode, returns named numbers. Training is given evaluators, it never imports them."""
