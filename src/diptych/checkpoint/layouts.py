@@ -42,7 +42,7 @@ class Layout:
 
 
 ROUNDING: Mapping[str, float] = {"float32": 0.0, "float16": 1e-2, "bfloat16": 1e-1}
-"""What rounding the weights may change of the features, relative to their length."""
+"""The most that rounding the weights may change features, relative to their length."""
 
 
 def load(
@@ -200,7 +200,7 @@ def _holds_a_model(folder: Path) -> bool:
 
 
 def _read_back(written: Path, original: Loaded) -> dict[str, float]:
-    """What a layout that can be read gives when it is read."""
+    """Compare a model with what was written, for a layout that can be read."""
     return compare(original, load(written, activation=original.model.config.activation))
 
 

@@ -45,7 +45,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How a batch is put through the model: `model` may be wrapped for many ranks, `plain` is the CLIP inside."""
+    """The gradient of one batch: `model` may be wrapped for many ranks, `plain` is the CLIP inside."""
 
     model: nn.Module
     plain: CLIP

@@ -309,7 +309,7 @@ class Trainer:
     # --- log, evaluate, checkpoint ------------------------------------------------------------------------------
 
     def _log_step(self, report: StepReport) -> None:
-        """What must come out the same again goes to metrics.jsonl, what depends on the clock to timing.jsonl."""
+        """Write to metrics.jsonl what must come out the same again, and to timing.jsonl what depends on the clock."""
         values = asdict(report)
         del values["steps"]
         self.logs.show(report.step, {f"train/{name}": value for name, value in values.items() if name != "step"})

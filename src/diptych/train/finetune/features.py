@@ -1,4 +1,4 @@
-"""What a locked tower makes of every sample, once, on disk.
+"""Features of every sample by a locked tower, computed once, on disk.
 
     CACHE/0f3a.../features.npy   float [rows, E], row for row as the shard's index
                   about.json     hash of features.npy; (row, reason) of pictures that cannot be used
@@ -7,7 +7,7 @@ One folder a shard, named by a hash of all that decides its content: the tower's
 tokenizer), the shard's content, the types. It is written beside its place and renamed, and its content is a function of
 its name: batches are cut by row and have one shape, whoever computes them. So a killed run, other ranks or another run
 with the same tower find what is done and do the rest, and no result depends on who did what. Files are read through a
-memory map; a damaged one is made anew.
+memory map; a damaged one is rebuilt.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Whether the run in a folder may be continued with these settings."""
+"""The check that a run in a folder may be continued with the settings that are given."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
