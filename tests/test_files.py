@@ -111,6 +111,17 @@ def test_a_name_that_is_not_utf_8_can_be_written_as_json(tmp_path):
     assert files.read_json(tmp_path / "a.json") == {"path": "a\udcff", "text": "ä"}
 
 
+def test_leftovers_of_a_living_writer_and_of_other_names_stay_where_writers_share_a_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    living, other = tmp_path / ".a.0123456789abcdef.tmp", tmp_path / ".b.4194999.tmp"
+    for folder in (living, other, tmp_path / ".a.4194999.tmp", tmp_path / ".a.4194999.old.tmp"):
+        folder.mkdir()
+        if folder != living:
+            os.utime(folder, (0, 0))
+    files.remove_leftovers(tmp_path, "a", older_than=3600)
+    assert sorted(tmp_path.iterdir()) == sorted([living, other, tmp_path / "a"])
+
+
 def test_a_folder_that_cannot_be_made_or_written_says_why_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"cannot make the folder .*/file: it is a file; name another --out"):

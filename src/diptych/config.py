@@ -16,6 +16,9 @@ from diptych.errors import UsageError, unknown_name
 
 Config = TypeVar("Config")
 
+MAY_CHANGE = {"may_change": True}
+"""Metadata of a field that may differ when an unfinished run is continued: it does not change the result."""
+
 
 def to_dict(config: object) -> dict[str, Any]:
     """Turn a config into plain JSON values."""

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,13 +178,16 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(leftover)
 
 
-def remove_leftovers(folder: Path, name: str = "") -> None:
+def remove_leftovers(folder: Path, name: str = "", *, older_than: float = 0) -> None:
     """Delete what killed writers left half-done in `folder`, or of the one file or folder called `name`.
 
-    A folder whose successor never got its name gets it back. Links and files of others that end in .tmp stay.
+    A folder whose successor never got its name gets it back. Links and files of others that end in .tmp stay. Whoever
+    shares the folder with other writers spares by `older_than` (seconds) what they may be writing.
     """
     for leftover in folder.glob(f".{glob.escape(name) or '*'}.*.tmp"):
         if not _LEFTOVER.fullmatch(leftover.name) or leftover.is_symlink():
+            continue
+        if older_than and leftover.stat().st_mtime > time.time() - older_than:
             continue
         if not leftover.is_dir():
             leftover.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Features of a locked tower, made once and kept."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,7 @@ def test_leftovers_of_a_killed_process_are_removed(start, tmp_path):
     (place,) = (tmp_path / "features").iterdir()
     leftover = place.with_name(f".{place.name}.4194999.tmp")
     leftover.mkdir()
+    os.utime(leftover, (0, 0))
     (place / "about.json").unlink()
     loop.run(config(data, tmp_path / "two", start))
     assert not leftover.exists()

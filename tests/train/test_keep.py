@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -182,3 +182,18 @@ def test_a_log_of_gradients_memory_and_rates_is_always_written(data, tmp_path):
     assert timing[0].keys() == {"step", "pairs_per_second", "data_wait", "memory", "seconds_left"}
     assert metrics[0]["grad_norm_image"] > 0
     assert timing[0]["memory"] > 50e6
+
+
+def test_nothing_that_changes_the_result_may_change_within_a_run():
+    def free(config) -> list[str]:
+        nested = [getattr(config, f.name) for f in fields(config)]
+        return [f.name for f in fields(config) if f.metadata.get("may_change")] + [
+            name for value in nested if is_dataclass(value) for name in free(value)
+        ]
+
+    assert sorted(free(train_config(Path("data"), Path("out")))) == sorted([
+        *("out", "batch_size", "workers", "prefetch", "cache", "cache_bytes"),
+        *("checkpoint_every", "checkpoint_minutes", "keep_last", "keep_best", "mirror", "evaluate_every", "log"),
+        *("device", "micro_batch_size", "sharding", "recompute", "timeout", "extend_to"),
+        *("cache_features", "feature_cache", "stop_when_lost"),
+    ])  # fmt: skip

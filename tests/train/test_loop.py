@@ -25,7 +25,7 @@ from diptych.model.clip import CLIP
 from diptych.pair import Pair
 from diptych.shards.dataset import load_dataset
 from diptych.shards.write import write_shards
-from diptych.train import loop, setup, step
+from diptych.train import loop, step
 from samples import TINY_RESNET, TINY_VIT, encode, make_pairs, noise, train_config, write_samples
 
 TRAIN = """
@@ -207,9 +207,9 @@ def test_a_warmup_longer_than_the_run_is_refused(data, tmp_path):
 def test_auto_precision_depends_on_the_processor_not_on_the_clock():
     run = train_config(Path(), Path()).run
     auto = dataclasses.replace(run, precision="auto")
-    assert setup.choose_dtype(auto, torch.device("cuda")) == torch.bfloat16
-    assert setup.choose_dtype(auto, torch.device("cpu")) == setup.choose_dtype(auto, torch.device("cpu"))
-    assert setup.choose_dtype(dataclasses.replace(run, precision="bfloat16"), torch.device("cpu")) == torch.bfloat16
+    assert step.choose_dtype(auto, torch.device("cuda")) == torch.bfloat16
+    assert step.choose_dtype(auto, torch.device("cpu")) == step.choose_dtype(auto, torch.device("cpu"))
+    assert step.choose_dtype(dataclasses.replace(run, precision="bfloat16"), torch.device("cpu")) == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Resize = Literal["open_clip", "transformers"]
 """How a grid of positions is resized: bicubic with antialiasing (OpenCLIP), or without (transformers'
 `interpolate_pos_encoding`). They differ in both directions: PyTorch's two bicubic kernels are not the same."""
 
-Precision = Literal["float32", "float16", "bfloat16"]
+WeightsDtype = Literal["float32", "float16", "bfloat16"]
 """Type of the weights in a file."""
 
 LayoutName = Literal["diptych", "open_clip", "transformers", "openai", "onnx"]

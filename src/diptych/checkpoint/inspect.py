@@ -1,4 +1,4 @@
-"""What a checkpoint is, and whether it is sound: the answers of `diptych inspect` and `diptych verify`."""
+"""Content and soundness of a checkpoint: the answers of `diptych inspect` and `diptych verify`."""
 
 import math
 from collections import Counter
@@ -72,7 +72,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was found sound."""
+    """The parts that were found sound."""
 
     sha256: Mapping[str, str]
     """SHA-256 of every file."""

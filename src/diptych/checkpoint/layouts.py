@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diptych import files
 from diptych.checkpoint import sources, surgery
+from diptych.checkpoint.config import WeightsDtype
 from diptych.checkpoint.formats import native, onnx, open_clip, openai, transformers
 from diptych.checkpoint.loaded import Loaded, Opened, build
 from diptych.checkpoint.weights.tensors import read_json
@@ -41,7 +42,7 @@ class Layout:
 
 
 ROUNDING: Mapping[str, float] = {"float32": 0.0, "float16": 1e-2, "bfloat16": 1e-1}
-"""What rounding the weights may change of the features, relative to their length."""
+"""The most that rounding the weights may change features, relative to their length."""
 
 
 def load(
@@ -123,7 +124,7 @@ def convert(
     out: Path | str,
     layout: str,
     *,
-    precision: surgery.Precision = "float32",
+    precision: WeightsDtype = "float32",
     overwrite: bool = False,
 ) -> dict[str, float]:
     """`save`, read back, and compare features of pictures and texts before what was written is kept.
@@ -199,7 +200,7 @@ def _holds_a_model(folder: Path) -> bool:
 
 
 def _read_back(written: Path, original: Loaded) -> dict[str, float]:
-    """What a layout that can be read gives when it is read."""
+    """Compare a model with what was written, for a layout that can be read."""
     return compare(original, load(written, activation=original.model.config.activation))
 
 

@@ -22,7 +22,7 @@ from diptych.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
-    """What is needed to use a model: the three agree with each other."""
+    """A model in use, with what belongs to it: the three agree with each other."""
 
     model: CLIP
     preprocess: Preprocess
@@ -40,7 +40,7 @@ class Opened:
     tokenizer: Tokenizer
     weights: Weights
     evidence: Mapping[str, str] = field(default_factory=dict)
-    """What decided what the weights do not say: activation, heads, preprocessing."""
+    """The reason for each choice that the weights do not show: activation, heads, preprocessing."""
     files: tuple[Path, ...] = ()
     """Every file that was used."""
 

@@ -46,7 +46,7 @@ _ALL_CONFIGS = (_NATIVE, *_FOREIGN)
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What is known of weights that were published under a name."""
+    """Facts about weights that were published under a name."""
 
     name: str
     """ARCHITECTURE/TAG, as in OpenCLIP's tables."""

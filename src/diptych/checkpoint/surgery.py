@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.checkpoint.config import Precision, Resize
+from diptych.checkpoint.config import Resize, WeightsDtype
 from diptych.checkpoint.loaded import Loaded, build_meta
 from diptych.errors import unknown_name
 from diptych.model.clip import CLIP
@@ -73,7 +73,7 @@ def resize_context(loaded: Loaded, context_length: int) -> Loaded:
     return Loaded(_rebuild(config, state), loaded.preprocess, tokenizer)
 
 
-def change_precision(loaded: Loaded, precision: Precision) -> Loaded:
+def change_precision(loaded: Loaded, precision: WeightsDtype) -> Loaded:
     """The same model with weights of another type, on the CPU in evaluation mode; the two halves round.
 
     A model that is all of this already is returned as it is.

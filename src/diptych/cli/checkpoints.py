@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from diptych.checkpoint.config import LayoutName, Precision, Resize
+from diptych.checkpoint.config import LayoutName, Resize, WeightsDtype
 from diptych.model.config import Activation
 
 
@@ -46,7 +46,7 @@ class Convert:
     """The new folder, or file (openai)."""
     to: LayoutName
     """The layout: our own folder, OpenCLIP's, transformers' (ViT only), OpenAI's state dict, or ONNX (no way back)."""
-    precision: Precision = "float32"
+    precision: WeightsDtype = "float32"
     """Type of the weights that are written."""
     image_size: int | None = None
     """Resize the image tower's positions for pictures of another size, pixels."""

@@ -1,8 +1,9 @@
 """How shards become batches: frozen values, no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from diptych.config import MAY_CHANGE
 from diptych.errors import UsageError
 
 
@@ -53,7 +54,7 @@ def _is_number(text: str) -> bool:
 class LoaderConfig:
     """How pairs become batches."""
 
-    batch_size: int = 256
+    batch_size: int = field(default=256, metadata=MAY_CHANGE)
     """Pairs in the global batch, over all ranks."""
     seed: int = 0
     """Seed of the sample order and the crops."""
@@ -61,15 +62,15 @@ class LoaderConfig:
     """Side of the random square crop: uniform between this share of the shorter side and all of it."""
     augment: bool = True
     """Random crops. Without, a picture is prepared as it is when the model is used, the same at every pass."""
-    workers: int = 1
+    workers: int = field(default=1, metadata=MAY_CHANGE)
     """Threads that read, decode and tokenize ahead; 0 does it in between the steps."""
-    prefetch: int = 4
+    prefetch: int = field(default=4, metadata=MAY_CHANGE)
     """Batches kept ready; fewer if they would take more than 2 GiB."""
     strict: bool = False
     """Stop at the first sample that cannot be used, instead of counting it and going on."""
-    cache: Path | None = None
+    cache: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder for shards that lie elsewhere while they are read; by default in the user's cache folder."""
-    cache_bytes: int = 64 << 30
+    cache_bytes: int = field(default=64 << 30, metadata=MAY_CHANGE)
     """Bytes that it may take: at least one block of 64 shards, better two; more only if batches under way need it."""
 
     def __post_init__(self) -> None:

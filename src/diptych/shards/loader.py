@@ -12,9 +12,8 @@ the same way, `strict` or not.
 import contextlib
 import os
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor
 from diptych import files
 from diptych.errors import PictureError, ShardError, UsageError
 from diptych.image import Crop, read_crop
+from diptych.prefetch import map_ahead
 from diptych.shards.cache import Fetcher, ShardCache
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import Dataset, load_dataset
@@ -160,27 +160,24 @@ class Loader:
 
     def __iter__(self) -> Generator[Batch]:
         """Batches from `position` on. Close the iterator to stop its workers."""
+        if self.config.workers:
+            batches = map_ahead(self.read_batch, self._positions(), threads=self.config.workers, ahead=self.prefetch)
+        else:
+            batches = (self.read_batch(position) for position in self._positions())
         try:
-            yield from self._iterate()
+            with contextlib.closing(batches):
+                for batch in batches:
+                    self.position = batch.position
+                    yield batch
         finally:
             for source in self.sources:
                 source.rest()
 
-    def _iterate(self) -> Generator[Batch]:
-        if not self.config.workers:
-            while True:
-                yield self._advance(self.read_batch(self.position))
-        ahead: deque[Future[Batch]] = deque()
-        pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="diptych-loader")
-        try:
-            next_position = self.position
-            while True:
-                while len(ahead) < self.prefetch:
-                    ahead.append(pool.submit(self.read_batch, next_position))
-                    next_position = self._behind(next_position)
-                yield self._advance(ahead.popleft().result())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def _positions(self) -> Iterator[Position]:
+        position = self.position
+        while True:
+            yield position
+            position = self._behind(position)
 
     def read_batch(self, position: Position) -> Batch:
         """Read this rank's share of the batch at a position: a pure function, called from any thread."""
@@ -259,10 +256,6 @@ class Loader:
         if consumed + self.config.batch_size > self.order.samples:
             return replace(position, epoch=position.epoch + 1, samples_consumed=0)
         return replace(position, samples_consumed=consumed)
-
-    def _advance(self, batch: Batch) -> Batch:
-        self.position = batch.position
-        return batch
 
 
 @dataclass(frozen=True)

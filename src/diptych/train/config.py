@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from diptych.config import MAY_CHANGE
 from diptych.errors import UsageError, unknown_name
 from diptych.model.config import Activation, CLIPConfig, ViTConfig
 from diptych.shards.config import LoaderConfig, SourceConfig
 
-Precision = Literal["auto", "float32", "bfloat16"]
+TrainPrecision = Literal["auto", "float32", "bfloat16"]
 LossName = Literal["clip", "siglip"]
 Positives = Literal["pair", "caption", "image", "either"]
 Sharding = Literal["ddp", "fsdp"]
@@ -70,38 +71,38 @@ class RunConfig:
     """Passes over the data; ignored when `steps` is given."""
     steps: int | None = None
     """Optimizer steps."""
-    extend_to: int | None = None
+    extend_to: int | None = field(default=None, metadata=MAY_CHANGE)
     """Continue a run to this many steps, with a learning rate that falls to zero there instead."""
-    precision: Precision = "auto"
+    precision: TrainPrecision = "auto"
     """Precision of the towers' matrix products. auto: bfloat16 where the processor multiplies it fast (a GPU, a CPU
     with AMX or AVX512-BF16), float32 elsewhere. Weights, loss and optimizer are always float32."""
     compile: bool = False
     """Compile both towers. Text is then padded to a multiple of 8 tokens, so that each length is compiled once."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=MAY_CHANGE)
     """`cpu`, `cuda`, ...; auto takes a GPU if there is one."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata=MAY_CHANGE)
     """Pairs of a rank that are in memory at once; by default as many as fit. Fewer than the rank's part of the batch
     are computed twice (gradient caching), with the same result."""
-    sharding: Sharding = "ddp"
+    sharding: Sharding = field(default="ddp", metadata=MAY_CHANGE)
     """Over several ranks: `ddp` keeps the whole model on each, `fsdp` (FSDP2) a part of it."""
-    recompute: bool = False
+    recompute: bool = field(default=False, metadata=MAY_CHANGE)
     """Keep the inputs of each Transformer block only and compute the block again for its derivatives."""
-    timeout: float = 600.0
+    timeout: float = field(default=600.0, metadata=MAY_CHANGE)
     """Seconds after which a rank that waits for a lost one gives up."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = field(default=1000, metadata=MAY_CHANGE)
     """Steps between checkpoints; the last step always makes one, and so does SIGTERM or Ctrl-C."""
-    checkpoint_minutes: float | None = None
+    checkpoint_minutes: float | None = field(default=None, metadata=MAY_CHANGE)
     """Minutes after which a checkpoint is made in any case."""
-    keep_last: int | None = 3
+    keep_last: int | None = field(default=3, metadata=MAY_CHANGE)
     """Checkpoints that are kept, newest first; none is deleted without a number."""
-    keep_best: str | None = None
+    keep_best: str | None = field(default=None, metadata=MAY_CHANGE)
     """Name of a metric: the checkpoint where it was highest is kept too."""
-    mirror: str | None = None
+    mirror: str | None = field(default=None, metadata=MAY_CHANGE)
     """Any fsspec URL (s3://bucket/run): checkpoints and logs are copied there, and fetched from there when the run's
     folder is empty."""
-    evaluate_every: int | None = None
+    evaluate_every: int | None = field(default=None, metadata=MAY_CHANGE)
     """Steps between evaluations; the last step always makes one."""
-    log: tuple[Sink, ...] = ()
+    log: tuple[Sink, ...] = field(default=(), metadata=MAY_CHANGE)
     """Where numbers go besides metrics.jsonl: tensorboard, wandb (extras of the same names)."""
 
     def __post_init__(self) -> None:
@@ -119,11 +120,11 @@ class StartConfig:
 
     lock: Lock = "none"
     """A tower that keeps its weights: `image` is locked-image tuning (LiT, Zhai et al. 2022), `text` the reverse."""
-    cache_features: CacheFeatures = "auto"
+    cache_features: CacheFeatures = field(default="auto", metadata=MAY_CHANGE)
     """Whether the locked tower sees every sample once, before training, and what it made of it is kept on disk. auto:
     where that gives the same and saves time (its input is not augmented, the data is passed more than once, and lies
     on this machine)."""
-    feature_cache: Path | None = None
+    feature_cache: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder for them; by default in the user's cache folder."""
     feature_type: FeatureType = "float32"
     """How they are kept: float16 takes half the disk, and rounds."""
@@ -134,7 +135,7 @@ class StartConfig:
     """The additions count alpha / rank; by default alpha is the rank."""
     layer_decay: float = 1.0
     """Each layer further from the output learns at this share of the rate of the one above it; 1: all at the same."""
-    stop_when_lost: float | None = None
+    stop_when_lost: float | None = field(default=None, metadata=MAY_CHANGE)
     """Stop with a checkpoint (exit status 3) when a share of any evaluation is more than so many points below what the
     model had at the start."""
     activation: Activation | None = None
@@ -165,22 +166,22 @@ class TrainConfig:
     """The towers; see `diptych.model.config.PRESETS`."""
     data: tuple[SourceConfig, ...]
     """Folders of shards, and how often each is seen."""
-    out: Path
+    out: Path = field(metadata=MAY_CHANGE)
     """The run's folder: checkpoints, logs, config. An unfinished run in it is continued."""
     tokenizer: Path | None = None
     """Folder of a tokenizer of one's own; by default OpenAI's vocabulary."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How pairs become batches."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised."""
+    """The loss and its regularisation."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How weights change."""
+    """The optimizer and its schedule."""
     run: RunConfig = field(default_factory=RunConfig)
     """How long, how exactly, on what, and what is kept."""
     start_model: str | None = None
-    """What is fine-tuned: anything that `diptych.load` opens. Without it weights are random at the start."""
+    """The model that is fine-tuned: anything that `diptych.load` opens. Without it weights are random at the start."""
     start: StartConfig = field(default_factory=StartConfig)
-    """How it is."""
+    """How much of it may change."""
 
     def __post_init__(self) -> None:
         if self.start_model is None and self.start != StartConfig():

@@ -1,4 +1,4 @@
-"""What training minimises (paper section 2.3, the lower half of Figure 3), for any batch on any number of ranks.
+"""The loss (paper section 2.3, the lower half of Figure 3), for any batch on any number of ranks.
 
 The M x M matrix of similarities is never held. It is computed in tiles twice: once for the sums of each row and each
 column (a streaming log-sum-exp), once more for the derivatives. A rank computes its own rows, pictures against the

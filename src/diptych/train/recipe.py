@@ -53,7 +53,7 @@ def _paper(name: str) -> Recipe:
 
 
 PAPER: dict[str, Recipe] = {name: _paper(name) for name in PAPER_RATES}
-"""What Tables 18 to 20 and section 2.5 say of each of the paper's nine models."""
+"""Settings of the paper's nine models, from Tables 18 to 20 and section 2.5."""
 
 SMALL_DATA = Recipe(
     loader=LoaderConfig(batch_size=256),
@@ -66,7 +66,7 @@ FINETUNE = Recipe(
     optim=OptimConfig(lr=1e-5, warmup=500, weight_decay=0.1, beta2=0.999, eps=1e-8, max_grad_norm=1.0),
     run=RunConfig(epochs=10.0),
 )
-"""What `diptych finetune` begins with. Rate, weight decay, warm-up, epochs: FLYP's (Goyal et al. 2023), which
+"""Defaults of `diptych finetune`. Rate, weight decay, warm-up, epochs: FLYP's (Goyal et al. 2023), which
 fine-tunes CLIP with its own loss. Length of gradients: WiSE-FT's code (Wortsman et al. 2022). beta2 and eps: AdamW's
 own, as in both. docs/finetune.md gives a reason for each, the batch size and patch dropout too."""
 

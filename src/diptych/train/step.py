@@ -23,11 +23,19 @@ from torch.nn.parallel import DistributedDataParallel
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP, CLIPOutput, Output
 from diptych.model.config import ViTConfig
+from diptych.model.inference.precision import has_fast_bfloat16
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch
 from diptych.shards.order import derive_seed, hash_positions
-from diptych.train.config import Positives
+from diptych.train.config import Positives, RunConfig
 from diptych.train.loss import clip_loss, siglip_loss
+
+
+def choose_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
+    """The type of the towers' matrix products; `auto` asks the processor, not the clock, so it is the same again."""
+    if run.precision == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return torch.bfloat16 if run.precision == "bfloat16" else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -37,7 +45,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How a batch is put through the model: `model` may be wrapped for many ranks, `plain` is the CLIP inside."""
+    """The gradient of one batch: `model` may be wrapped for many ranks, `plain` is the CLIP inside."""
 
     model: nn.Module
     plain: CLIP

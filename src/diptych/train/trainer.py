@@ -1,9 +1,11 @@
-"""A run's moving parts on one rank; what is done with them: resume, step, log, evaluate, checkpoint, in this order."""
+"""A run on one rank: its moving parts, and the loop that resumes, steps, logs, evaluates and checkpoints."""
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,9 +31,11 @@ from diptych.train.parallel import wrap as parallel
 from diptych.train.parallel.micro_batch import choose_micro_batch_size
 from diptych.train.run_folder.checkpoints import CheckpointManager
 from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
-from diptych.train.run_folder.report import CLOCK, Evaluation, State, StepReport
-from diptych.train.setup import build_model, choose_dtype, load_tokenizer, require_same_run
-from diptych.train.step import Step, group_pairs
+from diptych.train.run_folder.report import CLOCK, Clock, Evaluation, State, StepReport, TrainReport
+from diptych.train.run_folder.resume import require_same_run
+from diptych.train.setup import build_model, load_tokenizer
+from diptych.train.signals import Signals
+from diptych.train.step import Step, choose_dtype, group_pairs
 
 Evaluator = Callable[[CLIP], Mapping[str, float]]
 """Takes the model in evaluation mode, returns named numbers. Training is given evaluators, it never imports them."""
@@ -107,7 +111,7 @@ class Trainer:
 
     def _store_features(self, dtype: torch.dtype, on_note: Callable[[str], None]) -> StoredFeatures:
         start = self.config.start
-        tower = features.Tower(
+        tower = features.LockedTower(
             loaded=Loaded(self.model.eval(), self.preprocess, self.tokenizer),
             image=start.lock == "image",
             device=self.device,
@@ -131,13 +135,56 @@ class Trainer:
         """Steps between evaluations: fine-tuning looks after every epoch unless it is told otherwise."""
         return self.config.run.evaluate_every or (self.loader.batches_per_epoch if self.config.start_model else None)
 
-    def lost(self) -> tuple[str, ...]:
+    def _lost(self) -> tuple[str, ...]:
         """Metrics that fell by more than the guard allows."""
         state = self.state
         found = guard.lost(state.start_metrics, state.metrics, self.config.start.stop_when_lost)
         return tuple(change.name for change in found)
 
-    def compile(self) -> None:
+    def run(
+        self,
+        evaluators: Sequence[Evaluator],
+        on_step: Callable[[StepReport], None],
+        on_evaluation: Callable[[Evaluation], None],
+    ) -> TrainReport:
+        """The training loop: resume, then step, log, evaluate, checkpoint until the last step or a reason to stop."""
+        started, config = time.monotonic(), self.config
+        resumed_from, passed_over = self.resume()
+        state = self.state
+        clock = Clock(self.steps, config.loader.batch_size, self.device)
+        with closing(self.keeper), closing(self.logs), closing(iter(self.loader)) as batches, Signals() as signals:
+            if config.start_model is not None and not state.step and evaluators:
+                on_evaluation(self._evaluate(evaluators))
+            while state.step < self.steps and not self._lost():
+                self._train_step(clock.take(batches))
+                self._log_step(report := clock.report(state, self.model))
+                on_step(report)
+                is_last = state.step == self.steps
+                if evaluators and (is_last or (self.evaluate_every and state.step % self.evaluate_every == 0)):
+                    on_evaluation(self._evaluate(evaluators))
+                stop = self.ranks.all_reduce_max(float(signals.number))
+                late = config.run.checkpoint_minutes and self.ranks.all_reduce_max(float(self.keeper.is_late()))
+                if stop or late or self._lost() or self.keeper.is_due(state.step, self.steps):
+                    self.save()
+                if stop:
+                    break
+        return TrainReport(
+            steps=state.step,
+            samples_seen=state.samples_seen,
+            resumed_from=resumed_from,
+            passed_over=passed_over,
+            loss=state.loss,
+            skipped=dict(Counter(reason for *_, reason in self.skipped_by_index) + state.skipped),
+            metrics=state.metrics,
+            start_metrics=state.start_metrics,
+            lost=self._lost(),
+            checkpoint=native.step_folder(config.out, state.step),
+            micro_batch_size=self.micro_batch_size or 0,
+            stopped_by=signals.name if state.step < self.steps else None,
+            seconds=time.monotonic() - started,
+        )
+
+    def _compile(self) -> None:
         """Compile the towers in place: names in the state dict stay as they are."""
         self._is_compiled = True
         self.model.visual.compile(dynamic=False)
@@ -146,11 +193,6 @@ class Trainer:
         multiple = self.model.text.length_multiple = 8
         lengths = -(-self.config.model.text.context_length // multiple) + 1
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * lengths)
-
-    def close(self) -> None:
-        """Wait for copies, end the logs."""
-        self.logs.close()
-        self.keeper.close()
 
     # --- resume -------------------------------------------------------------------------------------------------
 
@@ -205,7 +247,7 @@ class Trainer:
 
     # --- step ---------------------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch) -> None:
         """Gradients of the batch, update. A loss that is not finite stops the run before the update."""
         lr = self.state.lr = learning_rate(self.state.step, self.steps, self.optim)
         for group in self.optimizer.param_groups:
@@ -215,7 +257,7 @@ class Trainer:
         if self.micro_batch_size is None:
             self.micro_batch_size = choose_micro_batch_size(self.step, batch, self.ranks)
         if self.config.run.compile and not self._is_compiled:
-            self.compile()
+            self._compile()
         groups = group_pairs(batch, self.config.loss.positives, self.ranks, self.device)
         value = self.step.gradients(batch, first, self.micro_batch_size, groups).item()
         if not math.isfinite(value):
@@ -264,14 +306,10 @@ class Trainer:
             for key, reason in skipped:
                 self.logs.append(SKIPPED, {"step": self.state.step, "key": key, "reason": reason})
 
-    def is_due(self, every: int | None) -> bool:
-        """Whether something that happens `every` so many steps, and at the end, happens now."""
-        return self.state.step == self.steps or (every is not None and self.state.step % every == 0)
-
     # --- log, evaluate, checkpoint ------------------------------------------------------------------------------
 
-    def log_step(self, report: StepReport) -> None:
-        """What must come out the same again goes to metrics.jsonl, what depends on the clock to timing.jsonl."""
+    def _log_step(self, report: StepReport) -> None:
+        """Write to metrics.jsonl what must come out the same again, and to timing.jsonl what depends on the clock."""
         values = asdict(report)
         del values["steps"]
         self.logs.show(report.step, {f"train/{name}": value for name, value in values.items() if name != "step"})
@@ -279,7 +317,7 @@ class Trainer:
         self.logs.append(METRICS, values)
         self.logs.append(TIMING, {"step": report.step, **clock})
 
-    def evaluate(self, evaluators: Sequence[Evaluator]) -> Evaluation:
+    def _evaluate(self, evaluators: Sequence[Evaluator]) -> Evaluation:
         """Ask every evaluator about the model as it is; on every rank, so that they can share the work."""
         self.model.eval()
         model = parallel.whole(self.model)

@@ -1,4 +1,4 @@
-"""What the weights alone say: the sizes of a model from the shapes of its tensors, as OpenAI's own loader reads them.
+"""The sizes of a model from the weights alone: from the shapes of its tensors, as OpenAI's own loader reads them.
 
 They do not say how many heads a layer has (64 channels each is the paper's rule, a preset of the same sizes knows
 better) nor which activation it was trained with.
@@ -88,7 +88,7 @@ def _same_sizes(config: CLIPConfig) -> tuple[str, CLIPConfig] | None:
 
 
 def _sizes(tower: ViTConfig | ResNetConfig | TextConfig) -> tuple[object, ...]:
-    """What makes a tower's architecture, without what surgery changes and what the weights do not show."""
+    """The architecture of a tower, without what surgery changes and what the weights do not show."""
     left_out = ("heads", "image_size", "context_length", "vocab_size")
     return type(tower), *((f.name, getattr(tower, f.name)) for f in fields(tower) if f.name not in left_out)
 
@@ -101,7 +101,7 @@ def _dims(shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many blocks there are, numbered from 0 without a gap."""
+    """Count blocks, numbered from 0 without a gap."""
     numbers = {int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name)) and len(match[1]) < 6}
     if not numbers or max(numbers) + 1 != len(numbers):
         raise ValueError(f"its blocks ({pattern}) are not numbered 0, 1, 2, ...")

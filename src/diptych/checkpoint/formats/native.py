@@ -44,7 +44,7 @@ _HASH = re.compile(r"[0-9a-f]{32}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What training needs beyond the model to go on exactly."""
+    """Everything that exact resume needs beyond the model."""
 
     tensors: Mapping[str, Tensor]
     """Optimizer and random state, by name."""
@@ -144,7 +144,7 @@ def map_weights(model: CLIP, folder: Path) -> dict[str, Tensor]:
 
 
 def load_training(folder: Path) -> TrainingState:
-    """What training continues from, tensors not yet read; the folder's hashes must have been checked."""
+    """Look into a checkpoint's training state, tensors not yet read; the folder's hashes must have been checked."""
     if not (folder / TRAINING).exists():
         raise CheckpointError(f"{folder} is a finished model without training state; it cannot be continued")
     return TrainingState(tensors=read_safetensors(folder / TRAINING_TENSORS).map(), values=read_json(folder / TRAINING))

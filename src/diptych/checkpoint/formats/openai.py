@@ -74,7 +74,7 @@ def open_file(
 
 
 def decide_activation(path: Path, file: TensorFile, given: Activation | None, published: Published | None) -> Evidence:
-    """What shows which activation these weights were trained with; ActivationUnknownError if nothing does."""
+    """Decide which activation these weights were trained with; ActivationUnknownError if nothing shows it."""
     if given is not None:
         return Evidence(check_activation(given), "given by the caller")
     classes = {cls for module, cls in file.classes.items() if module.endswith("mlp.gelu")}

@@ -28,7 +28,7 @@ class Global:
 
 
 class Call(NamedTuple):
-    """What the file wanted called, and with what."""
+    """A call that the file asks for, with its arguments."""
 
     function: Global
     arguments: tuple[Any, ...]

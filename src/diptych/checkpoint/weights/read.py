@@ -74,7 +74,7 @@ class Weights:
 
     @property
     def dtypes(self) -> dict[torch.dtype, int]:
-        """How many numbers the file holds of each type, counters (`num_batches_tracked`) left out."""
+        """Count of numbers in the file by type, counters (`num_batches_tracked`) left out."""
         counts: dict[torch.dtype, int] = {}
         for name in (part for source in self.sources.values() for part in source.names):
             entry = self.file.entries[name]

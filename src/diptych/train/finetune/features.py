@@ -1,4 +1,4 @@
-"""What a locked tower makes of every sample, once, on disk.
+"""Features of every sample by a locked tower, computed once, on disk.
 
     CACHE/0f3a.../features.npy   float [rows, E], row for row as the shard's index
                   about.json     hash of features.npy; (row, reason) of pictures that cannot be used
@@ -7,17 +7,15 @@ One folder a shard, named by a hash of all that decides its content: the tower's
 tokenizer), the shard's content, the types. It is written beside its place and renamed, and its content is a function of
 its name: batches are cut by row and have one shape, whoever computes them. So a killed run, other ranks or another run
 with the same tower find what is done and do the rest, and no result depends on who did what. Files are read through a
-memory map; a damaged one is made anew.
+memory map; a damaged one is rebuilt.
 """
 
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,8 @@ from torch import Tensor
 from diptych import files
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
+from diptych.embed.fingerprint import hash_tower, name_space
+from diptych.embed.stream import count_cores, encode_stream
 from diptych.errors import PictureError, UsageError
 from diptych.image import open_picture
 from diptych.ranks import Ranks
@@ -37,10 +37,11 @@ from diptych.shards.loader import Loader, StoredFeatures
 from diptych.train.config import StartConfig, TrainConfig
 from diptych.train.step import autocast
 
-VERSION = 1
+VERSION = 2
 BATCH_SIZE = 64
-THREADS = min(8, os.cpu_count() or 1)
 FEATURES, ABOUT = "features.npy", "about.json"
+_STALE = 24 * 3600.0
+"""Seconds after which what is half-written in a shared store is nobody's any more."""
 
 
 def why_not(config: TrainConfig, steps: int, batches_per_epoch: int) -> str | None:
@@ -66,8 +67,8 @@ def why_not(config: TrainConfig, steps: int, batches_per_epoch: int) -> str | No
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tower:
-    """The locked tower at work."""
+class LockedTower:
+    """The locked tower at work: an `Encoder` of the samples of shards (diptych.embed.stream)."""
 
     loaded: Loaded
     image: bool
@@ -76,36 +77,56 @@ class Tower:
     """Type of the tower's matrix products."""
     stored: np.dtype[Any]
 
-    def fingerprint(self) -> dict[str, Any]:
-        """All that decides a feature, but the sample."""
+    @property
+    def space(self) -> str:
+        """Names all that decides a feature, but the sample."""
         model, preprocess, tokenizer = self.loaded
-        digest = hashlib.sha256()
-        for name, tensor in (model.visual if self.image else model.text).state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         text = {"tokenizer": tokenizer.fingerprint, "special": tokenizer.special_tokens}
-        return {
-            "version": VERSION,
-            "model": to_dict(model.config),
-            "weights": digest.hexdigest(),
-            "input": to_dict(preprocess) if self.image else text,
-            "types": [str(self.dtype), str(self.stored), self.device.type],
-        }
+        return name_space(
+            version=VERSION,
+            model=to_dict(model.config),
+            weights=hash_tower(model.visual if self.image else model.text),
+            input=to_dict(preprocess) if self.image else text,
+            types=[str(self.dtype), str(self.stored), self.device.type],
+        )
+
+    @property
+    def streams(self) -> int:
+        """Batches that are best computed at the same time."""
+        return count_cores() if self.device.type == "cpu" else 1
+
+    def read(self, sample: Mapping[str, Any]) -> Tensor:
+        """Pixels or tokens of a sample; PictureError for what is no usable picture."""
+        if not self.image:
+            return self.loaded.tokenizer([sample["caption"]])[0]
+        with open(sample["path"], "rb") as tar:
+            data = os.pread(tar.fileno(), sample["size"], sample["offset"])
+        if xxhash.xxh3_64_intdigest(data) != sample["xxh3"]:
+            raise PictureError("changed", f"not the bytes that {sample['path'].name} was indexed with")
+        return torch.from_numpy(self.loaded.preprocess.pixels(open_picture(data)))
 
     @torch.inference_mode()
-    def encode(self, inputs: Tensor) -> np.ndarray:
-        """Pixels or tokens of BATCH_SIZE samples -> their normalised features."""
-        model, inputs = self.loaded.model, inputs.to(self.device)
+    def encode(self, batch: list[Tensor]) -> Tensor:
+        """Pixels or tokens of up to BATCH_SIZE samples -> their normalised features; every batch has one shape."""
+        padding = [batch[-1]] * (BATCH_SIZE - len(batch))
+        model, inputs = self.loaded.model, torch.stack(batch + padding).to(self.device)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the stream's threads: a few samples alone are computed by whoever asks
         with autocast(self.device, self.dtype):
             if self.image:
                 features = model.encode_image(self.loaded.preprocess.normalize(inputs), normalize=True)
             else:
                 features = model.encode_text(inputs, normalize=True)
-        return features.float().cpu().numpy().astype(self.stored)
+        torch.set_num_threads(threads)
+        return features[: len(batch)].float().cpu()
 
 
 def store(
-    config: StartConfig, tower: Tower, loader: Loader, ranks: Ranks, say: Callable[[int, int], None] = lambda *_: None
+    config: StartConfig,
+    tower: LockedTower,
+    loader: Loader,
+    ranks: Ranks,
+    say: Callable[[int, int], None] = lambda *_: None,
 ) -> StoredFeatures:
     """Have the features of every sample of the loader; what is missing is computed now, each shard by one rank.
 
@@ -113,19 +134,20 @@ def store(
     """
     folder = config.feature_cache or files.cache_folder("features")
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = tower.fingerprint()
+    space = tower.space
     shards = [shard for source in loader.sources for shard in source.dataset.shards]
-    places = [folder / _name(fingerprint, shard) for shard in shards]
+    places = [folder / name_space(space=space, shard=shard.content_hash, rows=len(shard)) for shard in shards]
     mine = [i for i in ranks.shard(len(shards)) if _open(places[i]) is None]
-    rounds = int(ranks.all_reduce_max(float(len(mine))))
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="diptych-features") as pool:
-        for number in range(rounds):
+    with closing(_compute(tower, [(shards[i], places[i]) for i in mine])) as computing:
+        for number in range(int(ranks.all_reduce_max(float(len(mine))))):
             if number < len(mine):
-                _compute(tower, shards[mine[number]], places[mine[number]], pool)
+                next(computing)
                 say(number + 1, len(mine))
             ranks.barrier()  # after every shard, so that nobody waits longer than one takes
-        pairs = zip(shards, places, strict=True)  # another machine's shards are not here if folders are not shared
-        opened = [_open(place) or _compute(tower, shard, place, pool) for shard, place in pairs]
+    opened = {i: found for i, place in enumerate(places) if (found := _open(place)) is not None}
+    absent = [i for i in range(len(shards)) if i not in opened]  # those of other machines, if folders are not shared
+    with closing(_compute(tower, [(shards[i], places[i]) for i in absent])) as computing:
+        opened |= dict(zip(absent, computing, strict=True))
     ranks.barrier()
     firsts = np.cumsum([0, *(len(source.dataset.shards) for source in loader.sources)])
 
@@ -137,15 +159,11 @@ def store(
 
 
 Stored = tuple[np.ndarray, dict[int, str]]
-
-
-def _name(fingerprint: dict[str, Any], shard: ShardIndex) -> str:
-    described = json.dumps([fingerprint, shard.content_hash, len(shard)], sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(described.encode())
+"""Features by row, and why some rows have none."""
 
 
 def _open(place: Path) -> Stored | None:
-    """What is there, if it is whole."""
+    """Features that are there and whole."""
     with suppress(OSError, ValueError, KeyError):
         about = json.loads((place / ABOUT).read_text())
         if files.xxh3(place / FEATURES) == about["xxh3"]:
@@ -154,56 +172,32 @@ def _open(place: Path) -> Stored | None:
     return None
 
 
-def _compute(tower: Tower, shard: ShardIndex, place: Path, pool: ThreadPoolExecutor) -> Stored:
-    _remove_leftovers(place)
-    rows = np.zeros((len(shard), tower.loaded.model.config.embed_dim), dtype=tower.stored)
-    broken: list[tuple[int, str]] = []
-    for first in range(0, len(shard), BATCH_SIZE):
-        count = min(BATCH_SIZE, len(shard) - first)
-        inputs = _read_inputs(tower, shard, first, count, pool, broken)
-        rows[first : first + count] = tower.encode(inputs)[:count]
-    with files.atomic_folder(place) as temporary:
-        np.save(temporary / FEATURES, rows, allow_pickle=False)
-        files.write_json(temporary / ABOUT, {"xxh3": files.xxh3(temporary / FEATURES), "broken": broken})
-    opened = _open(place)
-    assert opened is not None
-    return opened
+def _compute(tower: LockedTower, missing: Sequence[tuple[ShardIndex, Path]]) -> Generator[Stored]:
+    """Compute and write one shard after the other; samples are read ahead across their borders."""
+    samples = _iter_samples([shard for shard, _ in missing])
+    outcomes = encode_stream(tower, samples, batch_size=BATCH_SIZE, group=lambda key: (key[0], key[1] // BATCH_SIZE))
+    with closing(outcomes):
+        for shard, place in missing:
+            rows = np.zeros((len(shard), tower.loaded.model.config.embed_dim), dtype=tower.stored)
+            broken: list[tuple[int, str]] = []
+            for (_, row), outcome in islice(outcomes, len(shard)):
+                if isinstance(outcome, PictureError):
+                    broken.append((row, outcome.reason))
+                else:
+                    rows[row] = outcome.numpy()
+            files.remove_leftovers(place.parent, place.name, older_than=_STALE)
+            with files.atomic_folder(place) as temporary:
+                np.save(temporary / FEATURES, rows, allow_pickle=False)
+                files.write_json(temporary / ABOUT, {"xxh3": files.xxh3(temporary / FEATURES), "broken": broken})
+            opened = _open(place)
+            assert opened is not None
+            yield opened
 
 
-def _read_inputs(
-    tower: Tower, shard: ShardIndex, first: int, count: int, pool: ThreadPoolExecutor, broken: list[tuple[int, str]]
-) -> Tensor:
-    """BATCH_SIZE rows from `first` on, with the last one repeated, or black, where there is none."""
-    table = shard.table.slice(first, count)
-    if not tower.image:
-        tokens = tower.loaded.tokenizer(table.column("caption").to_pylist())
-        return torch.cat([tokens, tokens[-1:].expand(BATCH_SIZE - count, -1)])
-    size = tower.loaded.preprocess.image_size
-    pixels = torch.zeros(BATCH_SIZE, 3, size, size, dtype=torch.uint8)
-    columns: Sequence[list[Any]] = [table.column(name).to_pylist() for name in ("offset", "size", "xxh3")]
-    with open(shard.path, "rb") as tar:
-        pictures = pool.map(lambda row: _read_picture(tower, tar.fileno(), *row), zip(*columns, strict=True))
-        for i, picture in enumerate(pictures):
-            if isinstance(picture, str):
-                broken.append((first + i, picture))
-            else:
-                pixels[i] = picture
-    return pixels
-
-
-def _read_picture(tower: Tower, descriptor: int, offset: int, size: int, xxh3: int) -> Tensor | str:
-    data = os.pread(descriptor, size, offset)
-    if xxhash.xxh3_64_intdigest(data) != xxh3:
-        return "changed"
-    try:
-        return torch.from_numpy(tower.loaded.preprocess.pixels(open_picture(data)))
-    except PictureError as error:
-        return error.reason
-
-
-def _remove_leftovers(place: Path) -> None:
-    """Delete what a killed process left half-done of this folder."""
-    for leftover in place.parent.glob(f".{place.name}.*.tmp"):
-        process = leftover.name.split(".")[2]
-        if not (process.isdigit() and Path("/proc", process).exists()):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _iter_samples(shards: Sequence[ShardIndex]) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """((shard, row), what the index says of the sample)."""
+    for number, shard in enumerate(shards):
+        table = shard.table.select(["caption", "offset", "size", "xxh3"])
+        for first in range(0, len(shard), BATCH_SIZE):
+            for row, sample in enumerate(table.slice(first, BATCH_SIZE).to_pylist(), first):
+                yield (number, row), {"path": shard.path, **sample}

@@ -1,4 +1,4 @@
-"""What fine-tuning won and lost: every evaluation of the model as it is beside that of the model it started from."""
+"""Gains and losses of fine-tuning: every evaluation of the model as it is beside that of the model it started from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

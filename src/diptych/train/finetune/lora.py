@@ -100,8 +100,8 @@ def save(model: CLIP, start: StartConfig, start_model: str, folder: Path) -> Non
     """Write the additions alone, as peft reads them; an older folder is replaced whole."""
     peft = _import_peft()
     state = peft.get_peft_model_state_dict(model, adapter_name=_NAME)
-    plain = merged(model)  # whose modules have the names that the targets are to be found by
-    config = _peft_config(peft, plain, start)
+    whole = merged(model)  # whose modules have the names that the targets are to be found by
+    config = _peft_config(peft, whole, start)
     config.base_model_name_or_path, config.inference_mode = start_model, True
     config.target_modules = sorted(config.target_modules)  # a set, whose order is another one in every process
     with files.atomic_folder(folder) as temporary:

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from, and which weights may change at which rate."""
+"""The start of fine-tuning: a checkpoint, and which of its weights may change at which rate."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from diptych.train.config import StartConfig, TrainConfig
 _BLOCK = re.compile(r"\.transformer\.resblocks\.(\d+)\.")
 _STAGE = re.compile(r"^visual\.layer(\d)\.")
 _HEADS = ("proj", "ln_post", "ln_final", "text_projection", "attnpool")
-"""What stands behind the last layer of a tower."""
+"""Modules behind the last layer of a tower."""
 
 
 def open_start(out: Path, model: str, start: StartConfig) -> Opened:

@@ -28,7 +28,7 @@ class Point:
 
     alpha: float
     score: float
-    """What the choice is made by, 0..1."""
+    """The number that the choice is made by, 0..1 (RULE)."""
     metrics: dict[str, float]
 
 

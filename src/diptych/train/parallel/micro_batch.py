@@ -1,4 +1,4 @@
-"""How many pairs fit into memory at once."""
+"""The number of pairs that fit into memory at once."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def choose_micro_batch_size(step: Step, batch: Batch, ranks: Ranks, free: int | 
 
 
 def kept_bytes(step: Step, batch: Batch, size: int) -> int:
-    """What autograd keeps for the derivatives of `size` pairs, weights not counted."""
+    """Bytes that autograd keeps for the derivatives of `size` pairs, weights not counted."""
     seen: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in step.plain.parameters()}
 

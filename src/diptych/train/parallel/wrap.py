@@ -84,7 +84,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Whether FSDP2 has cut the model over ranks."""
+    """Whether the model is sharded over ranks by FSDP2."""
     return isinstance(model, FSDPModule)
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down. JSON lines always; TensorBoard and Weights & Biases where they are asked for.
+"""Logs of a run. JSON lines always; TensorBoard and Weights & Biases where they are asked for.
 
 metrics.jsonl    what must come out the same again: loss, learning rate, gradient norms, evaluations
 timing.jsonl     what depends on the clock: pairs/s, share of waiting, memory

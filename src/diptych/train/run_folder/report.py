@@ -1,4 +1,4 @@
-"""What a run says of itself: after a step, after an evaluation, at its end; and how fast it goes."""
+"""Reports of a run: after a step, after an evaluation, at its end; and how fast it goes."""
 
 import math
 import resource
@@ -16,7 +16,7 @@ from diptych.shards.loader import Batch
 
 @dataclass
 class State:
-    """What changes from step to step besides weights and optimizer."""
+    """Everything that changes from step to step besides weights and optimizer."""
 
     step: int = 0
     samples_seen: int = 0
@@ -31,7 +31,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What evaluators say after a step; of a fine-tuned model also what they said before the first one."""
+    """Metrics after a step; for a fine-tuned model also those before the first one."""
 
     step: int
     steps: int
@@ -63,12 +63,12 @@ class StepReport:
 
 
 CLOCK = ("pairs_per_second", "data_wait", "memory", "seconds_left")
-"""What depends on the clock and the machine, and so stands in timing.jsonl."""
+"""Fields that depend on the clock and the machine, and so stand in timing.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """How a run ended."""
+    """The end of a run."""
 
     steps: int
     samples_seen: int
@@ -94,7 +94,7 @@ class TrainReport:
 
 
 class Clock:
-    """How fast it goes, and what it waits for."""
+    """Speed of a run, and the time it spends waiting for data."""
 
     def __init__(self, steps: int, batch_size: int, device: torch.device) -> None:
         self.steps, self.batch_size, self.device = steps, batch_size, device
