@@ -110,7 +110,7 @@ class Preprocess:
                 return self.pixels(image)
             decoded = np.array(image), image.size
         elif is_stripe(*decoded[1]):
-            return self.pixels(decode(data))
+            return self.pixels(open_picture(data))
         return _resize_bytes(*decoded, self)
 
     def normalize(self, pixels: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:

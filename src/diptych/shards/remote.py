@@ -153,8 +153,8 @@ def _index(shard: RemoteShard, cache: ShardCache) -> ShardIndex:
         here.parent.mkdir(parents=True, exist_ok=True)
         beside = shard.place.removesuffix(".tar") + ".arrow"
         data = with_retries(beside, lambda: _read_optional(shard.files, beside, MAX_INDEX_BYTES))
-        if data is not None:
-            files.write_bytes(here, _require_end(data, beside, MAX_INDEX_BYTES))
+        if (found := _require_end(data, beside, MAX_INDEX_BYTES)) is not None:
+            files.write_bytes(here, found)
         else:
             _make_index(shard, here, cache)
     try:
