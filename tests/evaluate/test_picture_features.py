@@ -13,7 +13,8 @@ from diptych.errors import DatasetError
 from diptych.evaluate.datasets.layouts import open_samples
 from diptych.evaluate.datasets.registry import Place
 from diptych.evaluate.models import features
-from diptych.evaluate.models.features import Embedder, clip_image_model, cut_border
+from diptych.evaluate.models.features import Embedder, cut_border
+from diptych.evaluate.models.open import clip_image_model
 from diptych.image import decode
 from samples import TINY_RESNET, TINY_VIT, draw, encode, make_loaded
 
@@ -102,13 +103,14 @@ def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
         "from diptych import ranks\n"
         "from diptych.embed.cache import FeatureCache\n"
         "from diptych.evaluate.models import features\n"
+        "from diptych.evaluate.models.open import clip_image_model\n"
         "from diptych.evaluate.datasets.registry import Place\n"
         "from diptych.evaluate.datasets.layouts import open_samples\n"
         "from samples import TINY_VIT, make_loaded\n"
         "features.CHUNK = 5\n"
         "root, job = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"
         "cache = FeatureCache(root / f'cache{job.rank}')\n"
-        "ours = features.Embedder(features.clip_image_model(make_loaded(TINY_VIT), 'exact'), cache, 4, job)\n"
+        "ours = features.Embedder(clip_image_model(make_loaded(TINY_VIT), 'exact'), cache, 4, job)\n"
         "seen = []\n"
         "found = ours.embed(open_samples(Place(), root / 'shapes', 'test', 'single'), on_pictures=seen.append)\n"
         "torch.save((found.pooled, found.kept, sum(seen)), root / f'rank{job.rank}.pt')\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diptych import files
 from diptych.errors import DownloadError, NotFoundError
-from diptych.evaluate.datasets.layouts import CLASSNAMES, TEMPLATES, TYPE, find_layout, name_of_split
+from diptych.evaluate.datasets.layouts import CLASSNAMES, TEMPLATES, TYPE, find_layout, guess_place, name_of_split
 from diptych.evaluate.datasets.registry import Dataset, Place
 
 HUB = "https://huggingface.co/datasets/"
@@ -51,8 +51,7 @@ def _as_found(entry: Dataset, folder: Path) -> Place:
         return Place()  # the error comes when it is opened
     if layout == "parquet" and entry.hub:
         return replace(entry.hub[0], repo="", path="")
-    only_val = (folder / "val").is_dir() and not (folder / "test").is_dir()
-    return Place(test="val", val="none") if only_val else Place()
+    return guess_place(folder)
 
 
 def where_to_get(entry: Dataset) -> str:

@@ -11,7 +11,6 @@ Classes are matched by name with what a source calls them, so a source's order o
 with other classes is refused. Nothing here imports torch.
 """
 
-import json
 import tomllib
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,12 @@ from typing import Any, Literal
 
 from diptych.config import from_dict
 from diptych.errors import DatasetError, NotFoundError, UsageError, unknown_name
+from diptych.templates import parse_templates
 
-Kind = Literal["single", "multi", "captions", "frames"]
+DatasetKind = Literal["single", "multi", "captions", "frames"]
 """A picture has one label, several, captions; or is a frame of a video, with its neighbours."""
 Layout = Literal["auto", "wds", "folders", "parquet", "csv", "shards", "frames"]
-METRICS: dict[Kind, tuple[str, ...]] = {
+METRICS: dict[DatasetKind, tuple[str, ...]] = {
     "single": ("acc1", "acc5", "mean_per_class_recall", "mean_top1_top5", "roc_auc"),
     "multi": ("map_11_point", "mean_average_precision"),
     "captions": ("mean_recall@1",),
@@ -85,7 +85,7 @@ class Dataset:
 
     id: str
     title: str
-    kind: Kind = "single"
+    kind: DatasetKind = "single"
     metric: str = ""
     suites: tuple[str, ...] = ()
     paper_row: str = ""
@@ -142,13 +142,14 @@ class Dataset:
         """What holds in a profile."""
         name, profile = self.select_profile(wanted)
         names = tuple((n,) if isinstance(n, str) else n for n in profile.classes)
+        templates = (profile.templates,) if isinstance(profile.templates, str) else profile.templates
         order = match_classes(self, [n[0] for n in names]) if names and self.classes else range(len(self.classes))
         return ResolvedDataset(
             dataset=self,
             profile=name,
             names=names or self.names,
             order=tuple(order),
-            templates=load_templates(profile.templates),
+            templates=parse_templates(templates),
             metric=profile.metric or self.metric,
             prefix=profile.prefix,
             splits=profile.splits,
@@ -182,18 +183,6 @@ class ResolvedDataset:
         )
 
 
-def load_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """A named list, or templates as they are."""
-    if isinstance(templates, str):
-        known = json.loads(resources.files("diptych.assets").joinpath("templates.json").read_text("utf-8"))
-        if templates not in known:
-            raise unknown_name("template list", templates, known)
-        return tuple(known[templates])
-    if broken := [template for template in templates if template.count("{}") != 1]:
-        raise UsageError(f"the template {broken[0]!r} must have one {{}}, where the class name goes: write one into it")
-    return tuple(templates)
-
-
 @cache
 def known_datasets() -> tuple[str, ...]:
     """The ids of all datasets that come with diptych, sorted."""
@@ -202,7 +191,7 @@ def known_datasets() -> tuple[str, ...]:
 
 
 @cache
-def load_dataset(name: str) -> Dataset:
+def load_dataset_entry(name: str) -> Dataset:
     """An entry by its id."""
     if name not in known_datasets():
         raise unknown_name("dataset", name, known_datasets())
@@ -238,10 +227,10 @@ def _load_named(name: str) -> tuple[Dataset, ...]:
             return load_suite(members)
         return (load_own(path),)
     if name in SUITES:
-        entries = [load_dataset(known) for known in known_datasets()]
+        entries = [load_dataset_entry(known) for known in known_datasets()]
         return tuple(entry for entry in entries if name in entry.suites)
     if name in known_datasets():
-        return (load_dataset(name),)
+        return (load_dataset_entry(name),)
     raise unknown_name("suite or dataset", name, (*SUITES, *known_datasets()))
 
 
@@ -264,7 +253,9 @@ def _parse(name: str, text: str, where: str, folder: Path | None = None) -> Data
         profiles = {key: from_dict(Profile, value) for key, value in tables.items()}
         if "class_list" in data:
             data |= _shared_classes(data["class_list"], data.get("subset", []))
-        defaults = {"id": name, "title": name, "metric": METRICS[kind][0], "folder": folder and str(folder)}
+        defaults = {"id": name, "title": name, "metric": METRICS[kind][0]}
+        if folder is not None:
+            defaults["folder"] = str(folder)
         return from_dict(Dataset, defaults | data | {"profiles": profiles})
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
