@@ -7,7 +7,6 @@ the middle of a product, so nothing is lost when the cores are shared with decod
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
-from diptych.embed.stream import count_cores, encode_stream
+from diptych.embed.stream import Tower, count_cores, encode_stream
 from diptych.errors import PictureError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
@@ -45,39 +44,6 @@ def embed_images(
             raise feature
         features.append(feature)
     return torch.stack(features) if features else torch.empty(0, loaded.model.config.embed_dim)
-
-
-@runtime_checkable
-class Tower(Protocol):
-    """Pictures to features; `ImageTower` is one, any model can be."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
-
-    @property
-    def precision(self) -> str:
-        """How."""
-        ...
-
-    @property
-    def embed_dim(self) -> int:
-        """Numbers of a feature."""
-        ...
-
-    @property
-    def streams(self) -> int:
-        """Batches that are best computed at the same time."""
-        ...
-
-    def read(self, picture: Picture) -> np.ndarray:
-        """Decode and preprocess; PictureError for what is no usable picture."""
-        ...
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """A batch of what `read` made -> features, float32 on the CPU."""
-        ...
 
 
 class ImageTower:

@@ -10,11 +10,13 @@ from contextlib import closing
 from itertools import chain, islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diptych.errors import PictureError
+from diptych.image import Picture
 from diptych.prefetch import map_ahead
 
 Batch = TypeVar("Batch")
@@ -39,6 +41,39 @@ class Encoder(Protocol):
 
     def encode(self, batch: list[Any], /) -> Float[Tensor, "N E"]:
         """Features of what `read` made: float32, on the CPU."""
+        ...
+
+
+@runtime_checkable
+class Tower(Protocol):
+    """Images to features; `diptych.embed.images.ImageTower` is one, any model can be."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """Precision that it computes in."""
+        ...
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers of a feature."""
+        ...
+
+    @property
+    def streams(self) -> int:
+        """Batches that are best computed at the same time."""
+        ...
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """Decode and preprocess; PictureError for what is no usable picture."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """A batch of what `read` made -> features, float32 on the CPU."""
         ...
 
 

@@ -42,7 +42,7 @@ def candidates(entry: Dataset, data: Path) -> list[Path]:
 
 
 def _as_found(entry: Dataset, folder: Path) -> Place:
-    """What the columns and splits of a folder are called."""
+    """Place of a folder, with the names of its columns and splits."""
     if entry.data is not None:
         return replace(entry.data, path="", repo="")
     try:
@@ -86,7 +86,7 @@ def download(entry: Dataset, data: Path, split: str) -> None:
 
 
 def fetch_repo(repo: str, target: Path, split: str) -> None:
-    """What belongs to a split of a repository of the hub: a wds folder, or Parquet files."""
+    """Fetch a split of a repository of the hub: a wds folder, or Parquet files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

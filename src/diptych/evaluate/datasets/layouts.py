@@ -84,7 +84,7 @@ def _read_folds(path: Path, samples: Samples) -> tuple[tuple[int, ...], ...]:
 
 
 def name_of_split(place: Place, split: str) -> str:
-    """What the source calls a split."""
+    """Name of a split at the source."""
     return {"train": place.train, "val": place.val, "test": place.test}[split]
 
 
@@ -200,7 +200,7 @@ def _read_wds_shard(tar: Path, kind: DatasetKind, samples: Samples, rows: list[R
 
 
 def _read_label(data: bytes, kind: DatasetKind, classes: int) -> Label | None:
-    """What a .cls, .npy or .txt says; None if it is no label of one of the classes."""
+    """Label in a .cls, .npy or .txt; None if it is no label of one of the classes."""
     if kind == "captions":
         captions = tuple(line for line in data.decode("utf-8", "replace").splitlines() if line.strip())
         return captions or None

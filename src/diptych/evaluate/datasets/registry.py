@@ -1,4 +1,4 @@
-"""What is known of the datasets: one TOML each in assets/datasets/, and those that a user writes.
+"""Registry of datasets: one TOML each in assets/datasets/, and those that a user writes.
 
     title = "CIFAR-10"          kind = "single"       metric = "acc1"
     classes = ["airplane", ["automobile", "car"], ...]       in order; a class may have several names
@@ -33,7 +33,7 @@ METRICS: dict[DatasetKind, tuple[str, ...]] = {
     "captions": ("mean_recall@1",),
     "frames": ("pm0", "pm10"),
 }
-"""What a dataset of a kind may be measured by; the first is the default."""
+"""Metrics for each kind of dataset; the first is the default."""
 SUITES = ("paper27", "kornblith12", "shifts", "retrieval", "clip_benchmark", "made")
 OWN = "own"
 
@@ -89,7 +89,7 @@ class Dataset:
     metric: str = ""
     suites: tuple[str, ...] = ()
     paper_row: str = ""
-    """What the paper's tables call it."""
+    """Name in the paper's tables."""
     licence: str = ""
     home: str = ""
     wds: str = ""
@@ -107,7 +107,7 @@ class Dataset:
     imagenet_groups: tuple[tuple[int, ...], ...] = ()
     """For each class, the classes of ImageNet that it covers."""
     chance: float | None = None
-    """What guessing reaches, where it does not follow from the metric."""
+    """Value that guessing reaches, where it does not follow from the metric."""
     split_published: bool = True
     """Whether others can have the paper's split; if not, other counts are a warning only."""
     border: int = 0
@@ -121,7 +121,7 @@ class Dataset:
     data: Place | None = None
     """Place of a custom dataset."""
     ids: tuple[str, ...] = ()
-    """What folders of the classes are called, if a shared list says so."""
+    """Names of the folders of the classes, if a shared list has them."""
     folder: Path | None = None
     """Folder of a custom dataset's TOML file."""
 
@@ -139,7 +139,7 @@ class Dataset:
         return name, self.profiles[name]
 
     def resolve(self, wanted: str) -> "ResolvedDataset":
-        """What holds in a profile."""
+        """The dataset as a profile has it."""
         name, profile = self.select_profile(wanted)
         names = tuple((n,) if isinstance(n, str) else n for n in profile.classes)
         templates = (profile.templates,) if isinstance(profile.templates, str) else profile.templates
@@ -331,7 +331,7 @@ def match_classes(entry: Dataset, found: Sequence[str]) -> list[int]:
 
 
 def match_names(entry: Dataset, found: Sequence[str]) -> dict[str, int]:
-    """The same for names that may lack some of the classes, such as labels written out: name -> number."""
+    """Class numbers by name, for names that may lack some of the classes, such as labels written out."""
     places = _vocabulary(entry)
     if unknown := [name for name in found if len(places.get(_fold(name), [])) != 1]:
         why = "is no class of the registry" if _fold(unknown[0]) not in places else "names several classes"
@@ -340,7 +340,7 @@ def match_names(entry: Dataset, found: Sequence[str]) -> dict[str, int]:
 
 
 def _vocabulary(entry: Dataset) -> dict[str, list[int]]:
-    """What a source may call a class -> its number, or several."""
+    """Names that a source may use for a class -> its number, or several."""
     words = [list(names) for names in entry.names]
     of_first = {names[0]: number for number, names in reversed(list(enumerate(entry.names)))}
     for alias, target in entry.aliases.items():

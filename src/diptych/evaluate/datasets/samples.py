@@ -26,9 +26,9 @@ class Samples:
     labels: list[Label] = field(default_factory=list)
     rows: "Rows" = field(default_factory=lambda: ListedRows([]))
     classnames: tuple[str, ...] | None = None
-    """What the source calls its classes, in the order of its numbers; None if it does not say."""
+    """Names of the classes at the source, in the order of its numbers; None if it gives none."""
     templates: tuple[str, ...] | None = None
-    """That the source brings."""
+    """Templates that lie beside the images."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason -> samples without a usable label."""
     damage: list[tuple[str, str]] = field(default_factory=list)

@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.embed.cache import FeatureCache, content_key
-from diptych.embed.images import Tower
 from diptych.embed.sources import Row, fetch
-from diptych.embed.stream import count_cores, encode_stream
+from diptych.embed.stream import Tower, count_cores, encode_stream
 from diptych.errors import DatasetError, PictureError
 from diptych.evaluate.datasets.samples import Samples
 from diptych.image import open_picture
