@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,16 @@ def work_ours(folder: Path, precision: Any) -> None:
     import torch
 
     from diptych.checkpoint.layouts import load
+    from diptych.embed.texts import embed_texts
     from diptych.zeroshot import build_classifier
 
     names, templates = read_inputs(folder)
     loaded, some = load(folder / "model"), names[: SLICES[precision]]
+    embed = partial(embed_texts, loaded, precision=precision)
 
     def measure(some: list[str] = some) -> float:
         started = time.perf_counter()
-        weights = build_classifier(loaded, some, templates, precision=precision)
+        weights = build_classifier(embed, some, templates)
         seconds = time.perf_counter() - started
         torch.save(weights, folder / f"ours_{precision}_{len(some)}.pt")
         return len(some) * len(templates) / seconds
@@ -96,13 +99,14 @@ def work_whole(folder: Path) -> None:
     import torch
 
     from diptych.checkpoint.layouts import load
+    from diptych.embed.texts import embed_texts
     from diptych.zeroshot import build_classifier
 
     names, templates = read_inputs(folder)
-    loaded = load(folder / "model")
-    build_classifier(loaded, names[:10], templates, precision="bfloat16")
+    embed = partial(embed_texts, load(folder / "model"), precision="bfloat16")
+    build_classifier(embed, names[:10], templates)
     started = time.perf_counter()
-    rounded = build_classifier(loaded, names, templates, precision="bfloat16")
+    rounded = build_classifier(embed, names, templates)
     seconds = time.perf_counter() - started
     print(json.dumps({"seconds": seconds, "prompts_per_second": len(names) * len(templates) / seconds}))
     torch.save(rounded, folder / "whole.pt")

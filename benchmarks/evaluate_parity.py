@@ -141,11 +141,14 @@ def ours(root: Path, source: str | None, names: Sequence[str]) -> dict[str, dict
     from diptych.embed.cache import FeatureCache
     from diptych.evaluate.config import EvaluateConfig
     from diptych.evaluate.datasets.download import locate
-    from diptych.evaluate.datasets.labels import index_labels
+    from diptych.evaluate.datasets.labels import NO_CLASSES, index_labels
     from diptych.evaluate.datasets.layouts import open_samples
     from diptych.evaluate.datasets.registry import load_own
-    from diptych.evaluate.models.features import Embedder, clip_image_model
-    from diptych.evaluate.protocols.task import NO_CLASSES, Split, Task, retrieve, zero_shot
+    from diptych.evaluate.models.features import Embedder
+    from diptych.evaluate.models.open import clip_image_model
+    from diptych.evaluate.protocols.retrieval import retrieve
+    from diptych.evaluate.protocols.task import Split, Task
+    from diptych.evaluate.protocols.zeroshot import zero_shot
 
     loaded = load(source) if source else random_model()
     embedder = Embedder(clip_image_model(loaded, "exact"), FeatureCache(root / "cache"), 64)
@@ -213,7 +216,7 @@ def random_model() -> Any:
 
 def prompts_of(samples: Any, numbered: Any) -> list[str]:
     """All texts that CLIP_benchmark should ask for."""
-    from diptych.zeroshot import fill_template
+    from diptych.templates import fill_template
 
     if not numbered.names:
         return sorted({caption for captions in samples.labels for caption in captions})
@@ -228,7 +231,7 @@ def embed(loaded: Any, texts: Sequence[str]) -> torch.Tensor:
 
 def made(samples: Any, numbered: Any, texts: Sequence[str], vectors: torch.Tensor, amount: float) -> torch.Tensor:
     """Pictures' features near those of one of their texts, with noise that makes a part of them wrong."""
-    from diptych.zeroshot import fill_template
+    from diptych.templates import fill_template
 
     centred = vectors - vectors.mean(dim=0)
     row = {text: i for i, text in enumerate(texts)}

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def evaluate(demo: Demo) -> dict[str, Any]:
     examples: dict[str, list[Example]] = {}
     for question in questions:
         features = embed_images(loaded, question.pictures)
-        scores = features @ build_classifier(loaded, question.classnames, ["{}"])
+        scores = features @ build_classifier(partial(embed_texts, loaded), question.classnames, ["{}"])
         results[question.name] = classification(scores, question.labels)
         examples[question.title] = pick_examples(
             question, (scores * loaded.model.logit_scale.exp().detach()).softmax(-1)

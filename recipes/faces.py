@@ -8,6 +8,7 @@ results folder; `diptych report OUT` shows the rates with their intervals.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
 from diptych.cli import exit_on_error
 from diptych.embed.images import BATCH_SIZE, embed_images, image_space
+from diptych.embed.texts import embed_texts
 from diptych.errors import PictureError, UsageError
 from diptych.evaluate.metrics import bias
 from diptych.evaluate.metrics.bias import Faces, Rate
@@ -98,7 +100,7 @@ def measure(
     """All probes that need no training, as one result; its value is the accuracy on race."""
 
     def scores(names: Sequence[str], template: str) -> torch.Tensor:
-        return features @ build_classifier(loaded, list(names), (template,)).cpu()
+        return features @ build_classifier(partial(embed_texts, loaded), list(names), (template,))
 
     by = {**faces.groups, "white": bias.white_or_not(faces.groups["race"])}
     found: dict[str, dict[str, dict[str, Rate]]] = {}

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from diptych.evaluate.datasets.registry import Dataset, known_datasets, load_dataset
+from diptych.evaluate.datasets.registry import Dataset, known_datasets, load_dataset_entry
 
 Lists = tuple[tuple[str, ...], ...]
 
@@ -59,7 +59,7 @@ def _named(classes: list[str | list[str]]) -> Lists:
 
 def compare(openai: Path, clip_benchmark: Path) -> Iterator[str]:
     """What the sources have and the registry has not."""
-    entries = [load_dataset(name) for name in known_datasets()]
+    entries = [load_dataset_entry(name) for name in known_datasets()]
     paper = [(used.names, used.templates) for used in (entry.resolve("paper") for entry in entries)]
     for title, lists in {**read_prompts(openai), "ImageNet": read_notebook(openai)}.items():
         if lists not in paper:

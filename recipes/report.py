@@ -111,7 +111,7 @@ def draw_overview(
 ) -> bytes:
     """A PNG of the similarity matrix beside right and wrong answers, with the numbers that they are examples of."""
     figure = Figure(figsize=(13, 6.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25))
+    left, right = np.ravel(np.array(figure.subfigures(1, 2, width_ratios=(1, 1.25))))
     _draw_diagonal(left, matrix, batch)
     right.suptitle(
         f"{title}: {scores['acc1']:.1%} right among {scores['classes']} names (chance {scores['chance']:.2%})",

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -6,11 +9,12 @@ from diptych import zeroshot
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
-from diptych.errors import UsageError
+from diptych.errors import PictureError, UsageError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
+from diptych.templates import load_templates, parse_templates
 from diptych.tokenizer import Tokenizer
-from diptych.zeroshot import ZeroShotClassifier, build_classifier, load_templates
+from diptych.zeroshot import ZeroShotClassifier, build_classifier
 from reference import texts as slow
 from samples import TINY_VIT, draw, noise
 
@@ -29,9 +33,16 @@ def test_template_lists_are_the_published_ones():
         load_templates("imagenet80")
 
 
+def test_lists_by_name_and_templates_are_put_together():
+    assert parse_templates(["simple", "a drawing of {}."]) == (*load_templates("simple"), "a drawing of {}.")
+    for given, message in (([], "no template was named"), (["{} and {}"], "exactly one {}"), (["a"], "has one {}")):
+        with pytest.raises(UsageError, match=message):
+            parse_templates(given)
+
+
 def test_the_classifier_is_normalise_average_normalise(loaded):
     templates, names = ["a {}.", "the {} here", "{}"], ["cat", ["dog", "hound"]]
-    weights = build_classifier(loaded, names, templates, precision="exact")
+    weights = build_classifier(partial(embed_texts, loaded), names, templates)
     for column, aliases in zip(weights.T, (["cat"], ["dog", "hound"]), strict=True):
         features = torch.cat(
             [
@@ -50,9 +61,13 @@ def test_the_classifier_has_scikit_learns_manners(loaded):
     assert classifier.classes_.tolist() == ["red", "blue", "green"]
     probabilities = classifier.predict_proba(pictures)
     assert probabilities.shape == (3, 3)
+    assert classifier.predict([]).shape == (0,)
+    with pytest.raises(PictureError, match="not_a_picture"):
+        classifier.predict([pictures[0], b"not a picture"])
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     assert classifier.predict(pictures).tolist() == classifier.classes_[probabilities.argmax(axis=1)].tolist()
-    expected = embed_images(loaded, pictures) @ build_classifier(loaded, ["red", ["blue", "azure"], "green"])
+    weights = build_classifier(partial(embed_texts, loaded), ["red", ["blue", "azure"], "green"])
+    expected = embed_images(loaded, pictures) @ weights
     scale = loaded.model.logit_scale.exp().item()
     np.testing.assert_allclose(classifier.decision_function(pictures), scale * expected.numpy(), rtol=1e-4, atol=1e-5)
 
@@ -94,16 +109,16 @@ def test_texts_keep_their_order_whatever_the_batches_and_are_exact_on_request(lo
 
 def test_a_classifier_is_the_same_however_few_prompts_are_held(loaded, monkeypatch):
     names, templates = ["cat", ["dog", "hound", "puppy"], "great grey owl", ["ox", "bull"]], ["a {}.", "the {}", "{}"]
-    whole = build_classifier(loaded, names, templates, precision="exact")
-    held = []
-    real = zeroshot.embed_texts
+    whole, held = build_classifier(partial(embed_texts, loaded), names, templates), []
     monkeypatch.setattr(zeroshot, "BATCH_SIZE", 9)
-    monkeypatch.setattr(
-        zeroshot, "embed_texts", lambda given, texts, **named: held.append(len(texts)) or real(given, texts, **named)
-    )
-    torch.testing.assert_close(build_classifier(loaded, names, templates, precision="exact"), whole)
+
+    def embed(texts: Sequence[str]) -> torch.Tensor:
+        held.append(len(texts))
+        return embed_texts(loaded, texts)
+
+    torch.testing.assert_close(build_classifier(embed, names, templates), whole)
     assert held == [3, 9, 9]
-    rounded = build_classifier(loaded, names, templates, precision="bfloat16")
+    rounded = build_classifier(partial(embed_texts, loaded, precision="bfloat16"), names, templates)
     assert torch.nn.functional.cosine_similarity(rounded, whole, dim=0).min() > 0.999
 
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from diptych.model.config import PRESETS, CLIPConfig
     from diptych.shards.dataset import load_dataset
     from diptych.shards.write import write_shards
+    from diptych.templates import load_templates
     from diptych.tokenizer import Tokenizer
     from diptych.train.loss import clip_loss
-    from diptych.zeroshot import ZeroShotClassifier, load_templates
+    from diptych.zeroshot import ZeroShotClassifier
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,7 @@ _HOME = {
     "embed_texts": "diptych.embed.texts",
     "load": "diptych.checkpoint.layouts",
     "load_dataset": "diptych.shards.dataset",
-    "load_templates": "diptych.zeroshot",
+    "load_templates": "diptych.templates",
     "save": "diptych.checkpoint.layouts",
     "write_shards": "diptych.shards.write",
 }

@@ -4,11 +4,9 @@ Every class name is put into every template; the text features are normalised, a
 then the columns of a linear classifier (section 3.1.4). A class may have several names; all of them are averaged.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import lru_cache
-from importlib import resources
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,31 +19,15 @@ from torch.nn import functional as F
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.images import ImageTower, embed_images, encode_each
 from diptych.embed.texts import BATCH_SIZE, embed_texts
-from diptych.errors import PictureError, UsageError, unknown_name
+from diptych.errors import PictureError, UsageError
 from diptych.image import Picture
 from diptych.model.config import Precision
+from diptych.templates import fill_template
 
 Classnames = Sequence[str | Sequence[str]]
 """One entry a class: its name, or several names for it."""
-
-
-@lru_cache
-def load_templates(name: str) -> tuple[str, ...]:
-    """A list of prompt templates by name: `imagenet_80` (the paper's ensemble), `imagenet_7` (the seven that forward
-    selection kept of them), `simple` (a photo of a ...), `none` (the bare name)."""
-    known: Mapping[str, list[str]] = json.loads(
-        resources.files("diptych.assets").joinpath("templates.json").read_text("utf-8")
-    )
-    if name not in known:
-        raise unknown_name("template list", name, known)
-    return tuple(known[name])
-
-
-def fill_template(template: str, name: str) -> str:
-    """Put a class name into a template's `{}`; other braces are left alone."""
-    if template.count("{}") != 1:
-        raise UsageError(f"template {template!r} needs exactly one {{}} where the class name goes")
-    return template.replace("{}", name)
+EmbedTexts = Callable[[Sequence[str]], Float[Tensor, "N E"]]
+"""Texts to their features, normalised: `partial(embed_texts, loaded)`, or a cache in front of it."""
 
 
 def names_of_classes(classnames: Classnames) -> tuple[tuple[str, ...], ...]:
@@ -61,11 +43,7 @@ def names_of_classes(classnames: Classnames) -> tuple[tuple[str, ...], ...]:
 
 
 def build_classifier(
-    loaded: Loaded,
-    classnames: Classnames,
-    templates: Sequence[str] = ("a photo of a {}.",),
-    *,
-    precision: Precision = "exact",
+    embed: EmbedTexts, classnames: Classnames, templates: Sequence[str] = ("a photo of a {}.",)
 ) -> Float[Tensor, "E C"]:
     """Build the weights of a zero-shot classifier: logits are exp(t) * image_features @ weights.
 
@@ -77,8 +55,8 @@ def build_classifier(
     means: list[Tensor] = []
     for some in _split_classes(names, max(1, BATCH_SIZE // len(templates))):
         prompts = [fill_template(template, name) for entry in some for name in entry for template in templates]
-        features = embed_texts(loaded, prompts, precision=precision)  # [all names * T, E], normalised
-        means += [of_class.mean(dim=0) for of_class in features.split([len(entry) * len(templates) for entry in some])]
+        of_classes = embed(prompts).split([len(entry) * len(templates) for entry in some])
+        means += [features.mean(dim=0) for features in of_classes]
     return F.normalize(torch.stack(means), dim=-1).T.contiguous()
 
 
@@ -122,15 +100,25 @@ class ZeroShotClassifier:
             raise UsageError(f"class {repeated[0]!r} is named twice; give several names of a class as one list")
         self.classes_ = np.array(labels)
         self.precision: Precision = precision
-        self.weights_ = build_classifier(loaded, self.classnames, self.templates, precision=precision)  # [E, C]
+        embed = partial(embed_texts, loaded, precision=precision)
+        self.weights_ = build_classifier(embed, self.classnames, self.templates)  # [E, C]
 
     def decision_function(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Logits [N, C]: exp(t) times the cosine similarity of picture and class."""
         return self._logits(embed_images(self.loaded, pictures, precision=self.precision)).numpy()
 
+    def predict(self, pictures: Iterable[Picture]) -> NDArray[Any]:
+        """The likeliest label of each picture [N]."""
+        return self.classes_[self.predict_proba(pictures).argmax(axis=-1)]
+
     def predict_proba(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
-        """Softmax of the logits over the classes [N, C]."""
-        return torch.from_numpy(self.decision_function(pictures)).softmax(dim=-1).numpy()
+        """Softmax of the logits over the classes [N, C]; raises PictureError for a picture that cannot be used."""
+        rows = []
+        for row in self.predict_each(pictures):
+            if isinstance(row, PictureError):
+                raise row
+            rows.append(row)
+        return np.stack(rows) if rows else np.empty((0, len(self.classes_)), np.float32)
 
     def predict_each(self, pictures: Iterable[Picture]) -> Iterator[NDArray[np.float32] | PictureError]:
         """`predict_proba` of any number of pictures one after the other [C], or why one cannot be used."""
@@ -141,7 +129,3 @@ class ZeroShotClassifier:
 
     def _logits(self, features: Float[Tensor, "*N E"]) -> Float[Tensor, "*N C"]:
         return self.loaded.model.logit_scale.detach().exp().cpu() * features @ self.weights_
-
-    def predict(self, pictures: Iterable[Picture]) -> NDArray[Any]:
-        """The likeliest label of each picture [N]."""
-        return self.classes_[self.decision_function(pictures).argmax(axis=-1)]

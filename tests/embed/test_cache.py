@@ -15,7 +15,6 @@ from diptych.embed.cache import FeatureCache, content_key
 from diptych.embed.images import embed_images, image_space
 from diptych.embed.texts import embed_texts, text_space
 from diptych.errors import UsageError
-from diptych.evaluate.metrics.measures import retrieval
 from samples import TINY_VIT, make_loaded, make_pairs
 
 WIDTH = 64
@@ -26,28 +25,17 @@ def value_of(key: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(key * (WIDTH // 8), np.uint8).astype(np.float32)[:WIDTH])
 
 
-class Computer:
-    """Computes features and remembers for which it was asked."""
-
-    def __init__(self, keys: list[bytes]) -> None:
-        self.keys, self.asked = keys, []
-
-    def __call__(self, places: list[int]) -> torch.Tensor:
-        self.asked += [self.keys[i] for i in places]
-        return torch.stack([value_of(self.keys[i]) for i in places]) if places else torch.empty(0, WIDTH)
-
-
 def keys(*numbers: int) -> list[bytes]:
     return [content_key(str(number)) for number in numbers]
 
 
 def ask(cache: FeatureCache, *numbers: int, space: str = "space") -> list[bytes]:
-    """Ask for features, hold them to what they must be; the keys that were computed."""
-    computer = Computer(keys(*numbers))
-    found = cache.features(space, computer.keys, computer)
-    expected = [value_of(key) for key in computer.keys]
-    torch.testing.assert_close(found, torch.stack(expected) if expected else torch.empty(0, WIDTH), rtol=0, atol=0)
-    return computer.asked
+    """Ask for features, hold them to what they must be, put those that are missing; the keys of the latter."""
+    found = cache.get(space, keys(*numbers))
+    assert all(torch.equal(found[key], value_of(key)) for key in found)
+    missing = [key for key in dict.fromkeys(keys(*numbers)) if key not in found]
+    cache.put(space, {key: value_of(key) for key in missing})
+    return missing
 
 
 def test_only_what_is_missing_is_computed(tmp_path):
@@ -125,17 +113,6 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, caplog):
         FeatureCache(tmp_path, limit=5)
 
 
-def test_an_error_while_computing_leaves_the_cache_usable(tmp_path):
-    cache = FeatureCache(tmp_path)
-
-    def fail(places: list[int]) -> torch.Tensor:
-        raise RuntimeError("no memory")
-
-    with pytest.raises(RuntimeError, match="no memory"):
-        cache.features("space", keys(1), fail)
-    assert ask(cache, 1) == keys(1)
-
-
 def test_threads_share_one_cache(tmp_path):
     cache = FeatureCache(tmp_path)
     with ThreadPoolExecutor(8) as pool:
@@ -176,33 +153,18 @@ def test_processes_share_a_cache_and_are_killed_in_the_middle(tmp_path):
     assert ask(FeatureCache(tmp_path), *range(100 + 59 * 7 + 20)) == []
 
 
-def test_evaluation_runs_on_remembered_features(tmp_path):
-    loaded, pairs = make_loaded(TINY_VIT), make_pairs(24)
+def test_features_of_other_weights_of_one_tower_are_others(tmp_path):
+    loaded, pair = make_loaded(TINY_VIT), make_pairs(1)[0]
     cache = FeatureCache(tmp_path)
-    computed: list[int] = []
-
-    def recalls() -> dict[str, float]:
-        def images(places: list[int]) -> torch.Tensor:
-            computed.extend(places)
-            return embed_images(loaded, [pairs[i].image or b"" for i in places])
-
-        def texts(places: list[int]) -> torch.Tensor:
-            computed.extend(places)
-            return embed_texts(loaded, [pairs[i].caption for i in places])
-
-        image_keys = [content_key(pair.image or b"") for pair in pairs]
-        text_keys = [content_key(pair.caption) for pair in pairs]
-        image_features = cache.features(image_space(loaded, "exact"), image_keys, images)
-        return dict(retrieval(image_features, cache.features(text_space(loaded, "exact"), text_keys, texts)))
-
-    first = recalls()
-    assert len(computed) == 48
-    assert recalls() == first
-    assert len(computed) == 48
+    image_key, text_key = content_key(pair.image or b""), content_key(pair.caption)
+    image_feature, text_feature = embed_images(loaded, [pair.image or b""])[0], embed_texts(loaded, [pair.caption])[0]
+    cache.put(image_space(loaded, "exact"), {image_key: image_feature})
+    cache.put(text_space(loaded, "exact"), {text_key: text_feature})
+    assert torch.equal(cache.get(image_space(loaded, "exact"), [image_key])[image_key], image_feature)
     with torch.no_grad():
         next(loaded.model.visual.parameters()).add_(1e-3)
-    recalls()
-    assert len(computed) == 48 + 24  # other weights of one tower
+    assert cache.get(image_space(loaded, "exact"), [image_key]) == {}
+    assert torch.equal(cache.get(text_space(loaded, "exact"), [text_key])[text_key], text_feature)
 
 
 def test_texts_in_int8_are_those_of_auto_and_named_so():

@@ -21,7 +21,7 @@ from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.download import fetch_wds, locate
 from diptych.evaluate.datasets.labels import index_labels
 from diptych.evaluate.datasets.layouts import find_layout, open_samples
-from diptych.evaluate.datasets.registry import Place, load_dataset, load_own
+from diptych.evaluate.datasets.registry import Place, load_dataset_entry, load_own
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.run import run
 from samples import TINY_VIT, make_loaded, write_samples, write_tar
@@ -294,7 +294,7 @@ def test_numbers_without_names_need_a_word_on_their_order(tmp_path):
 
 def test_clip_benchmarks_profile_takes_what_lies_beside_the_pictures(tmp_path):
     names = ["eight", "three", "four", "five", "six", "seven", "nine", "ten"]
-    entry = load_dataset("clevr_counts")
+    entry = load_dataset_entry("clevr_counts")
     samples = Samples(tmp_path, "wds", ["a", "b"], [0, 2], classnames=tuple(names), templates=("{} things",))
     theirs = index_labels(entry.resolve("clip_benchmark"), samples, Place())
     assert (theirs.names[0], theirs.templates, theirs.numbers) == (("eight",), ("{} things",), ((0,), (2,)))
@@ -308,7 +308,7 @@ def test_clip_benchmarks_profile_takes_what_lies_beside_the_pictures(tmp_path):
 def test_labels_count_in_the_order_of_the_profile(tmp_path):
     """EuroSAT from class folders in CLIP_benchmark's profile, whose list begins elsewhere than the paper's."""
     samples = Samples(tmp_path, "folders", ["a", "b"], [0, 9], classnames=EUROSAT)
-    entry = load_dataset("eurosat")
+    entry = load_dataset_entry("eurosat")
     for profile, numbers in (("paper", ((7,), (5,))), ("clip_benchmark", ((0,), (9,)))):
         found = index_labels(entry.resolve(profile), samples, Place())
         assert found.numbers == numbers
@@ -452,7 +452,7 @@ def test_the_command_fetches_a_dataset_from_the_environments_hub(tmp_path):
 
 
 def test_datasets_are_found_by_id_and_by_repository(tmp_path):
-    entry = load_dataset("cifar100")
+    entry = load_dataset_entry("cifar100")
     assert locate(entry, tmp_path) is None
     write_shapes(tmp_path / "wds_vtab-cifar100")
     assert locate(entry, tmp_path) == (Place(), tmp_path / "wds_vtab-cifar100")
@@ -461,7 +461,7 @@ def test_datasets_are_found_by_id_and_by_repository(tmp_path):
     assert (place.image, place.label, root) == ("img", "fine_label", tmp_path / "cifar100")
     for name in ("train", "val"):
         (tmp_path / "imagenet" / name / "n01440764").mkdir(parents=True)
-    place, _ = locate(load_dataset("imagenet"), tmp_path)
+    place, _ = locate(load_dataset_entry("imagenet"), tmp_path)
     assert place.test == "val"
 
 

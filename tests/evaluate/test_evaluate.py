@@ -132,7 +132,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_opened(model, tmp
         evaluate(model, tmp_path, "cifar10", shots=())
     write_shapes(tmp_path / "shapes")
     (tmp_path / "odd.toml").write_text("title='x'\n[profiles.own]\ntemplates=['a drawing']\n[data]\npath='shapes'\n")
-    with pytest.raises(UsageError, match=r"'a drawing' must have one {}"):
+    with pytest.raises(UsageError, match=r"unknown template list 'a drawing'; .* has one {}"):
         evaluate(model, tmp_path, tmp_path / "odd.toml")
     (tmp_path / "odd.parquet").write_text("no table")
     options = {"protocols": ("overlap",), "overlap": tmp_path / "odd.parquet"}

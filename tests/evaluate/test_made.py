@@ -65,11 +65,11 @@ def test_digits_are_all_there_and_look_like_scikit_learn_s(tmp_path):
     assert (tmp_path / "digits" / "classnames.txt").read_text().split() == list("0123456789")
 
 
-def test_training_s_own_reader_takes_the_layout(text, counting):
+def test_the_evaluators_of_training_take_the_layout(text, counting):
     assert open_set(text).classnames == ("negative", "positive")
     exam = open_set(counting)
-    assert (len(exam.questions), exam.classnames) == (17, tuple(str(n) for n in range(3, 11)))
-    assert not exam.skipped
+    assert (len(exam.samples), exam.classnames) == (17, tuple(str(n) for n in range(3, 11)))
+    assert not exam.samples.skipped
 
 
 @pytest.mark.parametrize("make", [make_rendered_text, make_counting])

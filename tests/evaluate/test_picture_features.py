@@ -14,7 +14,8 @@ from diptych.errors import DatasetError
 from diptych.evaluate.datasets.layouts import open_samples
 from diptych.evaluate.datasets.registry import Place
 from diptych.evaluate.models import features
-from diptych.evaluate.models.features import Embedder, clip_image_model, cut_border
+from diptych.evaluate.models.features import Embedder, cut_border
+from diptych.evaluate.models.open import clip_image_model
 from samples import TINY_RESNET, TINY_VIT, draw, encode, make_loaded
 
 
@@ -56,6 +57,43 @@ def test_nothing_is_computed_twice(tmp_path, shapes, monkeypatch):
     monkeypatch.setattr(second.tower, "encode", lambda _: pytest.fail("computed again"))
     again = second.embed(shapes)
     assert torch.equal(first.pooled, again.pooled)
+
+
+def test_an_image_is_computed_once_however_often_it_comes(tmp_path, monkeypatch):
+    """Again in its chunk, in a later one, and as a broken one in each."""
+    monkeypatch.setattr(features, "CHUNK", 4)
+    one, two = encode(draw("red", "dot")), encode(draw("blue", "dot"))
+    contents = [one, one, two, b"", one, two, b"", b"", one, two]
+    samples = [(f"{i}", b"0", data) for i, data in enumerate(contents)]
+    ours, seen = embedder(tmp_path), []
+    encode_pixels = ours.tower.encode
+    monkeypatch.setattr(ours.tower, "encode", lambda pixels: (seen.append(len(pixels)), encode_pixels(pixels))[1])
+    found = ours.embed(open_samples(Place(), write_wds(tmp_path / "set", samples), "test", "single"))
+    assert sum(seen) == 2
+    assert (found.kept, found.skipped) == ((0, 1, 2, 4, 5, 8, 9), {"empty": 3})
+    red, blue = found.pooled[0], found.pooled[2]
+    assert torch.equal(found.pooled, torch.stack([red, red, blue, red, blue, red, blue]))
+
+
+def test_what_was_computed_before_a_failure_is_kept(tmp_path, shapes, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 4)
+    ours, calls = embedder(tmp_path), []
+    monkeypatch.setattr(type(ours.tower), "streams", 1)
+    encode_pixels = ours.tower.encode
+
+    def fail_later(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 5:
+            raise RuntimeError("no memory")
+        return encode_pixels(pixels)
+
+    monkeypatch.setattr(ours.tower, "encode", fail_later)
+    with pytest.raises(RuntimeError, match="no memory"):
+        ours.embed(shapes)
+    calls.clear()
+    monkeypatch.setattr(ours.tower, "encode", lambda pixels: (calls.append(len(pixels)), encode_pixels(pixels))[1])
+    ours.embed(shapes)
+    assert 4 <= sum(calls) < 24
 
 
 def test_broken_pictures_are_counted_and_the_others_computed_once(tmp_path, monkeypatch):
@@ -102,13 +140,14 @@ def test_ranks_share_the_pictures_and_all_have_the_features(tmp_path, shapes):
         "from diptych import ranks\n"
         "from diptych.embed.cache import FeatureCache\n"
         "from diptych.evaluate.models import features\n"
+        "from diptych.evaluate.models.open import clip_image_model\n"
         "from diptych.evaluate.datasets.registry import Place\n"
         "from diptych.evaluate.datasets.layouts import open_samples\n"
         "from samples import TINY_VIT, make_loaded\n"
         "features.CHUNK = 5\n"
         "root, job = Path(sys.argv[1]), ranks.connect(60, 'cpu')\n"
         "cache = FeatureCache(root / f'cache{job.rank}')\n"
-        "ours = features.Embedder(features.clip_image_model(make_loaded(TINY_VIT), 'exact'), cache, 4, job)\n"
+        "ours = features.Embedder(clip_image_model(make_loaded(TINY_VIT), 'exact'), cache, 4, job)\n"
         "seen = []\n"
         "found = ours.embed(open_samples(Place(), root / 'shapes', 'test', 'single'), on_pictures=seen.append)\n"
         "torch.save((found.pooled, found.kept, sum(seen)), root / f'rank{job.rank}.pt')\n"

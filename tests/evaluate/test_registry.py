@@ -6,15 +6,15 @@ from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.registry import (
     SUITES,
     known_datasets,
-    load_dataset,
+    load_dataset_entry,
     load_own,
     load_suite,
     match_classes,
     match_names,
 )
-from diptych.zeroshot import fill_template, load_templates
+from diptych.templates import fill_template, load_templates
 
-PAPER = [load_dataset(name) for name in known_datasets() if "paper27" in load_dataset(name).suites]
+PAPER = [load_dataset_entry(name) for name in known_datasets() if "paper27" in load_dataset_entry(name).suites]
 
 
 def test_the_suites_have_what_the_paper_evaluates():
@@ -52,7 +52,7 @@ def test_metrics_are_those_of_the_paper():
 
 @pytest.mark.parametrize("name", known_datasets())
 def test_every_entry_can_be_used_in_both_profiles(name):
-    entry = load_dataset(name)
+    entry = load_dataset_entry(name)
     for profile in ("paper", "clip_benchmark"):
         used = entry.resolve(profile)
         assert sorted(used.order) == list(range(len(entry.classes)))
@@ -64,38 +64,38 @@ def test_every_entry_can_be_used_in_both_profiles(name):
 
 def test_only_imagenet_has_classes_of_the_same_name():
     for name in known_datasets():
-        entry = load_dataset(name)
+        entry = load_dataset_entry(name)
         flat = [one for names in entry.names for one in names]
         twice = {one for one in flat if flat.count(one) > 1}
         assert twice == ({"sunglasses", "missile"} if entry.class_list == "imagenet" and not entry.subset else set())
 
 
 def test_profiles_match_labels_by_name_not_by_place():
-    used = load_dataset("clevr_counts").resolve("clip_benchmark")
+    used = load_dataset_entry("clevr_counts").resolve("clip_benchmark")
     assert used.names[0] == ("three",)
     assert [used.dataset.classes[i] for i in used.order] == ["3", "4", "5", "6", "7", "8", "9", "10"]
-    pets = load_dataset("oxford_pets").resolve("clip_benchmark")
+    pets = load_dataset_entry("oxford_pets").resolve("clip_benchmark")
     spelled = [str(pets.dataset.classes[i]).lower() for i in pets.order]
     assert spelled == [names[0].lower() for names in pets.names]
     assert list(pets.order) != sorted(pets.order)
 
 
 def test_sources_with_other_orders_and_spellings_are_matched():
-    entry = load_dataset("eurosat")
+    entry = load_dataset_entry("eurosat")
     found = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
              "Residential", "River", "SeaLake"]  # fmt: skip
     order = match_classes(entry, found)
     assert [entry.classes[i] for i in order][:3] == ["annual crop land", "forest", "brushland or shrubland"]
-    imagenet = load_dataset("imagenet")
+    imagenet = load_dataset_entry("imagenet")
     assert match_classes(imagenet, sorted(imagenet.ids)) == list(range(1000))
     assert match_classes(imagenet, [names[0] for names in imagenet.names]) == list(range(1000))
-    by_number = match_classes(load_dataset("imagenet_v2"), sorted(map(str, range(1000))))
+    by_number = match_classes(load_dataset_entry("imagenet_v2"), sorted(map(str, range(1000))))
     assert by_number[:3] == [0, 1, 10]
-    assert match_names(load_dataset("fer2013"), ["Happiness", "smiling"]) == {"Happiness": 3, "smiling": 3}
+    assert match_names(load_dataset_entry("fer2013"), ["Happiness", "smiling"]) == {"Happiness": 3, "smiling": 3}
 
 
 def test_other_classes_are_named():
-    entry = load_dataset("cifar10")
+    entry = load_dataset_entry("cifar10")
     names = [str(name) for name in entry.classes]
     with pytest.raises(DatasetError, match=r"9 classes, the registry 10; it lacks 'truck'"):
         match_classes(entry, names[:-1])
@@ -108,7 +108,7 @@ def test_other_classes_are_named():
 
 
 def test_counts_that_belong_to_another_profile_are_named():
-    sun = load_dataset("sun397").resolve("paper")
+    sun = load_dataset_entry("sun397").resolve("paper")
     sun.expect("test", 19850)
     sun.expect("val", 5)
     with pytest.raises(DatasetError, match=r"108,754 pictures, the profile paper says 19,850; .* profile clip_benchm"):
@@ -162,4 +162,4 @@ def test_suites_are_named_and_may_be_files(tmp_path):
 
 
 def test_imagenet_80_is_the_list_of_the_zero_shot_room():
-    assert load_dataset("imagenet").resolve("paper").templates == load_templates("imagenet_80")
+    assert load_dataset_entry("imagenet").resolve("paper").templates == load_templates("imagenet_80")

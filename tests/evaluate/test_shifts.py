@@ -14,13 +14,13 @@ from diptych.embed.images import ImageTower, embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.datasets.registry import load_dataset
+from diptych.evaluate.datasets.registry import load_dataset_entry
 from diptych.evaluate.metrics.measures import accuracy
 from diptych.evaluate.metrics.robustness import map_classes
 from diptych.evaluate.models.features import cut_border
-from diptych.evaluate.protocols.prompts import build_weights
 from diptych.evaluate.results import Result, save_result
 from diptych.evaluate.run import run
+from diptych.zeroshot import build_classifier
 from samples import TINY_VIT, draw, encode, make_loaded
 
 
@@ -57,7 +57,7 @@ def test_the_best_of_a_group_counts_and_an_empty_group_never_wins():
 
 def objectnet(folder):
     """A copy whose classes stand in another order than the registry's."""
-    names = [str(name) for name in load_dataset("objectnet").classes][::-1]
+    names = [str(name) for name in load_dataset_entry("objectnet").classes][::-1]
     samples = [(f"p{i}", str(i % 113).encode(), data) for i, data in enumerate(drawn())]
     write_wds(folder / "objectnet", samples, classnames=names, templates=None)
     return torch.tensor([112 - i % 113 for i in range(30)])
@@ -71,7 +71,7 @@ def save_probe(tmp_path, weight, bias):
 def save_of_imagenet(tmp_path, protocol, details, **arrays):
     folder = tmp_path / "out" / "tiny" / "imagenet"
     folder.mkdir(parents=True, exist_ok=True)
-    names = [names[0] for names in load_dataset("imagenet").names]
+    names = [names[0] for names in load_dataset_entry("imagenet").names]
     np.savez(folder / f"{protocol}.npz", names=np.array(names), **arrays)
     earlier = Result(
         model="tiny", dataset="imagenet", protocol=protocol, metric="acc1", value=0.5, images=3, details=details
@@ -82,9 +82,9 @@ def save_of_imagenet(tmp_path, protocol, details, **arrays):
 def test_zero_shot_has_the_accuracy_of_pooled_classes_too(model, tmp_path):
     labels = objectnet(tmp_path)
     (result,) = evaluate(model, tmp_path, "objectnet").results
-    imagenet, entry, loaded = load_dataset("imagenet"), load_dataset("objectnet"), make_loaded(TINY_VIT)
+    imagenet, entry, loaded = load_dataset_entry("imagenet"), load_dataset_entry("objectnet"), make_loaded(TINY_VIT)
     images = embed_images(loaded, [cut_border(decode(data), 2) for data in drawn()])
-    weights = build_weights(partial(embed_texts, loaded), imagenet.names, imagenet.resolve("paper").templates)
+    weights = build_classifier(partial(embed_texts, loaded), imagenet.names, imagenet.resolve("paper").templates)
     pooled = map_classes(images @ weights, entry.imagenet_groups)
     assert result.metrics["acc1_pooled"] == accuracy(pooled, labels)
 
@@ -99,7 +99,7 @@ def test_a_probe_of_imagenet_is_asked_about_a_shift(model, tmp_path):
     labels = objectnet(tmp_path)
     report = evaluate(model, tmp_path, "objectnet", "probe")
     assert "first evaluate imagenet with --protocols probe" in report.refused[0].reason
-    entry = load_dataset("objectnet")
+    entry = load_dataset_entry("objectnet")
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(1000, 32, generator=generator), torch.randn(1000, generator=generator)
     save_probe(tmp_path, weight, bias)
@@ -120,7 +120,7 @@ def test_probes_of_few_shots_of_imagenet_are_asked_about_a_shift(model, tmp_path
     details = {"l2": 1.0, "train_images": {"1": 1000, "8": 8000}}
     save_of_imagenet(tmp_path, "fewshot", details, shots=np.array([1, 8]), **arrays)
     (result,) = evaluate(model, tmp_path, "objectnet", "fewshot").results
-    groups = load_dataset("objectnet").imagenet_groups
+    groups = load_dataset_entry("objectnet").imagenet_groups
     expected = {
         str(k): [
             accuracy(map_classes(pooled_features() @ weights[k][i].T + biases[k][i], groups), labels) for i in (0, 1)
@@ -139,7 +139,7 @@ def test_probes_of_few_shots_of_imagenet_are_asked_about_a_shift(model, tmp_path
 
 @pytest.mark.slow
 def test_few_shots_of_imagenet_leave_their_probes(model, tmp_path):
-    names = [str(name) for name in load_dataset("imagenet").names]
+    names = [str(name) for name in load_dataset_entry("imagenet").names]
     pictures = drawn()
     for split, each in (("train", 2), ("test", 1)):
         samples = [(f"{split}{i}", str(i % 1000).encode(), pictures[i % len(pictures)]) for i in range(1000 * each)]
@@ -168,7 +168,7 @@ def test_frames_are_asked_by_the_probe_of_imagenet(model, tmp_path):
     folder.mkdir()
     for i, data in enumerate(drawn()):
         (folder / f"{i}.jpg").write_bytes(data)
-    names = [str(name) for name in load_dataset("ytbb_robust").classes]
+    names = [str(name) for name in load_dataset_entry("ytbb_robust").classes]
     frames = {"classes": names, "labels": {"0.jpg": [1], "4.jpg": [19]}, "sets": {"0.jpg": ["1.jpg"], "4.jpg": []}}
     (folder / "frames.json").write_text(json.dumps(frames))
     bias = torch.zeros(1000)
@@ -187,7 +187,10 @@ def test_frames_are_asked_by_the_probe_of_imagenet(model, tmp_path):
 
 def test_frames_whose_source_names_imagenet_s_classes_are_pooled(model, tmp_path):
     """ImageNet-Vid-Robust's own files say which of ImageNet's classes belong to which of its 30."""
-    folder, names = tmp_path / "imagenet_vid_robust", [str(n) for n in load_dataset("imagenet_vid_robust").classes]
+    folder, names = (
+        tmp_path / "imagenet_vid_robust",
+        [str(n) for n in load_dataset_entry("imagenet_vid_robust").classes],
+    )
     for i, data in enumerate(drawn()):
         (folder / "val").mkdir(parents=True, exist_ok=True)
         (folder / "val" / f"{i}.jpg").write_bytes(data)

@@ -10,7 +10,7 @@ from recipes import ytbb
 
 from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.layouts import open_samples
-from diptych.evaluate.datasets.registry import Place, load_dataset
+from diptych.evaluate.datasets.registry import Place, load_dataset_entry
 
 ANCHORS = ["good", "bad", "unsure", "horse", "person"]
 PAIRS = ["similar", "dissimilar", "blur-increase", "bad-anchor", "correct"]
@@ -21,7 +21,7 @@ def annotated(tmp_path):
     """Three anchors that count (a, b, and c whose video is of the class `none`), four that do not."""
     metadata, frames = tmp_path / "metadata", tmp_path / "frames"
     metadata.mkdir()
-    classes = load_dataset("ytbb_robust").classes
+    classes = load_dataset_entry("ytbb_robust").classes
     (metadata / "ytbb_class_index.json").write_text(json.dumps({str(i): str(name) for i, name in enumerate(classes)}))
     videos = {"a": 0, "b": 22, "c": 23, "bad": 1, "unsure": 1, "unseen": 1, "disliked": 1}
     table = [f"{video},100,{label}" for video, label in videos.items()]

@@ -74,7 +74,7 @@ def test_tombstones_beside_foreign_shards_and_for_evaluation_sets_count(data):
     write_tombstones(data, [gone.key])
     assert gone.key not in {pair.key for pair in load_dataset(data).pairs}
     exam = open_set(data, "retrieval")
-    assert (len(exam.questions), exam.skipped["deleted"]) == (47, 1)
+    assert (len(exam.samples), exam.samples.skipped["deleted"]) == (47, 1)
     assert gone.key not in {pair.key for pair in load_dataset(data / "00000.tar").pairs}
 
 

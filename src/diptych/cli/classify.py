@@ -52,10 +52,11 @@ class Classify:
     def __call__(self) -> int:
         from diptych.checkpoint.layouts import load
         from diptych.model.device import choose_device
-        from diptych.zeroshot import ZeroShotClassifier, load_templates, names_of_classes
+        from diptych.templates import parse_templates
+        from diptych.zeroshot import ZeroShotClassifier, names_of_classes
 
         paths = find_pictures(self.images)
-        templates = [t for name in self.templates for t in ([name] if "{}" in name else load_templates(name))]
+        templates = parse_templates(self.templates)
         names = names_of_classes([label.split("|") for label in self.labels])
         device = choose_device(self.device)
         loaded = load(self.model or default_model(), device=device, activation=self.activation)

@@ -5,8 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -14,9 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from diptych.cli.words import counted
-from diptych.evaluate.config import EvaluateConfig, ProfileName
-from diptych.evaluate.results import Protocol
-from diptych.model.config import Activation, Precision
+from diptych.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
     from diptych.evaluate.cell import EvaluateProgress
@@ -29,80 +26,20 @@ _WIDTH = 160
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(EvaluateConfig):
     """Evaluate models by the paper's protocols. Resumable: rerun the same command to continue."""
 
-    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    models: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="model")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name; NAME=SOURCE gives it a name.
     Several models: several times --model."""
-    suite: tuple[str, ...] = EvaluateConfig.suite
-    """paper27, kornblith12, shifts, retrieval, clip_benchmark, made; datasets by id; TOML files of one's own."""
-    out: Path = EvaluateConfig.out
-    """The results folder: new, or one to go on with."""
-    data: Path = EvaluateConfig.data
-    """Where the datasets lie: a folder for each, by its id or by the name of its repository."""
-    protocols: tuple[Protocol, ...] = ()
-    """What is done with each dataset that allows it; by default zeroshot, retrieval or temporal, as its kind is."""
-    profile: ProfileName = EvaluateConfig.profile
-    """Whose class names, templates, splits and metric."""
-    precision: Precision = EvaluateConfig.precision
-    """Precision of the towers: exact, float32, bfloat16, int8 (image tower only); auto: bfloat16 where it is fast."""
-    activation: Activation | None = None
-    """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
-    preset: str | None = None
-    """Architecture of a bare file whose shapes do not tell the number of heads."""
-    device: str = EvaluateConfig.device
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
-    batch_size: int = EvaluateConfig.batch_size
-    """Pictures that go through the tower at once."""
-    download: bool = False
-    """Fetch datasets that are not there, from the repositories that the registry names; ImageNet is 6 GB."""
-    redo: bool = False
-    """Compute results again that are there with other settings (data, model, seed, ...), else that is an error."""
-    on_mismatch: Literal["stop", "warn"] = EvaluateConfig.on_mismatch
-    """A dataset that is not what the registry says is refused with the reason, or evaluated with a warning."""
-    cache: Path | None = None
-    """Folder of computed image features; by default .features in the results folder."""
-    cache_bytes: int = EvaluateConfig.cache_bytes
-    """How large that folder may grow."""
-    overlap: Path | None = None
-    """overlap.parquet of `diptych curate contamination`, for the protocol overlap: one dataset at a time."""
-    shots: tuple[int, ...] = EvaluateConfig.shots
-    """Images a class for the protocol fewshot."""
-    seeds: int = EvaluateConfig.seeds
-    """Random draws for the protocol fewshot."""
-    seed: int = EvaluateConfig.seed
-    """Seed of every draw: bootstrap, prompt search, validation sets, shots."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
     def __call__(self) -> int:
         from diptych.evaluate.run import run
 
-        config = EvaluateConfig(
-            models=self.model,
-            suite=self.suite,
-            out=self.out,
-            data=self.data,
-            protocols=self.protocols,
-            profile=self.profile,
-            precision=self.precision,
-            activation=self.activation,
-            preset=self.preset,
-            device=self.device,
-            batch_size=self.batch_size,
-            download=self.download,
-            redo=self.redo,
-            on_mismatch=self.on_mismatch,
-            cache=self.cache,
-            cache_bytes=self.cache_bytes,
-            overlap=self.overlap,
-            shots=self.shots,
-            seeds=self.seeds,
-            seed=self.seed,
-        )
         with _Bar() as show:
-            report = run(config, on_progress=show)
+            report = run(self, on_progress=show)
         if _is_first():
             print_report(report, as_json=self.json)
         nothing = _is_first() and not report.results

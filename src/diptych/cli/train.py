@@ -121,14 +121,11 @@ def build_evaluators(
     specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
 ) -> "list[TrainingEvaluator]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
-    from diptych.evaluate.training_evaluators import KINDS, Kind, TrainingEvaluator, open_set
-    from diptych.zeroshot import fill_template, load_templates
+    from diptych.evaluate.results import Protocol
+    from diptych.evaluate.training_evaluators import KINDS, TrainingEvaluator, open_set
+    from diptych.templates import parse_templates
 
-    prompts = tuple(t for name in templates for t in ([name] if "{}" in name else load_templates(name)))
-    if not prompts:
-        raise UsageError("no template was named; use simple, imagenet_80, imagenet_7, none, or a text with a {}")
-    for prompt in prompts:
-        fill_template(prompt, "")
+    prompts = parse_templates(templates)
     evaluators: dict[str, TrainingEvaluator] = {}
     for spec in specs:
         name, equals, place = spec.partition("=")
@@ -136,8 +133,8 @@ def build_evaluators(
             raise UsageError(f"{spec!r} is not NAME=PATH, NAME=zeroshot:PATH or NAME=retrieval:PATH (no / in the name)")
         if name in evaluators:
             raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
-        kind: Kind | None = next((kind for kind in KINDS if place.startswith(f"{kind}:")), None)
-        exam = open_set(Path(place.removeprefix(f"{kind}:")), kind)
+        protocol: Protocol | None = next((one for one in KINDS if place.startswith(f"{one}:")), None)
+        exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol)
         evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
     return list(evaluators.values())
 
@@ -155,8 +152,8 @@ def describe_evaluator(evaluator: "TrainingEvaluator") -> str:
     """What will be asked, and what was left out."""
     exam = evaluator.exam
     classes = f" of {len(exam.classnames)} classes" if exam.classnames else ""
-    end = f"; left out: {_counts(exam.skipped)}" if exam.skipped else ""
-    return f"evaluation {evaluator.name}: {exam.kind} on {len(exam.questions)} pictures{classes}{end}"
+    end = f"; left out: {_counts(exam.samples.skipped)}" if exam.samples.skipped else ""
+    return f"evaluation {evaluator.name}: {exam.protocol} on {len(exam.samples)} pictures{classes}{end}"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

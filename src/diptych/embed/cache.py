@@ -1,10 +1,12 @@
 """Features that were computed before, by what they were made of: a bounded folder that processes share.
 
     cache = FeatureCache(Path("~/.cache/diptych/features").expanduser(), limit=1 << 30)
-    features = cache.features(image_space(loaded, "auto"), [content_key(data) for data in pictures], compute)
+    space, keys = image_space(loaded, "auto"), [content_key(data) for data in images]
+    found = cache.get(space, keys)                              # {key: feature} of those that are there
+    cache.put(space, {key: feature})                            # of those that were computed
 
-A key is the space (weights, preprocessing and precision; `towers.image_space`, `text_space`) and a hash of the content.
-`compute` is asked only for what is missing. The store is SQLite in write-ahead mode, so a kill or a power cut leaves
+A key is the space (weights, preprocessing and precision; `image_space`, `text_space`) and a hash of the content.
+The store is SQLite in write-ahead mode, so a kill or a power cut leaves
 whole entries, and processes of one machine may read and write at once. Every entry carries its checksum: a damaged one
 counts as missing and is replaced, a damaged store is begun anew. When it is full, what was not used for longest goes.
 Whatever goes wrong with the store costs time, never an answer.
@@ -18,7 +20,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,25 +63,15 @@ class FeatureCache:
         self._process = 0
         self._said = ""
 
-    def features(
-        self, space: str, keys: Sequence[bytes], compute: Callable[[list[int]], Float[Tensor, "n E"]]
-    ) -> Float[Tensor, "N E"]:
-        """The features of all keys, in their order. `compute` is given the places of those that are missing, each
-        content once, and returns their features in that order; it is not called if nothing is missing."""
-        names = [_entry_key(space, key) for key in keys]
-        found = self._read(names)
-        first = {name: i for i, name in reversed(list(enumerate(names)))}
-        missing = [i for i, name in enumerate(names) if name not in found and first[name] == i]
-        if not names:
-            return compute([])
-        if missing:
-            computed = compute(missing).float().cpu().numpy()
-            if len(computed) != len(missing):
-                raise ValueError(f"{len(computed)} features were computed for {len(missing)} contents")
-            fresh = {names[i]: row for i, row in zip(missing, computed, strict=True)}
-            self._write(fresh)
-            found |= fresh
-        return torch.from_numpy(np.stack([found[name] for name in names]))
+    def get(self, space: str, keys: Iterable[bytes]) -> dict[bytes, Float[Tensor, " E"]]:
+        """The features that are there, by key."""
+        names = {_entry_key(space, key): key for key in keys}
+        return {names[name]: feature for name, feature in self._read(list(names)).items()}
+
+    def put(self, space: str, features: Mapping[bytes, Float[Tensor, " E"]]) -> None:
+        """Keep features; what is there under their keys is replaced."""
+        if features:
+            self._write({_entry_key(space, key): value.float().cpu().numpy() for key, value in features.items()})
 
     def close(self) -> None:
         """Let go of the store; it is opened again when it is needed."""
@@ -88,15 +80,15 @@ class FeatureCache:
                 self._connection.close()
             self._connection = None
 
-    def _read(self, names: list[bytes]) -> dict[bytes, np.ndarray]:
-        found: dict[bytes, np.ndarray] = {}
+    def _read(self, names: list[bytes]) -> dict[bytes, Tensor]:
+        found: dict[bytes, Tensor] = {}
         if not names:
             return found
 
         def read(store: sqlite3.Connection) -> None:
             now, stale, damaged = int(time.time()), [], []
             for start in range(0, len(names), _CHUNK):
-                some = list(set(names[start : start + _CHUNK]))
+                some = names[start : start + _CHUNK]
                 marks = ",".join("?" * len(some))
                 for name, value, checksum, used in store.execute(
                     f"select {_COLUMNS} from feature where key in ({marks})", some
@@ -104,7 +96,7 @@ class FeatureCache:
                     if not isinstance(value, bytes) or len(value) % 4 or _checksum(name, value) != checksum:
                         damaged.append((name,))
                         continue
-                    found[name] = np.frombuffer(value, np.float32)
+                    found[name] = torch.from_numpy(np.frombuffer(value, np.float32).copy())
                     if now - used > _FRESH:
                         stale.append((now, name))
             if damaged:

@@ -4,10 +4,9 @@ On a CPU many pictures are computed by threads that each take a whole batch on o
 the middle of a product, so nothing is lost when the cores are shared with decoding or with other programs.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
-from diptych.embed.stream import best_streams, encode_stream
+from diptych.embed.stream import ImageEncoder, Tower, best_streams, encode_stream
 from diptych.errors import PictureError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
@@ -45,39 +44,6 @@ def embed_images(
             raise feature
         features.append(feature)
     return torch.stack(features) if features else torch.empty(0, loaded.model.config.embed_dim)
-
-
-@runtime_checkable
-class Tower(Protocol):
-    """Pictures to features; `ImageTower` is one, any model can be."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
-
-    @property
-    def precision(self) -> str:
-        """How."""
-        ...
-
-    @property
-    def embed_dim(self) -> int:
-        """Numbers of a feature."""
-        ...
-
-    @property
-    def streams(self) -> int:
-        """Batches that are best computed at the same time."""
-        ...
-
-    def read(self, picture: Picture) -> np.ndarray:
-        """Decode and preprocess; PictureError for what is no usable picture."""
-        ...
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """A batch of what `read` made -> features, float32 on the CPU."""
-        ...
 
 
 class ImageTower:
@@ -126,30 +92,12 @@ def project(loaded: Loaded, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"
 
 
 def encode_each(
-    tower: Tower,
-    pictures: Iterable[Picture],
-    batch_size: int = BATCH_SIZE,
-    read: Callable[[Picture], np.ndarray] | None = None,
+    tower: Tower, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE
 ) -> Generator[Float[Tensor, " E"] | PictureError]:
-    """The feature of each picture, or why it has none, in order; see `diptych.embed.stream`.
-
-    `read` takes the place of the tower's.
-    """
-    encoder = ImageEncoder(tower, read)
-    with closing(encode_stream(encoder, enumerate(pictures), batch_size=batch_size)) as outcomes:
+    """The feature of each picture, or why it has none, in order; see `diptych.embed.stream`."""
+    with closing(encode_stream(ImageEncoder(tower), enumerate(pictures), batch_size=batch_size)) as outcomes:
         for _, outcome in outcomes:
             yield outcome
-
-
-class ImageEncoder:
-    """A tower as an `Encoder`: its batches are stacked arrays. `read` takes the place of the tower's."""
-
-    def __init__(self, tower: Tower, read: Callable[[Picture], np.ndarray] | None = None) -> None:
-        self.tower, self.read, self.streams = tower, read or tower.read, tower.streams
-
-    def encode(self, batch: list[np.ndarray]) -> Float[Tensor, "N E"]:
-        """Features of what `read` made."""
-        return self.tower.encode(torch.stack([torch.from_numpy(one) for one in batch]))
 
 
 def image_space(loaded: Loaded, precision: Precision, *, pooled: bool = False) -> str:

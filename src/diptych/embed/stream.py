@@ -10,11 +10,13 @@ from contextlib import closing
 from itertools import chain, islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diptych.errors import PictureError
+from diptych.image import Picture
 from diptych.prefetch import map_ahead
 
 Batch = TypeVar("Batch")
@@ -43,6 +45,50 @@ class Encoder(Protocol):
     def encode(self, batch: list[Any], /) -> Float[Tensor, "N E"]:
         """Features of what `read` made: float32, on the CPU."""
         ...
+
+
+@runtime_checkable
+class Tower(Protocol):
+    """Images to features; `diptych.embed.images.ImageTower` is one, any model can be."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """Precision that it computes in."""
+        ...
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers of a feature."""
+        ...
+
+    @property
+    def streams(self) -> int:
+        """Batches that are best computed at the same time."""
+        ...
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """Decode and preprocess; PictureError for what is no usable picture."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """A batch of what `read` made -> features, float32 on the CPU."""
+        ...
+
+
+class ImageEncoder:
+    """A tower as an `Encoder`: its batches are stacked arrays. `read` takes the place of the tower's."""
+
+    def __init__(self, tower: Tower, read: Callable[[Picture], np.ndarray] | None = None) -> None:
+        self.tower, self.read, self.streams = tower, read or tower.read, tower.streams
+
+    def encode(self, batch: list[np.ndarray]) -> Float[Tensor, "N E"]:
+        """Features of what `read` made."""
+        return self.tower.encode(torch.stack([torch.from_numpy(one) for one in batch]))
 
 
 def encode_stream(

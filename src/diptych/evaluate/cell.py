@@ -8,45 +8,42 @@ and writes.
 import datetime
 import io
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 import diptych
 from diptych import files
 from diptych.errors import DatasetError, DiptychError, NotFoundError, UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.datasets.labels import index_labels
+from diptych.evaluate.datasets.labels import NO_CLASSES, index_labels
 from diptych.evaluate.datasets.layouts import open_samples
 from diptych.evaluate.datasets.registry import Dataset, Place, ResolvedDataset
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.models.features import Embedder
 from diptych.evaluate.models.open import OpenedModel
-from diptych.evaluate.protocols import probe as protocols_probe
-from diptych.evaluate.protocols import task as protocols
-from diptych.evaluate.protocols.shifts import probe_of_imagenet
-from diptych.evaluate.protocols.task import ALLOWED, DEFAULT_PROTOCOL, Arrays, Split, Task
+from diptych.evaluate.protocols import fewshot, overlap, probe, prompts, retrieval, temporal, zeroshot
+from diptych.evaluate.protocols.task import NOTHING, Arrays, ProtocolSpec, Split, Task
 from diptych.evaluate.results import Protocol, Result, load_result, result_path, save_result
 from diptych.ranks import Ranks
 
 VERSION = 2
 """Version of what is measured: a higher one does not take up results of a lower one."""
-REQUIRED_SPLITS: Mapping[Protocol, tuple[str, ...]] = {
-    "zeroshot": ("test",),
-    "prompts": ("test", "train"),
-    "retrieval": ("test",),
-    "temporal": ("test",),
-    "overlap": ("test",),
-    "probe": ("test", "train", "val"),
-    "fewshot": ("test", "train"),
+PROTOCOL_SPECS: Mapping[Protocol, ProtocolSpec] = {
+    "zeroshot": zeroshot.SPEC,
+    "prompts": prompts.SPEC,
+    "retrieval": retrieval.SPEC,
+    "temporal": temporal.SPEC,
+    "overlap": overlap.SPEC,
+    "probe": probe.SPEC,
+    "fewshot": fewshot.SPEC,
 }
-"""Splits that a protocol looks at; all but test may not be there."""
+"""All that `diptych evaluate` measures, in the order in which it does: later ones look at the results of earlier ones.
+The first that is for a kind of dataset is that kind's default."""
 SETTING_LABELS: dict[str, str] = {
     "version": "an older version of diptych",
     "names": "class names",
@@ -55,12 +52,12 @@ SETTING_LABELS: dict[str, str] = {
     "texts": "model or precision",
     "probe": "ImageNet's probe",
 }
-"""What settings that are not options are called to people."""
+"""Names of settings that are not options, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """What could not be evaluated, and why."""
+    """A protocol that could not be measured, and why."""
 
     model: str
     dataset: str
@@ -71,7 +68,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateProgress:
-    """What is being done."""
+    """How far the images of a split are embedded."""
 
     model: str
     dataset: str
@@ -81,20 +78,32 @@ class EvaluateProgress:
 
 
 OnProgress = Callable[[EvaluateProgress], None]
+Value = TypeVar("Value")
 
 
-def run_on_all_ranks(ranks: Ranks, work: Callable[[], None], *, only_first: bool = False) -> str:
-    """Do something on every rank, or on the first; what went wrong on any of them, for all of them."""
-    problem = ""
+def run_on_all_ranks(ranks: Ranks, work: Callable[[], Value], *, only_first: bool = False) -> tuple[Value | None, str]:
+    """Do something on every rank, or on the first: what came of it here, and what went wrong on any rank."""
+    value, problem = None, ""
     try:
         if ranks.is_first or not only_first:
-            work()
+            value = work()
     except DiptychError as error:
         problem = str(error)
-    return next((text for text in ranks.gather_objects(problem) if text), "")
+    return value, next((text for text in ranks.gather_objects(problem) if text), "")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class CellReport:
+    """Outcomes of one model on one dataset."""
+
+    results: tuple[Result, ...] = ()
+    """Results of the protocols, in order, earlier ones included."""
+    resumed: int = 0
+    """Results that were there."""
+    refused: tuple[Refused, ...] = ()
+
+
+@dataclass(frozen=True)
 class Cell:
     """One model and one dataset."""
 
@@ -104,88 +113,66 @@ class Cell:
     embedder: Embedder
     entry: Dataset
     place: Place
-    """Where the dataset lies; its path counts from the next."""
+    """Where the dataset lies; its path counts from `root`."""
     root: Path
     on_progress: OnProgress | None = None
-    results: list[Result] = field(default_factory=list)
-    """Results of the protocols, in order, earlier ones included."""
-    resumed: int = 0
-    """Results that were there."""
-    refused: list[Refused] = field(default_factory=list)
 
-    def run(self) -> None:
+    def run(self) -> CellReport:
         """Measure what is not done."""
-        config, ranks = self.config, self.ranks
-        used = self.entry.resolve(config.profile)
-        wanted = config.protocols or (DEFAULT_PROTOCOL[self.entry.kind],)
-        protocols_here: list[Protocol] = [
-            one for one in REQUIRED_SPLITS if one in wanted and one in ALLOWED[self.entry.kind]
-        ]
-        needed = sorted({split for one in protocols_here for split in REQUIRED_SPLITS[one]})
-        opened: dict[str, Samples] = {}
-        problems: dict[str, str] = {}
-        for split in needed:
-            if problem := run_on_all_ranks(ranks, lambda split=split: self._open(split, opened)):
-                problems[split] = problem
+        fitting: list[Protocol] = [one for one, spec in PROTOCOL_SPECS.items() if self.entry.kind in spec.kinds]
+        asked = self.config.protocols or fitting[:1]
+        wanted: list[Protocol] = [one for one in fitting if one in asked]
+        needed = sorted({split for one in wanted for split in PROTOCOL_SPECS[one].splits})
+        opened, problems = self._open(needed)
         if "test" in problems:
-            self._refuse("", problems["test"])
-        if not protocols_here or "test" in problems:
-            return
-        settings: dict[Protocol, Mapping[str, Any]] = {one: self._settings(one, used, opened) for one in protocols_here}
-        done, pending = self._look(settings)
-        splits: dict[str, Split] = {}
-        for split in (split for split in needed if split in opened and split not in problems):
-            if any(split in REQUIRED_SPLITS[one] for one in pending) and (
-                problem := self._prepare(used, split, opened, splits)
-            ):
-                problems[split] = problem
-        earlier = dict(done)
+            return CellReport(refused=(self._refuse("", problems["test"]),))
+        used = self.entry.resolve(self.config.profile)
+        settings: dict[Protocol, dict[str, Any]] = {one: self._settings(one, used, opened) for one in wanted}
+        done = self._find_done(settings)
+        pending: list[Protocol] = [one for one in wanted if one not in done]
+        looked_at = {split for one in pending for split in PROTOCOL_SPECS[one].splits}
+        splits, unusable = self._embed(used, {split: one for split, one in opened.items() if split in looked_at})
+        problems |= unusable
+        results, refused = dict(done), []
         for one in pending:
-            if trouble := next(
-                (f"{split}: {problems[split]}" for split in REQUIRED_SPLITS[one] if split in problems), ""
-            ):
-                self._refuse(one, trouble)
-            elif ranks.is_first:
-                self._try(one, used, splits, earlier, settings[one])
-        self.results = [earlier[one] for one in protocols_here if one in earlier]
-        self.resumed = len(done)
+            faults = [f"{split}: {problems[split]}" for split in PROTOCOL_SPECS[one].splits if split in problems]
+            if faults:
+                refused.append(self._refuse(one, faults[0]))
+            elif self.ranks.is_first:
+                try:
+                    results[one] = self._measure(one, used, splits, dict(results), settings[one])
+                except (DatasetError, UsageError, NotFoundError) as error:
+                    refused.append(self._refuse(one, str(error)))
+        in_order = tuple(results[one] for one in wanted if one in results)
+        return CellReport(results=in_order, resumed=len(done), refused=tuple(refused))
 
-    def _try(
-        self,
-        protocol: Protocol,
-        used: ResolvedDataset,
-        splits: Mapping[str, Split],
-        earlier: dict[Protocol, Result],
-        settings: Mapping[str, Any],
-    ) -> None:
-        """Measure, and put the result to the others; or refuse."""
-        task = Task(
-            config=self.config,
-            model=self.model.name,
-            logit_scale=self.model.logit_scale,
-            embed_texts=self.model.embed_texts,
-            used=used,
-            splits=splits,
-            earlier=earlier,
-        )
-        try:
-            earlier[protocol] = self._measure(protocol, task, settings)
-        except (DatasetError, UsageError, NotFoundError) as error:
-            self._refuse(protocol, str(error))
+    def _refuse(self, protocol: str, reason: str) -> Refused:
+        return Refused(model=self.model.name, dataset=self.entry.id, protocol=protocol, reason=reason)
 
-    def _open(self, split: str, opened: dict[str, Samples]) -> None:
-        """Open a split; one that is not there is a problem only if it is the test split."""
+    def _open(self, splits: Sequence[str]) -> tuple[dict[str, Samples], dict[str, str]]:
+        """Open splits: those that are there, and the problems of others. Only the test split has to be there."""
+        opened, problems = {}, {}
+        for split in splits:
+            samples, problem = run_on_all_ranks(self.ranks, lambda split=split: self._open_split(split))
+            if problem:
+                problems[split] = problem
+            elif samples is not None:
+                opened[split] = samples
+        return opened, problems
+
+    def _open_split(self, split: str) -> Samples | None:
         try:
-            opened[split] = open_samples(self.place, self.root, split, self.entry.kind)
+            return open_samples(self.place, self.root, split, self.entry.kind)
         except NotFoundError:
             if split == "test":
                 raise
+            return None
 
     def _settings(self, protocol: Protocol, used: ResolvedDataset, opened: Mapping[str, Samples]) -> dict[str, Any]:
-        """What a result depends on; as JSON would give it back."""
+        """Everything that a result depends on, as JSON gives it back."""
         config = self.config
-        data = {split: opened[split].fingerprint for split in REQUIRED_SPLITS[protocol] if split in opened}
-        settings = {
+        data = {split: opened[split].fingerprint for split in PROTOCOL_SPECS[protocol].splits if split in opened}
+        settings: dict[str, Any] = {
             "version": VERSION,
             "profile": used.profile,
             "metric": used.metric,
@@ -198,77 +185,77 @@ class Cell:
             "texts": self.model.text_space,
             "seed": config.seed,
         }
-        if protocol in ("probe", "fewshot") and "train" not in data:  # a shift's is ImageNet's
-            path = probe_of_imagenet(config.out, self.model.name, protocol)
-            settings["probe"] = files.xxh3(path) if path.is_file() else ""
-        elif protocol == "fewshot":
-            settings |= {"shots": list(config.shots), "seeds": config.seeds}
-        if protocol == "overlap" and config.overlap is not None:
-            settings["overlap"] = files.digest(repr(read_overlap(config.overlap)))
-        return settings
+        return settings | PROTOCOL_SPECS[protocol].settings(config, self.model.name, opened)
 
-    def _look(self, settings: Mapping[Protocol, Mapping[str, Any]]) -> tuple[dict[Protocol, Result], list[Protocol]]:
-        """Which protocols are done, and which are to be done; the first rank decides."""
-        config = self.config
+    def _find_done(self, settings: Mapping[Protocol, Mapping[str, Any]]) -> dict[Protocol, Result]:
+        """Results that are there with the same settings, on every rank as the first one finds them; UsageError for one
+        with other settings, unless it is to be made again."""
+        done, problem = run_on_all_ranks(self.ranks, lambda: self._load_done(settings), only_first=True)
+        if problem:
+            raise UsageError(problem)
+        return self.ranks.broadcast(done)
+
+    def _load_done(self, settings: Mapping[Protocol, Mapping[str, Any]]) -> dict[Protocol, Result]:
         done: dict[Protocol, Result] = {}
-        problem = ""
-        for one in settings if self.ranks.is_first else ():
-            path = result_path(config.out, self.model.name, self.entry.id, one)
+        for one, now in settings.items():
+            path = result_path(self.config.out, self.model.name, self.entry.id, one)
             if not path.is_file():
                 continue
             try:
                 result = load_result(path)
-                before = result.about.get("settings", {})
-                if before == settings[one]:
-                    done[one] = result
-                elif not config.redo:
-                    keys = settings[one].keys() | before.keys()
-                    other = sorted(
-                        {SETTING_LABELS.get(k, str(k)) for k in keys if settings[one].get(k) != before.get(k)}
-                    )
-                    problem = (
-                        f"{path} was made with other settings: {', '.join(other)}; name another --out, "
-                        "or say --redo to make it again"
-                    )
-            except UsageError as error:
-                problem = "" if config.redo else str(error)
-        if problem := self.ranks.broadcast(problem):
-            raise UsageError(problem)
-        done = self.ranks.broadcast(done)
-        return done, [one for one in settings if one not in done]
+            except UsageError:
+                if self.config.redo:
+                    continue
+                raise
+            before = result.about.get("settings", {})
+            if before == now:
+                done[one] = result
+            elif not self.config.redo:
+                differing = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
+                names = sorted({SETTING_LABELS.get(key, str(key)) for key in differing})
+                raise UsageError(
+                    f"{path} was made with other settings: {', '.join(names)}; name another --out, "
+                    "or say --redo to make it again"
+                )
+        return done
 
-    def _prepare(
-        self, used: ResolvedDataset, split: str, opened: Mapping[str, Samples], splits: dict[str, Split]
-    ) -> str:
-        """Number the labels of a split and embed its pictures; or why that cannot be."""
-        samples, done = opened[split], 0
+    def _embed(self, used: ResolvedDataset, opened: Mapping[str, Samples]) -> tuple[dict[str, Split], dict[str, str]]:
+        """Check splits and embed their images: those that can be used, and the problems of others."""
+        splits, problems = {}, {}
+        for name, samples in opened.items():
+            split, problem = run_on_all_ranks(
+                self.ranks, lambda name=name, samples=samples: self._check(used, name, samples)
+            )
+            if split is None or problem:
+                problems[name] = problem
+                continue
+            try:
+                embedded = self.embedder.embed(samples, self.entry.border, self._tell(name, len(samples)))
+            except DatasetError as error:  # on every rank alike
+                problems[name] = str(error)
+                continue
+            if embedded.kept:
+                splits[name] = replace(split, embedded=embedded)
+            else:
+                problems[name] = f"no picture can be used ({dict(embedded.skipped)})"
+        return splits, problems
 
-        def check() -> None:
-            splits[split] = self._check(used, split, samples)
+    def _tell(self, split: str, total: int) -> Callable[[int], None]:
+        """A function that counts images up to `total` and tells of it."""
+        done = 0
 
         def tell(count: int) -> None:
             nonlocal done
             done += count
             if self.on_progress is not None:
-                name, total = self.entry.id, len(samples)
-                self.on_progress(
-                    EvaluateProgress(model=self.model.name, dataset=name, split=split, done=done, total=total)
-                )
+                model, dataset = self.model.name, self.entry.id
+                self.on_progress(EvaluateProgress(model=model, dataset=dataset, split=split, done=done, total=total))
 
-        if problem := run_on_all_ranks(self.ranks, check):
-            return problem
-        try:
-            embedded = self.embedder.embed(samples, self.entry.border, tell)
-        except DatasetError as error:  # on every rank alike
-            return str(error)
-        if not embedded.kept:
-            return f"no picture can be used ({dict(embedded.skipped)})"
-        splits[split] = replace(splits[split], embedded=embedded)
-        return ""
+        return tell
 
     def _check(self, used: ResolvedDataset, split: str, samples: Samples) -> Split:
         """Hold a split against the registry; DatasetError, or warnings if those are enough."""
-        numbered = protocols.NO_CLASSES
+        numbered = NO_CLASSES
         if self.entry.kind != "captions":
             numbered = index_labels(used, samples, self.place)
         problems = []
@@ -278,25 +265,39 @@ class Cell:
             problems.append((str(error), self.entry.split_published))
         present = {number for several in numbered.numbers for number in several}
         if absent := [names[0] for number, names in enumerate(numbered.names) if number not in present]:
-            named = f"{split}: " + ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
-            problems.append(
-                (
-                    f"{self.entry.id}: {len(absent)} of {len(numbered.names)} classes have no picture in {named}",
-                    self.entry.split_published and used.splits.get(split) is not None and self.entry.kind == "single",
-                )
-            )
+            named = ", ".join([*absent[:5], *(["..."] if len(absent) > 5 else [])])
+            said = f"{len(absent)} of {len(numbered.names)} classes have no picture in {split}: {named}"
+            known = self.entry.split_published and used.splits.get(split) is not None and self.entry.kind == "single"
+            problems.append((f"{self.entry.id}: {said}", known))
         if self.config.on_mismatch == "stop" and (fatal := [text for text, stops in problems if stops]):
             raise DatasetError("; ".join(fatal) + "; --on-mismatch warn evaluates it all the same")
         return Split(
             samples=samples,
             numbered=numbered,
-            embedded=protocols.NOTHING,
+            embedded=NOTHING,
             warnings=tuple(text for text, _ in problems),
         )
 
-    def _measure(self, protocol: Protocol, task: Task, settings: Mapping[str, Any]) -> Result:
+    def _measure(
+        self,
+        protocol: Protocol,
+        used: ResolvedDataset,
+        splits: Mapping[str, Split],
+        earlier: Mapping[Protocol, Result],
+        settings: Mapping[str, Any],
+    ) -> Result:
+        """Measure one protocol and write its result."""
+        task = Task(
+            config=self.config,
+            model=self.model.name,
+            logit_scale=self.model.logit_scale,
+            embed_texts=self.model.embed_texts,
+            used=used,
+            splits=splits,
+            earlier=earlier,
+        )
         started = time.monotonic()
-        result, arrays = _measure(protocol, task)
+        result, arrays = PROTOCOL_SPECS[protocol].measure(task)
         about = {
             "diptych": diptych.__version__,
             "torch": torch.__version__,
@@ -311,48 +312,12 @@ class Cell:
             "settings": settings,
         }
         result = replace(result, about=about)
-        path = result_path(task.config.out, result.model, result.dataset, protocol)
+        path = result_path(self.config.out, result.model, result.dataset, protocol)
         path.parent.mkdir(parents=True, exist_ok=True)
         if arrays:
             save_arrays(path.with_suffix(".npz"), arrays)  # before the result, whose file says that all is there
-        save_result(task.config.out, result)
+        save_result(self.config.out, result)
         return load_result(path)
-
-    def _refuse(self, protocol: str, reason: str) -> None:
-        self.refused.append(Refused(model=self.model.name, dataset=self.entry.id, protocol=protocol, reason=reason))
-
-
-def _measure(protocol: Protocol, task: Task) -> tuple[Result, Arrays]:
-    match protocol:
-        case "zeroshot":
-            return protocols.zero_shot(task)
-        case "prompts":
-            return protocols.prompts(task)
-        case "retrieval":
-            return protocols.retrieve(task)
-        case "temporal":
-            return protocols.temporal(task)
-        case "probe":
-            return protocols_probe.probe(task)
-        case "fewshot":
-            return protocols_probe.few_shot(task)
-        case "overlap":
-            assert task.config.overlap is not None
-            return protocols.measure_overlap(task, read_overlap(task.config.overlap))
-    raise UsageError(f"the protocol {protocol} is not one of `diptych evaluate`")
-
-
-def read_overlap(path: Path) -> list[str]:
-    """The keys of the pictures that were seen in training."""
-    if not path.is_file():
-        raise NotFoundError(f"no such file: {path} (overlap.parquet of `diptych curate contamination`)")
-    try:
-        return sorted(pq.read_table(path, columns=["key"]).column("key").to_pylist())
-    except (ValueError, KeyError, pa.ArrowException) as error:
-        raise UsageError(
-            f"{path} is no overlap.parquet with a column of keys ({str(error).splitlines()[0]}); give the one that "
-            "`diptych curate contamination` wrote"
-        ) from None
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:

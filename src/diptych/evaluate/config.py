@@ -1,4 +1,4 @@
-"""What `diptych evaluate` does: frozen values, no torch."""
+"""Settings of `diptych evaluate`: frozen values, no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ PROFILES: tuple[ProfileName, ...] = ("paper", "clip_benchmark")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Which models, on what, and how."""
+    """Models, datasets, protocols and how they are measured."""
 
     models: tuple[str, ...]
-    """Runs' folders, checkpoints of any layout, hf-hub:owner/name, published names; NAME=SOURCE gives it a name."""
+    """Runs' folders, checkpoints of any layout, hf-hub:owner/name, published names; NAME=SOURCE gives one a name."""
     suite: tuple[str, ...] = ("paper27",)
     """Suites (paper27, kornblith12, shifts, retrieval, clip_benchmark, made), datasets by id, or TOML files of one's
     own."""
@@ -26,7 +26,7 @@ class EvaluateConfig:
     data: Path = Path("data")
     """Where the datasets lie: a folder for each, by its id or by the name of its repository."""
     protocols: tuple[Protocol, ...] = ()
-    """What is done with each dataset that allows it; by default zeroshot, retrieval or temporal, as its kind is."""
+    """Protocols, each for the datasets of its kinds; by default zeroshot, retrieval or temporal, by kind of dataset."""
     profile: ProfileName = "paper"
     """Whose class names, templates, splits and metric: the paper's or CLIP_benchmark's."""
     precision: Precision = "exact"
@@ -42,10 +42,9 @@ class EvaluateConfig:
     download: bool = False
     """Fetch datasets that are not there, from the repositories that the registry names; ImageNet is 6 GB."""
     redo: bool = False
-    """Compute results again that are there with other settings; otherwise that is an error."""
+    """Compute results again that are there with other settings (data, model, seed, ...), else that is an error."""
     on_mismatch: Literal["stop", "warn"] = "stop"
-    """What to do when a dataset does not match the registry (counts, damage, empty classes): skip it, or evaluate it
-    with a warning."""
+    """A dataset that does not match the registry (counts, empty classes): refuse it, or evaluate it with a warning."""
     cache: Path | None = None
     """Folder of computed image features; by default `.features` in the results folder."""
     cache_bytes: int = 32 << 30

@@ -134,7 +134,7 @@ def load_caveats() -> tuple[Caveat, ...]:
 def reference(
     dataset: str, model: str, protocol: str, *, metric: str | None = None, profile: str | None = None
 ) -> list[Reference]:
-    """What is published of a model on a dataset: a number for each metric and profile, often none."""
+    """Published values of a model on a dataset: a number for each metric and profile, often none."""
     return [
         found
         for found in _by_case().get((dataset, model, protocol), ())
@@ -143,7 +143,7 @@ def reference(
 
 
 def caveats(dataset: str, model: str, protocol: str) -> list[Caveat]:
-    """What is to be known before a number is compared with a published one."""
+    """Caveats for comparing a number with a published one."""
     return [
         caveat
         for caveat in load_caveats()

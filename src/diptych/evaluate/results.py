@@ -1,4 +1,4 @@
-"""What an experiment found, as files: one folder for all, from which reports and figures are made.
+"""Results of experiments as files: one folder for all, from which reports and figures are made.
 
     results/
       ViT-B-32/                  a model, by the name it was given
@@ -30,11 +30,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What figures need to know of a model."""
+    """Facts about a model that figures need."""
 
     name: str
     source: str
-    """What it was loaded from, or the name of a baseline."""
+    """Checkpoint that it was loaded from, or name of a baseline."""
     space: str
     """Hash of weights, preprocessing and precision."""
     embed_dim: int
@@ -64,16 +64,16 @@ class Result:
     ci95: tuple[float, float] | None = None
     """Wilson's interval of a share of pictures, else the bootstrap's."""
     chance: float | None = None
-    """What guessing reaches in this metric."""
+    """Value of this metric that guessing reaches."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Reason -> pictures that could not be used."""
     warnings: Sequence[str] = ()
-    """What makes the number doubtful: at chance, labels that look permuted, a class without pictures, ..."""
+    """Doubts about the number: at chance, labels that look permuted, a class without pictures, ..."""
     per_class: Sequence[Mapping[str, Any]] = ()
     """{"name", "images", "recall"} of each class, in order."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What only this protocol has: the strengths that were tried, values by shots and seeds, ..."""
+    """Facts that only this protocol has: strengths that were tried, values by shots and seeds, ..."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Versions, precision, seed, date, settings."""
 

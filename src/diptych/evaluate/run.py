@@ -1,7 +1,6 @@
 """Models x datasets x protocols into a results folder; `Cell` is what is done with one model and one dataset.
 
-Datasets are looked for, or fetched if that is asked for. What is not there, or refused by its `Cell`, is said and
-passed over.
+Missing datasets are downloaded if that is asked for; datasets that are missing or refused are reported and skipped.
 """
 
 import contextlib
@@ -13,14 +12,13 @@ from pathlib import Path
 from diptych import files
 from diptych.embed.cache import FeatureCache
 from diptych.errors import DatasetError, DiptychError, NotFoundError, UsageError
-from diptych.evaluate.cell import REQUIRED_SPLITS, Cell, OnProgress, Refused, run_on_all_ranks
+from diptych.evaluate.cell import PROTOCOL_SPECS, Cell, OnProgress, Refused, run_on_all_ranks
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.download import can_download, candidates, download, locate, where_to_get
 from diptych.evaluate.datasets.layouts import open_samples
-from diptych.evaluate.datasets.registry import Dataset, Kind, Place, load_suite
+from diptych.evaluate.datasets.registry import Dataset, DatasetKind, Place, load_suite
 from diptych.evaluate.models.features import Embedder
 from diptych.evaluate.models.open import OpenedModel, model_names, open_model
-from diptych.evaluate.protocols.task import ALLOWED
 from diptych.evaluate.results import Protocol, Result, save_model
 from diptych.model.device import choose_device
 from diptych.ranks import Ranks, connect, disconnect, name_lost_ranks
@@ -31,7 +29,7 @@ _TIMEOUT = 6 * 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateReport:
-    """What came out."""
+    """Everything that a run found."""
 
     results: tuple[Result, ...]
     """All results of the suite, earlier ones included."""
@@ -61,13 +59,10 @@ def _hold(out: Path, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
     return files.hold_folder(out) if ranks.is_first else contextlib.nullcontext()
 
 
-def unfit_protocols(protocols: Sequence[Protocol], kinds: Sequence[Kind]) -> dict[str, str]:
+def unfit_protocols(protocols: Sequence[Protocol], kinds: Sequence[DatasetKind]) -> dict[str, str]:
     """Protocols that are for none of these kinds of dataset, and the kinds that they are for."""
-    return {
-        one: ", ".join(kind for kind, allowed in ALLOWED.items() if one in allowed)
-        for one in protocols
-        if not any(one in ALLOWED[kind] for kind in kinds)
-    }
+    fitting = {one: PROTOCOL_SPECS[one].kinds for one in protocols}
+    return {one: ", ".join(fit) for one, fit in fitting.items() if not {*fit} & {*kinds}}
 
 
 def _is_whole(entry: Dataset, place: tuple[Place, Path] | None) -> bool:
@@ -121,7 +116,7 @@ class _Run:
         for entry in datasets:
             place = locate(entry, self.config.data)
             if self.config.download and can_download(entry) and not _is_whole(entry, place):
-                problem = run_on_all_ranks(self.ranks, lambda entry=entry: self._download(entry), only_first=True)
+                _, problem = run_on_all_ranks(self.ranks, lambda entry=entry: self._download(entry), only_first=True)
                 if problem:
                     self.missing[entry.id] = f"{where_to_get(entry)} ({problem})"
                     continue
@@ -150,7 +145,7 @@ class _Run:
     def _download(self, entry: Dataset) -> None:
         download(entry, self.config.data, "test")
         for protocol in self.config.protocols:
-            for split in REQUIRED_SPLITS[protocol][1:]:
+            for split in PROTOCOL_SPECS[protocol].splits[1:]:
                 with contextlib.suppress(DiptychError):
                     download(entry, self.config.data, split)
 
@@ -163,11 +158,11 @@ class _Run:
     ) -> None:
         if self.ranks.is_first:
             save_model(self.config.out, model.facts)
-        embedder = Embedder(model.eyes, cache, self.config.batch_size, self.ranks)
+        embedder = Embedder(model.images, cache, self.config.batch_size, self.ranks)
         for entry in datasets:
             if entry.id in places:
-                step = Cell(self.config, self.ranks, model, embedder, entry, *places[entry.id], self.on_progress)
-                step.run()
-                self.results += step.results
-                self.resumed += step.resumed
-                self.refused += step.refused
+                cell = Cell(self.config, self.ranks, model, embedder, entry, *places[entry.id], self.on_progress)
+                report = cell.run()
+                self.results += report.results
+                self.resumed += report.resumed
+                self.refused += report.refused

@@ -1,179 +1,93 @@
-"""Sets of pictures with known answers, and what a model makes of them while it is trained.
+"""Evaluators that `diptych train` is given: zero-shot accuracy or retrieval on an evaluation set, shared by all ranks.
 
-A set is pictures in class folders, shards with labels or captions, or CLIP Benchmark's WebDataset layout (`.cls` beside
-each picture, classnames.txt). It is opened once, before training; its pictures are decoded anew at every evaluation, a
-few batches ahead of the model. Ranks share the work in whole batches of fixed content, so that the numbers are those of
-one process. A picture that cannot be used is counted and left out.
+A set is opened once, before training, by the readers of `diptych evaluate`; damage and samples without a usable label
+are counted and left out. Its images are decoded anew at every evaluation, a few batches ahead of the model. Ranks share
+the work in whole batches of fixed content, so that the numbers are those of one process.
 """
 
-import json
-import os
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diptych.checkpoint.loaded import Loaded
 from diptych.embed.images import BATCH_SIZE
-from diptych.errors import NotFoundError, PictureError, ShardError, UsageError
+from diptych.embed.sources import Row, fetch
+from diptych.embed.stream import encode_stream
+from diptych.errors import DatasetError, NotFoundError, UsageError
+from diptych.evaluate.datasets.labels import NO_CLASSES, ClassIndex, index_labels
+from diptych.evaluate.datasets.layouts import guess_place, open_samples
+from diptych.evaluate.datasets.registry import OWN, Dataset, DatasetKind, Place, Profile
+from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.metrics.measures import accuracy, mean_per_class_recall, retrieval
+from diptych.evaluate.models.features import Gathered, gather_features
+from diptych.evaluate.results import Protocol
 from diptych.image import Preprocess, open_picture
-from diptych.image_file import IMAGE_SUFFIXES
 from diptych.model.clip import CLIP
-from diptych.ranks import Ranks, current
-from diptych.shards.dataset import load_dataset
-from diptych.shards.members import Member, iter_members
-from diptych.shards.tombstones import DELETED
+from diptych.ranks import current
 from diptych.tokenizer import Tokenizer
-from diptych.zeroshot import fill_template
+from diptych.zeroshot import EmbedTexts, build_classifier
 
-Kind = Literal["zeroshot", "retrieval"]
-KINDS: tuple[Kind, ...] = ("zeroshot", "retrieval")
-CLASSNAMES = "classnames.txt"
+KINDS: dict[Protocol, DatasetKind] = {"zeroshot": "single", "retrieval": "captions"}
+"""Protocols of training's evaluations, and the kind of dataset that each needs; the first that fits is the default."""
 KS = (1, 5, 10)
-THREADS = min(8, os.cpu_count() or 1)
-_AHEAD = 2 * BATCH_SIZE
-"""Decoded pictures that wait for the model."""
 
 
-@dataclass(frozen=True)
-class EvalSample:
-    """One picture, and what is known of it."""
-
-    file: Path
-    offset: int
-    size: int | None
-    """Bytes in the file; None: all of it."""
-    label: str | None
-    captions: tuple[str, ...]
-
-    def read(self) -> bytes:
-        with open(self.file, "rb") as handle:
-            handle.seek(self.offset)
-            return handle.read(-1 if self.size is None else self.size)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """Pictures of one kind of question."""
+    """An evaluation set, opened for one protocol."""
 
-    kind: Kind
-    questions: tuple[EvalSample, ...]
-    classnames: tuple[str, ...]
-    skipped: Counter[str]
-    """Reason -> samples that were left out on opening."""
+    protocol: Protocol
+    samples: Samples
+    classes: ClassIndex
+
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        """The first name of every class, in order."""
+        return tuple(names[0] for names in self.classes.names)
 
 
-def open_set(path: Path, kind: Kind | None = None) -> EvalSet:
-    """Open a set; without a kind it is zero-shot if anything carries a label, else retrieval.
+def open_set(path: Path, protocol: Protocol | None = None) -> EvalSet:
+    """Open a set; without a protocol it is zero-shot if anything carries a label, else retrieval.
 
-    Raises NotFoundError for a path that is not there and UsageError for a set without a usable question.
+    Raises NotFoundError for a path that is not there and UsageError for a set that cannot be evaluated.
     """
     if not path.exists():
         raise NotFoundError(f"no such evaluation set: {path} (class folders with pictures, a folder of shards, a .tar)")
-    classnames: tuple[str, ...] = ()
-    skipped = Counter[str]()
-    if path.is_dir() and (path / CLASSNAMES).is_file():
-        questions, classnames = _open_wds(path, skipped)
-    elif path.is_dir() and not any(path.glob("*.tar")):
-        questions = _open_folders(path)
-    else:
-        questions = _open_shards(path, skipped)
-    kind = kind or ("zeroshot" if any(question.label is not None for question in questions) else "retrieval")
-    reason = "no_label" if kind == "zeroshot" else "no_caption"
-    usable = [q for q in questions if (q.label is not None if kind == "zeroshot" else q.captions)]
-    skipped[reason] += len(questions) - len(usable)
-    skipped = +skipped
-    if not usable:
-        raise UsageError(
-            f"evaluation set {path} holds nothing to ask ({kind}; left out: {dict(skipped) or 'nothing found'}); "
-            "zeroshot needs class folders or samples with a label, retrieval needs captions"
-        )
-    names = classnames or tuple(sorted({q.label for q in usable if q.label is not None}))
-    return EvalSet(kind, tuple(usable), names if kind == "zeroshot" else (), skipped)
+    place, problems = guess_place(path), []
+    for one in (protocol,) if protocol else KINDS:
+        try:
+            samples = open_samples(place, path, "test", KINDS[one], on_damage="count")
+        except (DatasetError, NotFoundError, UsageError) as error:
+            problems.append(f"{one}: {error}")
+        else:
+            return EvalSet(protocol=one, samples=samples, classes=_index_classes(path, samples, one))
+    raise UsageError(
+        f"evaluation set {path} cannot be used ({'; '.join(problems)}); zeroshot needs class folders or samples with a "
+        "label, retrieval needs captions"
+    )
 
 
-def _open_folders(path: Path) -> list[EvalSample]:
-    """Every folder in `path` is a class by its name; pictures may lie deeper."""
-    return [
-        EvalSample(file, 0, None, folder.name.replace("_", " "), ())
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-
-
-def _open_shards(path: Path, skipped: Counter[str]) -> list[EvalSample]:
-    """Samples with the `label` of their JSON, and its `captions`, or else the one caption they have."""
+def _index_classes(path: Path, samples: Samples, protocol: Protocol) -> ClassIndex:
+    if protocol == "retrieval":
+        return NO_CLASSES
+    entry = Dataset(id=path.name, title=path.name, metric="acc1", profiles={OWN: Profile()})
     try:
-        dataset = load_dataset(path)
-    except ShardError as error:
-        raise UsageError(f"evaluation set {path} cannot be used: {error}") from None
-    skipped.update(reason for *_, reason in dataset.skipped)
-    questions = []
-    for shard in dataset.shards:
-        for row in shard.table.to_pylist():
-            if row["key"] in dataset.deleted:
-                skipped[DELETED] += 1
-                continue
-            details = json.loads(row["details"])
-            label, several = details.get("label"), details.get("captions")
-            if isinstance(label, int):
-                raise UsageError(
-                    f"samples in {path} carry the number {label} as their label, which says nothing to a model; "
-                    f"put names there, or lay {CLASSNAMES} beside .cls files, or ask for retrieval:{path}"
-                )
-            captions = (
-                tuple(c for c in several if isinstance(c, str) and c.strip()) if isinstance(several, list) else ()
-            )
-            questions.append(
-                EvalSample(
-                    shard.path,
-                    row["offset"],
-                    row["size"],
-                    label if isinstance(label, str) and label.strip() else None,
-                    captions or (row["caption"],),
-                )
-            )
-    return questions
-
-
-def _open_wds(path: Path, skipped: Counter[str]) -> tuple[list[EvalSample], tuple[str, ...]]:
-    """CLIP Benchmark's layout: tars in the folder or its `test`, a class number in each .cls."""
-    names = tuple(line.strip() for line in (path / CLASSNAMES).read_text("utf-8").splitlines() if line.strip())
-    tars = sorted(path.glob("*.tar")) or sorted((path / "test").glob("*.tar"))
-    questions: list[EvalSample] = []
-    for tar in tars:
-        samples: dict[str, dict[str, Member]] = {}
-        for member in iter_members(tar):
-            if isinstance(member, Member):
-                stem, _, suffix = member.name.rpartition(".")
-                samples.setdefault(stem, {})[suffix.lower()] = member
-            else:
-                skipped[member.reason] += 1
-        for members in samples.values():
-            picture = next((member for suffix, member in members.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
-            if picture is None or "cls" not in members:
-                skipped["no_image" if picture is None else "no_label"] += 1
-                continue
-            label = EvalSample(tar, members["cls"].offset, members["cls"].size, None, ()).read().strip()
-            if not label.isdigit() or int(label) >= len(names):
-                skipped["bad_label"] += 1
-                continue
-            questions.append(EvalSample(tar, picture.offset, picture.size, names[int(label)], ()))
-    return questions, names
+        return index_labels(entry.resolve(OWN), samples, Place())
+    except DatasetError as error:
+        raise UsageError(f"evaluation set {path} cannot be used: {error}; or ask for retrieval:{path}") from None
 
 
 @dataclass
 class TrainingEvaluator:
-    """Asks a model all questions of one set; an evaluator of training."""
+    """An evaluator of training: one protocol on one set."""
 
     name: str
     exam: EvalSet
@@ -186,7 +100,7 @@ class TrainingEvaluator:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the numbers that a call returns."""
-        if self.exam.kind == "zeroshot":
+        if self.exam.protocol == "zeroshot":
             found = ["acc1", "acc5", "mean_per_class_recall"]
         else:
             found = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in KS]
@@ -194,90 +108,78 @@ class TrainingEvaluator:
 
     @torch.inference_mode()
     def __call__(self, model: CLIP) -> dict[str, float]:
-        ranks = current()
-        loaded = Loaded(model, self.preprocess, self.tokenizer)
-        rows, features = self._embed_pictures(loaded, ranks)
-        values = self._classify if self.exam.kind == "zeroshot" else self._retrieve
-        found = values(loaded, rows, features, ranks) if len(rows) else {}
-        found |= {"images": float(len(rows)), "skipped": float(len(self.exam.questions) - len(rows))}
+        samples, device = self.exam.samples, model.logit_scale.device
+
+        def encode_image(pixels: Tensor) -> Tensor:
+            return model.encode_image(self.preprocess.normalize(pixels.to(device)), normalize=True)
+
+        images = _encode(model, self._read_image, encode_image, samples.rows.read, len(samples))
+        self.broken = images.skipped
+        measure = self._classify if self.exam.protocol == "zeroshot" else self._retrieve
+        found = measure(images, partial(embed_shared_texts, model, self.tokenizer)) if images.kept else {}
+        found |= {"images": float(len(images.kept)), "skipped": float(len(samples) - len(images.kept))}
         return {metric: float(found.get(metric.removeprefix(f"{self.name}/"), 0.0)) for metric in self.metrics}
 
-    def _classify(self, loaded: Loaded, rows: list[int], features: Tensor, ranks: Ranks) -> dict[str, float]:
-        number = {name: i for i, name in enumerate(self.exam.classnames)}
-        labels = [number[self.exam.questions[row].label or ""] for row in rows]
-        target = torch.tensor(labels, device=features.device)
-        prompts = [fill_template(template, name) for name in self.exam.classnames for template in self.templates]
-        texts = embed_shared_texts(loaded, prompts, ranks).unflatten(0, (len(number), len(self.templates)))
-        scores = features @ torch.nn.functional.normalize(texts.mean(dim=1), dim=-1).T
+    def _read_image(self, row: Row) -> Tensor:
+        return torch.from_numpy(self.preprocess.pixels(open_picture(cast(bytes, fetch(row)))))
+
+    def _classify(self, images: Gathered, embed: EmbedTexts) -> dict[str, float]:
+        numbers = self.exam.classes.numbers
+        labels = torch.tensor([numbers[i][0] for i in images.kept], device=images.features.device)
+        scores = images.features @ build_classifier(embed, self.exam.classes.names, self.templates)
         return {
-            "acc1": accuracy(scores, target),
-            "acc5": accuracy(scores, target, top=5),
-            "mean_per_class_recall": mean_per_class_recall(scores, target),
+            "acc1": accuracy(scores, labels),
+            "acc5": accuracy(scores, labels, top=5),
+            "mean_per_class_recall": mean_per_class_recall(scores, labels),
         }
 
-    def _retrieve(self, loaded: Loaded, rows: list[int], features: Tensor, ranks: Ranks) -> dict[str, float]:
-        captions = [(i, caption) for i, row in enumerate(rows) for caption in self.exam.questions[row].captions]
-        texts = embed_shared_texts(loaded, [caption for _, caption in captions], ranks)
-        of_text = torch.tensor([i for i, _ in captions], device=features.device)
-        return dict(retrieval(features, texts, KS, image_of_text=of_text, ranks=ranks))
-
-    def _embed_pictures(self, loaded: Loaded, ranks: Ranks) -> tuple[list[int], Float[Tensor, "N E"]]:
-        """Which questions have a picture that can be used, in order, and its features: on every rank all of them."""
-        device = loaded.model.logit_scale.device
-        self.broken.clear()
-        rows: list[int] = []
-        features = [torch.empty(0, loaded.model.config.embed_dim, device=device)]
-        for first, pixels in self._read_batches(ranks):
-            image = self.preprocess.normalize(pixels.to(device))
-            usable = [i for i in range(BATCH_SIZE) if first + i in self._usable]
-            features.append(loaded.model.encode_image(image, normalize=True).float()[usable])
-            rows += [first + i for i in usable]
-        self.broken = sum((Counter(part) for part in ranks.gather_objects(dict(self.broken))), Counter[str]())
-        everyone = ranks.gather(torch.tensor(rows, dtype=torch.int64, device=device))
-        order = everyone.argsort()
-        return everyone[order].tolist(), ranks.gather(torch.cat(features))[order]
-
-    def _read_batches(self, ranks: Ranks) -> Iterator[tuple[int, Tensor]]:
-        """This rank's batches: number of the first question, and BATCH_SIZE pictures, black where there is none."""
-        self._usable: set[int] = set()
-        count, size = len(self.exam.questions), self.preprocess.image_size
-        firsts = [batch * BATCH_SIZE for batch in ranks.shard(-(-count // BATCH_SIZE))]
-        mine = iter([row for first in firsts for row in range(first, min(first + BATCH_SIZE, count))])
-        waiting: deque[Future[Tensor | str]] = deque()
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="diptych-examine") as pool:
-            for first in firsts:
-                pixels = torch.zeros(BATCH_SIZE, 3, size, size, dtype=torch.uint8)
-                for i in range(min(BATCH_SIZE, count - first)):
-                    while len(waiting) < _AHEAD and (row := next(mine, None)) is not None:
-                        waiting.append(pool.submit(self._read_picture, self.exam.questions[row]))
-                    picture = waiting.popleft().result()
-                    if isinstance(picture, str):
-                        self.broken[picture] += 1
-                    else:
-                        pixels[i] = picture
-                        self._usable.add(first + i)
-                yield first, pixels
-
-    def _read_picture(self, question: EvalSample) -> Tensor | str:
-        try:
-            return torch.from_numpy(self.preprocess.pixels(open_picture(question.read())))
-        except PictureError as error:
-            return error.reason
-        except OSError:  # a file that has gone since the start must not end a run
-            return "unreadable"
+    def _retrieve(self, images: Gathered, embed: EmbedTexts) -> dict[str, float]:
+        captions = [cast(tuple[str, ...], self.exam.samples.labels[i]) for i in images.kept]
+        texts = embed([caption for several in captions for caption in several])
+        of_text = torch.tensor([i for i, several in enumerate(captions) for _ in several], device=texts.device)
+        return dict(retrieval(images.features, texts, KS, image_of_text=of_text, ranks=current()))
 
 
-def embed_shared_texts(loaded: Loaded, texts: Sequence[str], ranks: Ranks) -> Float[Tensor, "N E"]:
-    """Features of all texts on every rank, each computed by one; batches are whole, so that shapes recur."""
-    device = loaded.model.logit_scale.device
-    tokens = loaded.tokenizer(list(texts))
+def embed_shared_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Float[Tensor, "N E"]:
+    """Features of all texts on every rank, each computed by one; texts of a length are computed together."""
+    tokens, device = tokenizer(list(texts)), model.logit_scale.device
     order = tokens.argmax(dim=-1).argsort(stable=True)
-    batches = order.split(BATCH_SIZE)
-    features, rows = [torch.empty(0, loaded.model.config.embed_dim, device=device)], [order[:0]]
-    for number in ranks.shard(len(batches)):
-        batch = batches[number]
-        padded = torch.cat([batch, batch[-1:].expand(BATCH_SIZE - len(batch))])
-        features.append(loaded.model.encode_text(tokens[padded].to(device), normalize=True).float()[: len(batch)])
-        rows.append(batch)
-    everyone = ranks.gather(torch.cat(rows).to(device))
-    return ranks.gather(torch.cat(features))[everyone.argsort()]
+
+    def encode_text(batch: Tensor) -> Tensor:
+        return model.encode_text(batch.to(device), normalize=True)
+
+    gathered = _encode(model, lambda row: row, encode_text, lambda wanted: tokens[order[wanted]], len(texts))
+    return gathered.features[order.argsort().to(device)]
+
+
+def _encode(
+    model: CLIP,
+    read: Callable[[Any], Tensor],
+    tower: Callable[[Tensor], Tensor],
+    fetch_items: Callable[[list[int]], Iterable[Any]],
+    count: int,
+) -> Gathered:
+    """Features of `count` inputs on every rank, in their order, each batch computed by one rank."""
+    ranks = current()
+    batches = ranks.shard(math.ceil(count / BATCH_SIZE))
+    mine = [i for batch in batches for i in range(batch * BATCH_SIZE, min(count, (batch + 1) * BATCH_SIZE))]
+    items = zip(mine, fetch_items(mine), strict=True)
+    encoder = _WholeBatches(read, tower)
+    with closing(encode_stream(encoder, items, batch_size=BATCH_SIZE, group=lambda i: i // BATCH_SIZE)) as outcomes:
+        return gather_features(ranks, dict(outcomes), model.config.embed_dim, model.logit_scale.device)
+
+
+@dataclass(frozen=True)
+class _WholeBatches:
+    """A tower in training as an `Encoder`: every batch is filled up to BATCH_SIZE, so that compiled shapes recur."""
+
+    read: Callable[[Any], Tensor]
+    tower: Callable[[Tensor], Tensor]
+    streams: int = 1
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    @torch.inference_mode()
+    def encode(self, batch: list[Tensor]) -> Float[Tensor, "N E"]:
+        torch.set_num_threads(self.threads)  # threads that begin after the reading ones would have one core
+        rows = torch.stack([*batch, *batch[-1:] * (BATCH_SIZE - len(batch))])
+        return self.tower(rows)[: len(batch)].float().cpu()

@@ -28,9 +28,9 @@ from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.bulk.config import EmbedConfig
 from diptych.embed.bulk.folder import STAGE, write_features
-from diptych.embed.images import ImageEncoder, ImageTower
+from diptych.embed.images import ImageTower
 from diptych.embed.sources import Row, Source, fetch
-from diptych.embed.stream import Encoder, encode_stream
+from diptych.embed.stream import Encoder, ImageEncoder, encode_stream
 from diptych.embed.texts import TextEncoder
 from diptych.errors import PASSING, PictureError, UsageError
 from diptych.model.device import choose_device

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diptych import files
 from diptych.errors import DownloadError, NotFoundError
-from diptych.evaluate.datasets.layouts import CLASSNAMES, TEMPLATES, TYPE, find_layout, name_of_split
+from diptych.evaluate.datasets.layouts import CLASSNAMES, TEMPLATES, TYPE, find_layout, guess_place, name_of_split
 from diptych.evaluate.datasets.registry import Dataset, Place
 
 HUB = "https://huggingface.co/datasets/"
@@ -42,7 +42,7 @@ def candidates(entry: Dataset, data: Path) -> list[Path]:
 
 
 def _as_found(entry: Dataset, folder: Path) -> Place:
-    """What the columns and splits of a folder are called."""
+    """Place of a folder, with the names of its columns and splits."""
     if entry.data is not None:
         return replace(entry.data, path="", repo="")
     try:
@@ -51,8 +51,7 @@ def _as_found(entry: Dataset, folder: Path) -> Place:
         return Place()  # the error comes when it is opened
     if layout == "parquet" and entry.hub:
         return replace(entry.hub[0], repo="", path="")
-    only_val = (folder / "val").is_dir() and not (folder / "test").is_dir()
-    return Place(test="val", val="none") if only_val else Place()
+    return guess_place(folder)
 
 
 def where_to_get(entry: Dataset) -> str:
@@ -87,7 +86,7 @@ def download(entry: Dataset, data: Path, split: str) -> None:
 
 
 def fetch_repo(repo: str, target: Path, split: str) -> None:
-    """What belongs to a split of a repository of the hub: a wds folder, or Parquet files."""
+    """Fetch a split of a repository of the hub: a wds folder, or Parquet files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -25,6 +25,10 @@ class ClassIndex:
     warnings: tuple[str, ...] = ()
 
 
+NO_CLASSES = ClassIndex(numbers=(), names=(), templates=())
+"""Classes of a dataset of captions: none."""
+
+
 def index_labels(used: ResolvedDataset, samples: Samples, place: Place) -> ClassIndex:
     """Give every label its number; raises DatasetError for classes that are not the registry's."""
     entry = used.dataset

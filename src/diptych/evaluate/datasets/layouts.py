@@ -7,9 +7,10 @@
     shards     ours, with `label` or `captions` in the details
     frames     frames.json or metadata/labels.json and pmsets.json: frames of videos, and which are neighbours
 
-What is damaged or not there is an error with a reason, since a set that is nearly whole gives numbers that are nearly
-right. Pictures themselves are looked at when they are embedded. A train split may be divided into folds by a file
-fold_indices.txt, as STL-10's authors give it: a line for each, with the places of its pictures, from 0.
+Damage and missing parts are an error with a reason, since a set that is nearly whole gives numbers that are nearly
+right; a caller who only watches a number change may have them counted instead. Pictures themselves are looked at when
+they are embedded. A train split may be divided into folds by a file fold_indices.txt, as STL-10's authors give it: a
+line for each, with the places of its pictures, from 0.
 
 Nothing here imports torch.
 """
@@ -19,13 +20,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from diptych.embed.sources import Extent, Row
 from diptych.errors import DatasetError, NotFoundError, ShardError, UsageError
-from diptych.evaluate.datasets.registry import Kind, Place
+from diptych.evaluate.datasets.registry import DatasetKind, Place
 from diptych.evaluate.datasets.samples import Label, ListedRows, Samples, plain_label
 from diptych.evaluate.datasets.tables import open_csv, open_parquet
 from diptych.image_file import IMAGE_SUFFIXES
@@ -36,8 +37,13 @@ FOLDS = "fold_indices.txt"
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 
 
-def open_samples(place: Place, root: Path, split: str, kind: Kind) -> Samples:
-    """Open a split; NotFoundError if it is not there, DatasetError if it is damaged or contradicts itself."""
+def open_samples(
+    place: Place, root: Path, split: str, kind: DatasetKind, on_damage: Literal["stop", "count"] = "stop"
+) -> Samples:
+    """Open a split; NotFoundError if it is not there, DatasetError if it is damaged or contradicts itself.
+
+    With `on_damage="count"` damaged and missing parts are counted among the skipped samples.
+    """
     path = root / place.path if place.path else root
     if not path.exists():
         raise NotFoundError(f"no such dataset: {path}")
@@ -45,10 +51,16 @@ def open_samples(place: Place, root: Path, split: str, kind: Kind) -> Samples:
     name = name_of_split(place, split)
     samples = _OPEN[layout](path, name, place, kind)
     samples.layout = layout
+    keys = Counter(samples.keys)
+    if repeated := [key for key, count in keys.items() if count > 1]:
+        samples.damage.append(
+            ("", f"{path}: {len(repeated)} keys come more than once ({repeated[0]}); one part is there twice")
+        )
+    if samples.damage and on_damage == "stop":
+        raise DatasetError(samples.damage[0][1])
+    samples.skipped.update(reason for reason, _ in samples.damage if reason)
     if not len(samples):
         raise DatasetError(f"{path} has no usable picture in {name}: {dict(samples.skipped) or 'nothing found'}")
-    if repeated := [key for key, count in Counter(samples.keys).items() if count > 1]:
-        raise DatasetError(f"{path}: {len(repeated)} keys come more than once ({repeated[0]}); one part is there twice")
     if split == "train" and (path / FOLDS).is_file():
         samples.folds = _read_folds(path / FOLDS, samples)
     return samples
@@ -72,11 +84,17 @@ def _read_folds(path: Path, samples: Samples) -> tuple[tuple[int, ...], ...]:
 
 
 def name_of_split(place: Place, split: str) -> str:
-    """What the source calls a split."""
+    """Name of a split at the source."""
     return {"train": place.train, "val": place.val, "test": place.test}[split]
 
 
-def find_layout(path: Path, kind: Kind) -> str:
+def guess_place(path: Path) -> Place:
+    """The place of a folder that nothing describes: without a test split the validation split is tested on."""
+    only_val = (path / "val").is_dir() and not (path / "test").is_dir()
+    return Place(test="val", val="none") if only_val else Place()
+
+
+def find_layout(path: Path, kind: DatasetKind) -> str:
     """The layout of what lies at a path; NotFoundError if it is none."""
     if path.is_file():
         known = {".parquet": "parquet", ".csv": "csv", ".tar": "shards"}
@@ -100,10 +118,12 @@ def find_layout(path: Path, kind: Kind) -> str:
 # --- CLIP_benchmark's WebDataset folders ---
 
 
-def _open_wds(path: Path, split: str, _place: Place, kind: Kind) -> Samples:
+def _open_wds(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     folder = path / split
     if not folder.is_dir():
-        raise NotFoundError(f"{path} has no split {split}")
+        if split != place.test or not any(path.glob("*.tar")):
+            raise NotFoundError(f"{path} has no split {split}")
+        folder = path
     stated = (path / TYPE).read_text("utf-8").strip().lower() if (path / TYPE).is_file() else "classification"
     expected = {"captions": "retrieval", "multi": "multilabel"}.get(kind, "classification")
     if stated != expected:
@@ -114,7 +134,7 @@ def _open_wds(path: Path, split: str, _place: Place, kind: Kind) -> Samples:
     if (path / TEMPLATES).is_file():
         samples.templates = tuple(line.replace("{c}", "{}") for line in _read_lines(path / TEMPLATES))
     rows: list[Row] = []
-    for tar in _wds_shards(folder):
+    for tar in _wds_shards(folder, samples):
         _read_wds_shard(tar, kind, samples, rows)
     samples.rows = ListedRows(rows)
     return samples
@@ -127,33 +147,39 @@ def _read_lines(path: Path) -> tuple[str, ...]:
         raise DatasetError(f"{path} is no text in UTF-8: {error}") from None
 
 
-def _wds_shards(folder: Path) -> list[Path]:
-    """All the shards that nshards.txt announces."""
+def _wds_shards(folder: Path, samples: Samples) -> list[Path]:
+    """The shards that nshards.txt announces, or all that there are; whatever does not agree is noted as damage."""
+    found = sorted(folder.glob("*.tar"))
     try:
         count = int((folder / "nshards.txt").read_text().strip())
     except FileNotFoundError:
-        raise DatasetError(f"{folder} has no nshards.txt, so a missing shard could not be noticed") from None
+        samples.damage.append(("", f"{folder} has no nshards.txt, so a missing shard could not be noticed"))
+        return found
     except ValueError:
         raise DatasetError(f"{folder / 'nshards.txt'} is no number") from None
     shards = [folder / f"{number}.tar" for number in range(count)]
-    if missing := [shard for shard in shards if not shard.is_file()]:
-        names = ", ".join(shard.name for shard in missing[:3])
-        raise DatasetError(f"{folder} lacks {len(missing)} of {count} shards: {names}")
-    if unknown := sorted(set(folder.glob("*.tar")) - set(shards)):
-        raise DatasetError(f"{folder / 'nshards.txt'} says {count} shards, but there is {unknown[0].name} too")
-    return shards
+    missing = [shard for shard in shards if not shard.is_file()]
+    names = ", ".join(shard.name for shard in missing[:3])
+    samples.damage += [("missing_shard", f"{folder} lacks {len(missing)} of {count} shards: {names}")] * len(missing)
+    unknown = [shard for shard in found if shard not in shards]
+    if unknown:
+        said = f"{folder / 'nshards.txt'} says {count} shards, but there is {unknown[0].name} too"
+        samples.damage.append(("", said))
+    return [shard for shard in shards if shard not in missing] + unknown
 
 
-def _read_wds_shard(tar: Path, kind: Kind, samples: Samples, rows: list[Row]) -> None:
+def _read_wds_shard(tar: Path, kind: DatasetKind, samples: Samples, rows: list[Row]) -> None:
     found: dict[str, dict[str, Member]] = {}
     for member in iter_members(tar):
         if not isinstance(member, Member):
             if member.reason != "zero_blocks":  # two tars in one: nothing is lost
-                raise DatasetError(f"{tar} is damaged at byte {member.offset:,} ({member.reason}); fetch it again")
+                said = f"{tar} is damaged at byte {member.offset:,} ({member.reason}); fetch it again"
+                samples.damage.append((member.reason, said))
             continue
         stem, _, suffix = member.name.rpartition(".")
         if suffix.lower() in found.setdefault(stem, {}):
-            raise DatasetError(f"{tar} has {member.name} twice")
+            samples.damage.append(("duplicate_key", f"{tar} has {member.name} twice"))
+            continue
         found[stem][suffix.lower()] = member
     suffix, before = {"captions": "txt", "multi": "npy"}.get(kind, "cls"), set(samples.keys)
     with open(tar, "rb") as handle:
@@ -173,8 +199,8 @@ def _read_wds_shard(tar: Path, kind: Kind, samples: Samples, rows: list[Row]) ->
             rows.append(Row(name, Extent(tar, picture.offset, picture.size, None)))
 
 
-def _read_label(data: bytes, kind: Kind, classes: int) -> Label | None:
-    """What a .cls, .npy or .txt says; None if it is no label of one of the classes."""
+def _read_label(data: bytes, kind: DatasetKind, classes: int) -> Label | None:
+    """Label in a .cls, .npy or .txt; None if it is no label of one of the classes."""
     if kind == "captions":
         captions = tuple(line for line in data.decode("utf-8", "replace").splitlines() if line.strip())
         return captions or None
@@ -194,7 +220,7 @@ def _read_label(data: bytes, kind: Kind, classes: int) -> Label | None:
 # --- folders of pictures ---
 
 
-def _open_folders(path: Path, split: str, _place: Place, kind: Kind) -> Samples:
+def _open_folders(path: Path, split: str, _place: Place, kind: DatasetKind) -> Samples:
     if kind != "single":
         raise UsageError(f"{path}: folders of classes give one label to each picture, the dataset is of kind {kind}")
     if (path / split).is_dir():
@@ -220,7 +246,7 @@ def _open_folders(path: Path, split: str, _place: Place, kind: Kind) -> Samples:
 # --- our shards ---
 
 
-def _open_shards(path: Path, split: str, place: Place, kind: Kind) -> Samples:
+def _open_shards(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     if path.is_dir() and (path / split).is_dir():
         path = path / split
     elif split != "test":
@@ -232,8 +258,9 @@ def _open_shards(path: Path, split: str, place: Place, kind: Kind) -> Samples:
     samples, rows = Samples(path, "shards"), []
     for shard, key, reason in dataset.skipped:
         if reason in ("truncated", "damaged_header"):
-            raise DatasetError(f"{shard} is damaged at {key} ({reason}); fetch it again")
-        samples.skipped[reason] += 1
+            samples.damage.append((reason, f"{shard} is damaged at {key} ({reason}); fetch it again"))
+        else:
+            samples.skipped[reason] += 1
     for shard in dataset.shards:
         for row in shard.table.select(["key", "caption", "details", "offset", "size", "xxh3"]).to_pylist():
             if row["key"] in dataset.deleted:
@@ -255,7 +282,7 @@ def _open_shards(path: Path, split: str, place: Place, kind: Kind) -> Samples:
 # --- frames ---
 
 
-def _open_frames(path: Path, split: str, place: Place, kind: Kind) -> Samples:
+def _open_frames(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     """frames.json: {"labels": {frame: [classes]}, "sets": {anchor: [neighbours]}}, frames being paths of pictures; a
     neighbour without labels has its anchor's. Or what ImageNet-Vid-Robust calls its files."""
     if kind != "frames":
@@ -314,7 +341,7 @@ def read_json(path: Path) -> Any:
         raise DatasetError(f"{path} is no JSON: {error}") from None
 
 
-_OPEN: Mapping[str, Callable[[Path, str, Place, Kind], Samples]] = {
+_OPEN: Mapping[str, Callable[[Path, str, Place, DatasetKind], Samples]] = {
     "wds": _open_wds,
     "folders": _open_folders,
     "parquet": open_parquet,

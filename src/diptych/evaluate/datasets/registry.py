@@ -1,4 +1,4 @@
-"""What is known of the datasets: one TOML each in assets/datasets/, and those that a user writes.
+"""Registry of datasets: one TOML each in assets/datasets/, and those that a user writes.
 
     title = "CIFAR-10"          kind = "single"       metric = "acc1"
     classes = ["airplane", ["automobile", "car"], ...]       in order; a class may have several names
@@ -11,7 +11,6 @@ Classes are matched by name with what a source calls them, so a source's order o
 with other classes is refused. Nothing here imports torch.
 """
 
-import json
 import tomllib
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -23,17 +22,18 @@ from typing import Any, Literal
 
 from diptych.config import from_dict
 from diptych.errors import DatasetError, NotFoundError, UsageError, unknown_name
+from diptych.templates import parse_templates
 
-Kind = Literal["single", "multi", "captions", "frames"]
+DatasetKind = Literal["single", "multi", "captions", "frames"]
 """A picture has one label, several, captions; or is a frame of a video, with its neighbours."""
 Layout = Literal["auto", "wds", "folders", "parquet", "csv", "shards", "frames"]
-METRICS: dict[Kind, tuple[str, ...]] = {
+METRICS: dict[DatasetKind, tuple[str, ...]] = {
     "single": ("acc1", "acc5", "mean_per_class_recall", "mean_top1_top5", "roc_auc"),
     "multi": ("map_11_point", "mean_average_precision"),
     "captions": ("mean_recall@1",),
     "frames": ("pm0", "pm10"),
 }
-"""What a dataset of a kind may be measured by; the first is the default."""
+"""Metrics for each kind of dataset; the first is the default."""
 SUITES = ("paper27", "kornblith12", "shifts", "retrieval", "clip_benchmark", "made")
 OWN = "own"
 
@@ -85,11 +85,11 @@ class Dataset:
 
     id: str
     title: str
-    kind: Kind = "single"
+    kind: DatasetKind = "single"
     metric: str = ""
     suites: tuple[str, ...] = ()
     paper_row: str = ""
-    """What the paper's tables call it."""
+    """Name in the paper's tables."""
     licence: str = ""
     home: str = ""
     wds: str = ""
@@ -107,7 +107,7 @@ class Dataset:
     imagenet_groups: tuple[tuple[int, ...], ...] = ()
     """For each class, the classes of ImageNet that it covers."""
     chance: float | None = None
-    """What guessing reaches, where it does not follow from the metric."""
+    """Value that guessing reaches, where it does not follow from the metric."""
     split_published: bool = True
     """Whether others can have the paper's split; if not, other counts are a warning only."""
     border: int = 0
@@ -121,7 +121,7 @@ class Dataset:
     data: Place | None = None
     """Place of a custom dataset."""
     ids: tuple[str, ...] = ()
-    """What folders of the classes are called, if a shared list says so."""
+    """Names of the folders of the classes, if a shared list has them."""
     folder: Path | None = None
     """Folder of a custom dataset's TOML file."""
 
@@ -139,16 +139,17 @@ class Dataset:
         return name, self.profiles[name]
 
     def resolve(self, wanted: str) -> "ResolvedDataset":
-        """What holds in a profile."""
+        """The dataset as a profile has it."""
         name, profile = self.select_profile(wanted)
         names = tuple((n,) if isinstance(n, str) else n for n in profile.classes)
+        templates = (profile.templates,) if isinstance(profile.templates, str) else profile.templates
         order = match_classes(self, [n[0] for n in names]) if names and self.classes else range(len(self.classes))
         return ResolvedDataset(
             dataset=self,
             profile=name,
             names=names or self.names,
             order=tuple(order),
-            templates=load_templates(profile.templates),
+            templates=parse_templates(templates),
             metric=profile.metric or self.metric,
             prefix=profile.prefix,
             splits=profile.splits,
@@ -182,18 +183,6 @@ class ResolvedDataset:
         )
 
 
-def load_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """A named list, or templates as they are."""
-    if isinstance(templates, str):
-        known = json.loads(resources.files("diptych.assets").joinpath("templates.json").read_text("utf-8"))
-        if templates not in known:
-            raise unknown_name("template list", templates, known)
-        return tuple(known[templates])
-    if broken := [template for template in templates if template.count("{}") != 1]:
-        raise UsageError(f"the template {broken[0]!r} must have one {{}}, where the class name goes: write one into it")
-    return tuple(templates)
-
-
 @cache
 def known_datasets() -> tuple[str, ...]:
     """The ids of all datasets that come with diptych, sorted."""
@@ -202,7 +191,7 @@ def known_datasets() -> tuple[str, ...]:
 
 
 @cache
-def load_dataset(name: str) -> Dataset:
+def load_dataset_entry(name: str) -> Dataset:
     """An entry by its id."""
     if name not in known_datasets():
         raise unknown_name("dataset", name, known_datasets())
@@ -238,10 +227,10 @@ def _load_named(name: str) -> tuple[Dataset, ...]:
             return load_suite(members)
         return (load_own(path),)
     if name in SUITES:
-        entries = [load_dataset(known) for known in known_datasets()]
+        entries = [load_dataset_entry(known) for known in known_datasets()]
         return tuple(entry for entry in entries if name in entry.suites)
     if name in known_datasets():
-        return (load_dataset(name),)
+        return (load_dataset_entry(name),)
     raise unknown_name("suite or dataset", name, (*SUITES, *known_datasets()))
 
 
@@ -264,7 +253,9 @@ def _parse(name: str, text: str, where: str, folder: Path | None = None) -> Data
         profiles = {key: from_dict(Profile, value) for key, value in tables.items()}
         if "class_list" in data:
             data |= _shared_classes(data["class_list"], data.get("subset", []))
-        defaults = {"id": name, "title": name, "metric": METRICS[kind][0], "folder": folder and str(folder)}
+        defaults = {"id": name, "title": name, "metric": METRICS[kind][0]}
+        if folder is not None:
+            defaults["folder"] = str(folder)
         return from_dict(Dataset, defaults | data | {"profiles": profiles})
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
@@ -340,7 +331,7 @@ def match_classes(entry: Dataset, found: Sequence[str]) -> list[int]:
 
 
 def match_names(entry: Dataset, found: Sequence[str]) -> dict[str, int]:
-    """The same for names that may lack some of the classes, such as labels written out: name -> number."""
+    """Class numbers by name, for names that may lack some of the classes, such as labels written out."""
     places = _vocabulary(entry)
     if unknown := [name for name in found if len(places.get(_fold(name), [])) != 1]:
         why = "is no class of the registry" if _fold(unknown[0]) not in places else "names several classes"
@@ -349,7 +340,7 @@ def match_names(entry: Dataset, found: Sequence[str]) -> dict[str, int]:
 
 
 def _vocabulary(entry: Dataset) -> dict[str, list[int]]:
-    """What a source may call a class -> its number, or several."""
+    """Names that a source may use for a class -> its number, or several."""
     words = [list(names) for names in entry.names]
     of_first = {names[0]: number for number, names in reversed(list(enumerate(entry.names)))}
     for alias, target in entry.aliases.items():

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from diptych.embed.sources import Extent, ParquetSource, Row, stamp
-from diptych.evaluate.datasets.registry import Kind
+from diptych.evaluate.datasets.registry import DatasetKind
 
 Label = int | str | tuple[int, ...] | tuple[str, ...]
 """A class by number or name; several of them; or captions."""
@@ -26,11 +26,13 @@ class Samples:
     labels: list[Label] = field(default_factory=list)
     rows: "Rows" = field(default_factory=lambda: ListedRows([]))
     classnames: tuple[str, ...] | None = None
-    """What the source calls its classes, in the order of its numbers; None if it does not say."""
+    """Names of the classes at the source, in the order of its numbers; None if it gives none."""
     templates: tuple[str, ...] | None = None
-    """That the source brings."""
+    """Templates that lie beside the images."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason -> samples without a usable label."""
+    damage: list[tuple[str, str]] = field(default_factory=list)
+    """Damaged and missing parts: the reason of each (none if no sample is lost by it), and a message."""
     sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Neighbours of each anchor, where samples are frames."""
     imagenet_groups: tuple[tuple[int, ...], ...] = ()
@@ -99,7 +101,7 @@ class ColumnRows:
 Rows = ListedRows | ColumnRows
 
 
-def plain_label(value: Any, kind: Kind, classes: int) -> Label | None:
+def plain_label(value: Any, kind: DatasetKind, classes: int) -> Label | None:
     """A label of a table: numbers, names, lists of them."""
     if value is None:
         return None

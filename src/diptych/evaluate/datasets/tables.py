@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 
 from diptych.embed.sources import ParquetSource, Row
 from diptych.errors import DatasetError, NotFoundError
-from diptych.evaluate.datasets.registry import Kind, Place
+from diptych.evaluate.datasets.registry import DatasetKind, Place
 from diptych.evaluate.datasets.samples import ColumnRows, Label, ListedRows, Samples, plain_label
 
 _SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
-def open_parquet(path: Path, split: str, place: Place, kind: Kind) -> Samples:
+def open_parquet(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     samples = Samples(path, "parquet")
     files, kept, before = [], [], 0
     for file in _parquet_files(path, split):
@@ -101,7 +101,7 @@ def _holds(schema: pa.Schema, column: str, file: Path) -> str:
 # --- CSV ---
 
 
-def open_csv(path: Path, split: str, place: Place, kind: Kind) -> Samples:
+def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     file = path if path.is_file() else path / f"{split}.csv"
     if not file.is_file():
         others = sorted(path.glob("*.csv"))
@@ -141,7 +141,7 @@ def open_csv(path: Path, split: str, place: Place, kind: Kind) -> Samples:
     return samples
 
 
-def _csv_label(value: str, kind: Kind) -> Label | None:
+def _csv_label(value: str, kind: DatasetKind) -> Label | None:
     """A name, or a number; several of them with | between."""
     if not value and kind != "multi":
         return None

@@ -26,7 +26,7 @@ BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What scores are worth: the fields of a Result that depend on them."""
+    """Fields of a Result that depend on scores."""
 
     metric: str
     value: float
@@ -159,7 +159,7 @@ def calibration_error(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -
 
 
 def fit_temperature(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
-    """What logits are to be divided by for the smallest negative log-likelihood: between 0.01 and 100, by golden
+    """Divisor of logits for the smallest negative log-likelihood: between 0.01 and 100, by golden
     section of its logarithm. The likelihood has one peak in 1 / temperature."""
     low, high, ratio = math.log(0.01), math.log(100.0), (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)

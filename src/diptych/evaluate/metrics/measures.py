@@ -158,7 +158,7 @@ METRICS: dict[str, Metric] = {
 
 
 def chance(metric: str, classes: int, labels: Tensor | None = None) -> float | None:
-    """What guessing reaches: drawn classes, or scores drawn at random; None if that is not known."""
+    """Value that guessing reaches: drawn classes, or scores drawn at random; None if that is not known."""
     match metric:
         case "acc1" | "mean_per_class_recall" | "pm0":
             return 1 / classes

@@ -66,7 +66,7 @@ def effective_robustness(line: Line, acc_imagenet: float, acc_shift: float) -> f
 
 
 def relative_robustness(before: float, after: float) -> float:
-    """What an intervention changes of the accuracy under the shift."""
+    """Change of the accuracy under the shift by an intervention."""
     return after - before
 
 

@@ -36,7 +36,7 @@ class Baseline(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in results and figures."""
+        """Name in results and figures."""
         ...
 
     @property
@@ -135,7 +135,7 @@ def load_baseline(source: str, *, device: str = "cpu", pretrained: bool = True) 
 
 
 def describe(found: Baseline, source: str, embed_dim: int) -> ModelFacts:
-    """What figures need to know of it, marked as a baseline."""
+    """Facts for figures, marked as those of a baseline."""
     return ModelFacts(
         name=found.name,
         source=source,

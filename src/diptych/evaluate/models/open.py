@@ -6,22 +6,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.layouts import load
+from diptych.checkpoint.loaded import Loaded
 from diptych.checkpoint.sources import HUB
 from diptych.embed.cache import FeatureCache, content_key
-from diptych.embed.images import image_space
+from diptych.embed.images import ImageTower, image_space, project
 from diptych.embed.texts import embed_texts, text_space
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.models.baselines import BaselineTower, describe, is_baseline, load_baseline
-from diptych.evaluate.models.features import EmbedTexts, ImageModel, clip_image_model
+from diptych.evaluate.models.features import ImageModel
 from diptych.evaluate.results import ModelFacts
+from diptych.model.config import Precision
 from diptych.model.cost import image_tower
 from diptych.model.device import choose_device
 from diptych.ranks import Ranks
+from diptych.zeroshot import EmbedTexts
 
 _NAME = re.compile(r"[\w.-]+")
 
@@ -32,7 +36,7 @@ class OpenedModel:
 
     name: str
     facts: ModelFacts
-    eyes: ImageModel
+    images: ImageModel
     logit_scale: float
     """Scale of the zero-shot logits, already exp(t)."""
     text_space: str
@@ -82,14 +86,33 @@ def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCac
     space = text_space(loaded, config.precision)
 
     def embed(texts: Sequence[str]) -> Tensor:
-        return cache.features(
-            space,
-            [content_key(text) for text in texts],
-            lambda missing: embed_texts(loaded, [texts[i] for i in missing], precision=config.precision),
-        )
+        keys = [content_key(text) for text in texts]
+        found = cache.get(space, keys)
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        if missing:
+            computed = embed_texts(loaded, list(missing.values()), precision=config.precision)
+            fresh = dict(zip(missing, computed, strict=True))
+            cache.put(space, fresh)
+            found |= fresh
+        return torch.stack([found[key] for key in keys])
 
-    eyes, scale = clip_image_model(loaded, config.precision), loaded.model.logit_scale.exp().item()
-    return OpenedModel(name=name, facts=facts, eyes=eyes, logit_scale=scale, text_space=space, embed_texts=embed)
+    return OpenedModel(
+        name=name,
+        facts=facts,
+        images=clip_image_model(loaded, config.precision),
+        logit_scale=loaded.model.logit_scale.exp().item(),
+        text_space=space,
+        embed_texts=embed,
+    )
+
+
+def clip_image_model(loaded: Loaded, precision: Precision) -> ImageModel:
+    """The image side of a CLIP."""
+    return ImageModel(
+        tower=ImageTower(loaded, precision, pooled=True),
+        space=image_space(loaded, precision, pooled=True),
+        project=partial(project, loaded),
+    )
 
 
 def _open_baseline(name: str, source: str, device: str) -> OpenedModel:
@@ -103,7 +126,7 @@ def _open_baseline(name: str, source: str, device: str) -> OpenedModel:
     return OpenedModel(
         name=name,
         facts=replace(describe(found, source, tower.embed_dim), name=name),
-        eyes=ImageModel(tower=tower, space=found.space, project=partial(F.normalize, dim=-1)),
+        images=ImageModel(tower=tower, space=found.space, project=partial(F.normalize, dim=-1)),
         logit_scale=1.0,
         text_space="",
         embed_texts=refuse,

@@ -35,7 +35,7 @@ _TOGETHER = 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotReport:
-    """What few pictures a class reach."""
+    """Values of probes that were trained on a few images a class."""
 
     values: Mapping[int, tuple[float, ...]]
     """Shots -> the metric on the test pictures, for each seed."""

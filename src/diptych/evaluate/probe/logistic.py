@@ -69,7 +69,7 @@ Inverse = Callable[[Point], Point]
 
 @dataclass(frozen=True)
 class State:
-    """What is known at a point: per problem ([S, 1, 1], or [S, 1, K] for separate columns) and per picture."""
+    """State at a point: per problem ([S, 1, 1], or [S, 1, K] for separate columns) and per picture."""
 
     objective: Tensor
     size: Tensor
@@ -173,7 +173,7 @@ class Problem:
 
     @cached_property
     def precisions(self) -> tuple[torch.dtype, ...]:
-        """What products with the Hessian are tried in, in turn: the next one if a step led nowhere."""
+        """Precisions for products with the Hessian, in turn: the next one if a step led nowhere."""
         if self._work < _SMALL:
             return (torch.float64,)
         if self._work >= _LARGE and has_fast_bfloat16(self.features.device):

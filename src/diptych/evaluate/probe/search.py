@@ -31,7 +31,7 @@ Metric = Callable[[Tensor, Tensor], float]
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """What a linear probe found."""
+    """Outcome of a linear probe."""
 
     l2: float
     """The strength that was best on the validation pictures; the stronger one of equals."""

@@ -1,4 +1,4 @@
-"""Which templates help: the bare name, one sentence, the ensemble, and the paper's forward selection among them.
+"""Protocol `prompts`: the bare name, one sentence, the ensemble, and the paper's forward selection among templates.
 
 All of it is arithmetic on one table, the embedding of every class in every template: an ensemble is the normalised mean
 of some of its rows (section 3.1.4), so that no text is embedded twice.
@@ -11,28 +11,66 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.evaluate.metrics.measures import Metric
-from diptych.evaluate.models.features import EmbedTexts
-from diptych.zeroshot import Classnames, fill_template, names_of_classes
+from diptych.evaluate.metrics import measures
+from diptych.evaluate.metrics.measures import METRICS, Metric
+from diptych.evaluate.protocols.task import Arrays, ProtocolSpec, Task
+from diptych.evaluate.results import Result
+from diptych.templates import fill_template
+from diptych.zeroshot import Classnames, EmbedTexts, names_of_classes
 
 BARE, SIMPLE = "{}", "a photo of a {}."
-CLASSES = 16_384
-"""Prompts that are embedded at once."""
 KEPT = 1 << 28
 """Products of pictures and classes, over all templates, that are kept in memory (floats)."""
+SEARCH_PICTURES = 10_000
+"""Pictures that templates are chosen on, at most."""
 
 
-def build_weights(embed: EmbedTexts, classnames: Classnames, templates: Sequence[str]) -> Float[Tensor, "E C"]:
-    """What `diptych.zeroshot.build_classifier` builds, of features that `embed` may have kept from before."""
-    names = names_of_classes(classnames)
-    step = max(1, CLASSES // len(templates))
-    means: list[Tensor] = []
-    for start in range(0, len(names), step):
-        some = names[start : start + step]
-        texts = [fill_template(template, name) for entry in some for name in entry for template in templates]
-        parts = embed(texts).split([len(entry) * len(templates) for entry in some])
-        means += [part.mean(dim=0) for part in parts]
-    return F.normalize(torch.stack(means), dim=-1).T.contiguous()
+def prompts(task: Task) -> tuple[Result, Arrays]:
+    """The bare name, a sentence, the ensemble, and a forward selection among the ensemble's templates (chosen on the
+    training pictures if there are any)."""
+    numbered, kind = task.test.numbered, task.used.dataset.kind
+    templates = list(dict.fromkeys((BARE, SIMPLE, *numbered.templates)))
+    table = embed_templates(task.embed_texts, numbered.names, templates)
+    labels, features = task.test.labels(kind), task.test.embedded.joint
+
+    def value(chosen: Sequence[str], features: Tensor = features, labels: Tensor = labels) -> float:
+        rows = table[[templates.index(template) for template in chosen]]
+        return METRICS[task.used.metric](_ranked(task, features @ join_templates(rows)), labels)
+
+    found = {"bare": value([BARE]), "simple": value([SIMPLE]), "ensemble": value(numbered.templates)}
+    warnings = []
+    on = task.splits.get("train")
+    if on is None:
+        on = task.test
+        warnings.append("templates were chosen on the pictures that they are measured on: there is no train split")
+    some = torch.randperm(len(on.embedded.kept), generator=torch.Generator().manual_seed(task.config.seed))
+    some = some[:SEARCH_PICTURES].sort().values
+    candidates = table[[templates.index(template) for template in numbered.templates]]
+    steps = search_templates(
+        on.embedded.joint[some],
+        on.labels(kind)[some],
+        candidates,
+        lambda scores, labels: METRICS[task.used.metric](_ranked(task, scores), labels),
+    )
+    chosen = [numbered.templates[number] for number, _ in steps]
+    search = [[template, value(chosen[: i + 1])] for i, template in enumerate(chosen)]
+    best = value(chosen)
+    details = {**found, "search": search, "search_pictures": len(some), "search_values": [v for _, v in steps]}
+    result = task.result(
+        "prompts",
+        task.used.metric,
+        best,
+        metrics={**found, "search": best, task.used.metric: best},
+        chance=measures.chance(task.used.metric, len(numbered.names), labels),
+        warnings=warnings,
+        details=details,
+    )
+    return result, {}
+
+
+def _ranked(task: Task, cosines: Tensor) -> Tensor:
+    """Scores as the metric wants them."""
+    return (task.scale * cosines).double().softmax(dim=1) if task.used.metric == "map_11_point" else cosines
 
 
 def embed_templates(embed: EmbedTexts, classnames: Classnames, templates: Sequence[str]) -> Float[Tensor, "T C E"]:
@@ -83,3 +121,6 @@ def search_templates(
         if products is not None and of_total is not None:
             of_total = of_total + products[number]
     return chosen
+
+
+SPEC = ProtocolSpec(kinds=("single", "multi"), splits=("test", "train"), measure=prompts)

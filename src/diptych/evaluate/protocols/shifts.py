@@ -1,4 +1,4 @@
-"""What ImageNet's classes say of a set whose classes are theirs: zero-shot by all 1,000 names, and ImageNet's probes.
+"""Shifts, sets whose classes are ImageNet's: the groups of its classes, and scores of ImageNet's probes.
 
 A class of such a set covers one or several classes of ImageNet and takes the best score among them (section 3.3, as
 wise-ft has it). That is what adapting to a set's own class names is compared with, and how probes that
@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diptych import files
 from diptych.errors import UsageError
+from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.labels import ClassIndex
-from diptych.evaluate.datasets.registry import ResolvedDataset, load_dataset, match_classes
+from diptych.evaluate.datasets.registry import ResolvedDataset, load_dataset_entry, match_classes
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.metrics.robustness import IMAGENET, map_classes
-from diptych.evaluate.models.features import EmbedTexts
-from diptych.evaluate.protocols.prompts import build_weights
+from diptych.evaluate.protocols.task import Task
 from diptych.evaluate.references import SHIFTS
 from diptych.evaluate.results import Protocol, result_path
 
@@ -48,27 +49,33 @@ def imagenet_subsets() -> dict[str, list[int]]:
     """Shift -> the classes of ImageNet that it covers, of the shifts that do not have all of them."""
     found = {}
     for shift in SHIFTS:
-        entry = load_dataset(shift)
+        entry = load_dataset_entry(shift)
         classes = sorted({number for group in entry.imagenet_groups for number in group}) or list(entry.subset)
         if classes:
             found[shift] = classes
     return found
 
 
-def pooled_scores(
-    joint: Float[Tensor, "N E"], embed: EmbedTexts, used: ResolvedDataset, groups: Groups
-) -> Float[Tensor, "N G"] | None:
-    """Cosines of pictures with all of ImageNet's classes, pooled; None where each class is one of ImageNet's, which
-    gives nothing that its own names do not."""
-    if all(len(group) == 1 for group in groups):
-        return None
-    imagenet = load_dataset(IMAGENET).resolve(used.profile)
-    return map_classes(joint @ build_weights(embed, imagenet.names, imagenet.templates), groups)
-
-
 def probe_of_imagenet(out: Path, model: str, protocol: Protocol) -> Path:
     """Where the probe lies that was trained on ImageNet, on all pictures or on few."""
     return result_path(out, model, IMAGENET, protocol).with_suffix(".npz")
+
+
+def settings_of_probe(config: EvaluateConfig, model: str, protocol: Protocol) -> dict[str, str]:
+    """The probe of ImageNet that a result depends on, where a shift has no training pictures of its own."""
+    path = probe_of_imagenet(config.out, model, protocol)
+    return {"probe": files.xxh3(path) if path.is_file() else ""}
+
+
+def path_of_imagenet(task: Task, protocol: Protocol) -> Path:
+    """Where ImageNet's probe lies; UsageError if it does not."""
+    path = probe_of_imagenet(task.config.out, task.model, protocol)
+    if not path.is_file():
+        raise UsageError(
+            f"{task.used.dataset.id} has no train split here, and {path} is not there: first evaluate imagenet with "
+            f"--protocols {protocol} into the same folder"
+        )
+    return path
 
 
 def ask_probe(path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile: str) -> Float[Tensor, "N G"]:
@@ -81,7 +88,7 @@ def ask_probe(path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile:
 def ask_few_shots(
     path: Path, pooled: Float[Tensor, "N D"], groups: Groups, profile: str
 ) -> Iterator[tuple[int, list[Float[Tensor, "N G"]]]]:
-    """The same of probes that were trained on few pictures: shots, and scores for each draw."""
+    """Pooled scores of the probes that were trained on few of ImageNet's pictures: shots, and scores for each draw."""
     with np.load(path) as kept:
         _check_kept(path, kept, "fewshot", profile)
         for shots in kept["shots"].tolist():
@@ -93,7 +100,7 @@ def _check_kept(path: Path, kept: Mapping[str, np.ndarray], protocol: Protocol, 
     """UsageError for a file without weights, and for classes of another profile."""
     if {"probe": "weight", "fewshot": "shots"}[protocol] not in kept:
         raise UsageError(f"{path} has no weights; make it again: --suite imagenet --protocols {protocol} --redo")
-    if kept["names"].tolist() != [several[0] for several in load_dataset(IMAGENET).resolve(profile).names]:
+    if kept["names"].tolist() != [several[0] for several in load_dataset_entry(IMAGENET).resolve(profile).names]:
         raise UsageError(f"{path} has classes in another order than the registry; evaluate imagenet in profile paper")
 
 

@@ -1,4 +1,4 @@
-"""What a figure shows, as numbers: computed apart from drawing, so that tests and readers can look at it.
+"""Figures as numbers: computed apart from drawing, so that tests and readers can look at it.
 
     Chart -> panels: Plot (series of marks, lines) or Bars -> draw.py
 
@@ -106,10 +106,10 @@ class Chart:
     """For file names."""
     title: str
     caption: str
-    """What it shows and what is missing, in sentences."""
+    """Sentences about what it shows and what is missing."""
     panels: tuple[Plot | Bars, ...]
     command: str
-    """What computed the results."""
+    """Command that computed the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Missing:
     title: str
     why: str
     command: str
-    """What would supply the results."""
+    """Command that would supply the results."""
 
 
 def count(number: int, noun: str) -> str:
@@ -150,7 +150,7 @@ def left_out(names: Sequence[str], why: str) -> str:
 
 
 def evaluate_command(datasets: Sequence[str], *protocols: str, several: bool = False) -> str:
-    """What to type for these results: of the paper's datasets the suite, of others their names."""
+    """Command that makes these results: the suite for the paper's datasets, the names of others."""
     if not datasets or set(datasets) <= set(PAPER27):
         suite = "paper27"
     elif set(datasets) <= set(MADE):

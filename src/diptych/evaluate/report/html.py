@@ -41,7 +41,7 @@ ABOUT: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFiles:
-    """What was written."""
+    """Files that were written, and counts."""
 
     html: Path
     figures: tuple[Path, ...]
@@ -85,7 +85,7 @@ def write_report(study: Study, out: Path, *, title: str, command: str, figures: 
 def describe(
     study: Study, charts: Sequence[Chart], missing: Sequence[Missing], draw: Callable[[Chart], bytes]
 ) -> dict[str, Any]:
-    """What the template shows, as text."""
+    """Fields of the template, as text."""
     return {
         "size": f"{count(len(study.results), 'result')} of {count(len(study.models), 'model')} on "
         f"{count(len({dataset for _, dataset, _ in study.results}), 'dataset')}",
@@ -236,7 +236,7 @@ def _caveats(study: Study) -> list[Any]:
 
 
 def _environment(study: Study) -> list[tuple[str, str]]:
-    """What the results say of how they were made; values that differ stand side by side.
+    """Settings and versions that results were made with; values that differ stand side by side.
 
     Where data and models lay is left out, since a report travels.
     """

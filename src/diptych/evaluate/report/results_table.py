@@ -32,7 +32,7 @@ PROTOCOL_OF_SHIFT: dict[str, Protocol] = {
 """How a shift is measured without training."""
 
 GFLOPS = "GFLOPs of the image tower a picture (a multiply-add counted as two)"
-"""What figures over size have below them."""
+"""Label of the horizontal axis of figures over size."""
 RESNET50 = ("resnet50", "rn50")
 """How names of baselines begin that can stand for the paper's ResNet-50."""
 
@@ -97,7 +97,7 @@ class Study:
         return compare(result, self.names.get(result.model))
 
     def paper(self, model: str, dataset: str, protocol: Protocol) -> Reference | None:
-        """What the paper prints of the same, if the result was measured in its way."""
+        """The paper's value for a result, if it was measured in the paper's way."""
         found = self.results.get((model, dataset, protocol))
         if found is None or found.profile != "paper" or model not in self.names:
             return None

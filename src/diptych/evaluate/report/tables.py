@@ -25,7 +25,7 @@ class Table:
 
 
 def build_tables(study: Study) -> list[Table]:
-    """Those that have rows."""
+    """The tables that have rows."""
     tables = (
         calibration(study),
         retrieval(study),
@@ -72,7 +72,7 @@ def retrieval(study: Study) -> Table:
 
 
 def probes(study: Study) -> Table:
-    """What the search found."""
+    """Accuracy, L2 strength and training set of each probe."""
     rows = [
         (
             result.dataset,
@@ -180,7 +180,7 @@ def groups_of_people(study: Study) -> Iterator[Table]:
 
 
 def _walk(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What was counted -> attribute -> group -> rate."""
+    """Flatten nested rates: name of the count -> attribute -> group -> rate."""
     for name, attributes in found.items():
         if all(isinstance(groups, Mapping) for groups in attributes.values()):
             yield name, attributes

@@ -142,7 +142,7 @@ def zero_shot_or_probe(study: Study) -> Chart | Missing:
 
 
 def _published_gap(study: Study, dataset: str, *, own: bool) -> tuple[float, bool] | None:
-    """What is published of the same difference, and whether it is confirmed."""
+    """The published difference, and whether it is confirmed."""
     if not own:
         found = reference(dataset, study.names.get(study.shown, ""), "zeroshot_minus_resnet50_probe")
         return (found[0].value, found[0].confirmed) if found else None

@@ -5,6 +5,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
+from exams import write_captions, write_shapes
 
 from diptych.cli import main
 from diptych.cli.train import build_evaluators, check_keep_best
@@ -41,7 +42,8 @@ def test_class_folders_give_what_the_classifier_gives(tmp_path):
     assert evaluator.exam.classnames == ("circle", "dot", "round ring")
     loaded = make_loaded(TINY_VIT)
     classifier = ZeroShotClassifier(loaded, evaluator.exam.classnames, ("a drawing of {}.", "{}"))
-    scores = torch.from_numpy(classifier.decision_function([q.file for q in evaluator.exam.questions]))
+    files = [tmp_path / "set" / key for key in evaluator.exam.samples.keys]
+    scores = torch.from_numpy(classifier.decision_function(files))
     target = torch.tensor([0, 0, 1, 1, 2, 2])
     assert values["shapes/acc1"] == accuracy(scores, target)
     assert values["shapes/acc5"] == 1.0
@@ -50,7 +52,7 @@ def test_class_folders_give_what_the_classifier_gives(tmp_path):
 
 def test_labelled_shards_are_zero_shot_and_retrieval_when_asked(data):
     evaluator, values = ask(f"a={data}")
-    assert (evaluator.exam.kind, len(evaluator.exam.classnames), values["a/images"]) == ("zeroshot", 8, 64)
+    assert (evaluator.exam.protocol, len(evaluator.exam.classnames), values["a/images"]) == ("zeroshot", 8, 64)
     evaluator, values = ask(f"a=retrieval:{data}")
     loaded, pairs = make_loaded(TINY_VIT), make_pairs()
     images, texts = (
@@ -74,7 +76,7 @@ def test_captions_of_the_json_are_counted_each(tmp_path):
     picture = encode(draw("red", "circle"))
     tar = write_tar(tmp_path / "a.tar", [("x.jpg", picture), ("x.txt", b"red"), ("x.json", details)])
     evaluator, values = ask(f"a={tar}")
-    assert evaluator.exam.questions[0].captions == ("red thing", "a circle")
+    assert evaluator.exam.samples.labels == [("red thing", "a circle")]
     assert values["a/image_retrieval_recall@1"] == 1.0
 
 
@@ -97,9 +99,73 @@ def test_the_webdataset_layout_of_clip_benchmark_is_read(tmp_path):
     ]
     write_tar(tmp_path / "test/0.tar", members)
     evaluator, values = ask(f"a={tmp_path}")
-    assert [q.label for q in evaluator.exam.questions] == ["a circle", "a dot"]
-    assert evaluator.exam.skipped == Counter(bad_label=1)
+    assert evaluator.exam.classnames == ("a circle", "a dot")
+    assert evaluator.exam.classes.numbers == ((0,), (1,))
+    assert evaluator.exam.samples.skipped == Counter(bad_label=1)
     assert values["a/images"] == 2
+
+
+def test_a_set_is_the_same_for_training_and_for_evaluation(tmp_path):
+    """The layouts of `diptych evaluate`, its names of splits, and its labels."""
+    for split in ("train", "test"):
+        folders(tmp_path / "set" / split)
+    evaluator, values = ask(f"a={tmp_path / 'set'}")
+    assert (evaluator.exam.classnames, values["a/images"]) == (("circle", "dot", "round ring"), 6)
+    (tmp_path / "csv").mkdir()
+    lines = [f"../set/test/{shape}/red.jpg,a {shape}" for shape in ("circle", "dot")]
+    (tmp_path / "csv" / "test.csv").write_text("\n".join(["image,label", *lines]))
+    evaluator, values = ask(f"a={tmp_path / 'csv'}")
+    assert (evaluator.exam.classnames, values["a/images"]) == (("a circle", "a dot"), 2)
+    evaluator, values = ask(f"a={write_captions(tmp_path / 'captions')}")
+    assert (evaluator.exam.protocol, values["a/images"]) == ("retrieval", 16)
+
+
+def test_damage_is_counted_in_training(tmp_path):
+    """A shard that breaks off, one that is missing, a folder without nshards.txt: the rest is asked."""
+    whole = write_shapes(tmp_path / "a", shards=3)
+    tar = whole / "test" / "1.tar"
+    tar.write_bytes(tar.read_bytes()[:6000])
+    (whole / "test" / "2.tar").unlink()
+    evaluator, values = ask(f"a={whole}")
+    assert evaluator.exam.samples.skipped == Counter(truncated=1, no_image=1, missing_shard=1)
+    assert values["a/images"] == len(evaluator.exam.samples) > 8
+    (whole / "test" / "nshards.txt").unlink()
+    assert ask(f"a={whole}")[0].exam.samples.skipped == Counter(truncated=1, no_image=1)
+
+
+def test_shards_that_lie_beside_classnames_are_a_test_split(tmp_path):
+    whole = write_shapes(tmp_path / "a")
+    for file in (whole / "test").iterdir():
+        file.rename(whole / file.name)
+    (whole / "test").rmdir()
+    assert ask(f"a={whole}")[1]["a/images"] == 24
+
+
+def test_labels_that_are_numbers_without_names_are_refused(tmp_path):
+    members = [("x.jpg", encode(draw("red", "circle"))), ("x.txt", b"red"), ("x.json", b'{"label": 3}')]
+    tar = write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UsageError, match=r"labels are numbers, and nothing says what they are called.*retrieval:"):
+        ask(f"a={tar}")
+    assert ask(f"a=retrieval:{tar}")[1]["a/images"] == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_model_in_training_is_evaluated_with_all_its_threads(data, threads, monkeypatch):
+    """A thread that begins after the reading ones would have one core: slower, and compiled once more."""
+    loaded, seen = make_loaded(TINY_VIT), set()
+    (evaluator,) = build_evaluators((f"a={data}",), loaded.tokenizer, loaded.preprocess)
+    monkeypatch.setattr(training_evaluators, "BATCH_SIZE", 8)
+    encode_image = loaded.model.encode_image
+    monkeypatch.setattr(
+        loaded.model, "encode_image", lambda *a, **b: (seen.add(torch.get_num_threads()), encode_image(*a, **b))[1]
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        evaluator(loaded.model)
+        assert (seen, torch.get_num_threads()) == ({threads}, threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_broken_pictures_are_counted_and_left_out(tmp_path):
@@ -112,7 +178,7 @@ def test_broken_pictures_are_counted_and_left_out(tmp_path):
     for file in whole.rglob("*.*"):
         file.unlink()
     assert evaluator(make_loaded(TINY_VIT).model)["a/skipped"] == 8
-    assert evaluator.broken == Counter(unreadable=8)
+    assert evaluator.broken == Counter(missing=8)
 
 
 @pytest.mark.parametrize(("spec", "error"), [
