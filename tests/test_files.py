@@ -118,7 +118,7 @@ def test_leftovers_of_a_living_writer_and_of_other_names_stay_where_writers_shar
         folder.mkdir()
         if folder != living:
             os.utime(folder, (0, 0))
-    files.remove_leftovers(tmp_path, "a", older_than=3600)
+    files.remove_leftovers(tmp_path, "a", older_than=3600.0)
     assert sorted(tmp_path.iterdir()) == sorted([living, other, tmp_path / "a"])
 
 

@@ -23,7 +23,7 @@ from diptych.embed.sources import Row, fetch
 from diptych.embed.stream import ImageEncoder, Tower, count_cores, encode_stream
 from diptych.errors import DatasetError, PictureError
 from diptych.evaluate.datasets.samples import Samples
-from diptych.image import open_picture
+from diptych.image import Picture, open_picture
 from diptych.prefetch import map_ahead
 from diptych.ranks import Ranks
 
