@@ -23,7 +23,7 @@ import tyro
 
 from diptych import files
 from diptych.cli import exit_on_error
-from diptych.cli.train import print_train_report, train_with_progress
+from diptych.cli.training import print_train_report, train_with_progress
 from diptych.curate import pipeline
 from diptych.curate.config import PipelineConfig
 from diptych.curate.queries import build as queries

@@ -21,7 +21,7 @@ import tyro
 from diptych import files
 from diptych.checkpoint import layouts
 from diptych.cli import exit_on_error
-from diptych.cli.train import print_train_report, train_with_progress
+from diptych.cli.training import print_train_report, train_with_progress
 from diptych.config import to_dict
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts

@@ -47,7 +47,7 @@ def test_one_folder_holds_the_same_images_for_every_command(tmp_path):
     names, others = find_images(folder)
     assert len(names) == expected
     assert others == {".txt": 1, ".heic": 1}
-    assert len(find_pictures([str(folder)])) == expected
+    assert len(find_pictures([str(folder)])[0]) == expected
     (source,) = open_inputs([str(folder)])
     assert source.rows == expected
     assert len(load_index(tmp_path / "images.tar")) == expected

@@ -77,8 +77,8 @@ def test_the_classifier_has_scikit_learns_manners(loaded):
     [
         ([], ["{}"], "at least one class"),
         (["a", []], ["{}"], "a name for every class"),
-        (["a"], [], "at least one template"),
-        (["a"], ["a photo"], "exactly one {}"),
+        (["a"], [], "no template was named"),
+        (["a"], ["a photo"], "has one {}"),
         (["a", "b", "a"], ["{}"], "'a' is named twice"),
     ],
 )

@@ -60,6 +60,10 @@ class PictureError(DiptychError):
         self.reason = reason
         self.detail = detail
 
+    def of(self, name: str) -> "PictureError":
+        """This error, with the name of the picture in its message."""
+        return self if name in self.detail else type(self)(self.reason, f"{name}: {self.detail}")
+
     def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
         return type(self), (self.reason, self.detail)  # it crosses process borders
 

@@ -4,7 +4,8 @@ Every class name is put into every template; the text features are normalised, a
 then the columns of a linear classifier (section 3.1.4). A class may have several names; all of them are averaged.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
-from diptych.embed.images import ImageTower, embed_images, encode_each
+from diptych.embed.images import ImageTower, embed_images, encode_each, remember_names, require_finite
 from diptych.embed.texts import BATCH_SIZE, embed_texts
 from diptych.errors import PictureError, UsageError
 from diptych.image import Picture
 from diptych.model.config import Precision
-from diptych.templates import fill_template
+from diptych.templates import fill_template, parse_templates
+from diptych.tokenizer import Tokenizer
 
 Classnames = Sequence[str | Sequence[str]]
 """One entry a class: its name, or several names for it."""
@@ -32,6 +34,10 @@ EmbedTexts = Callable[[Sequence[str]], Float[Tensor, "N E"]]
 
 def names_of_classes(classnames: Classnames) -> tuple[tuple[str, ...], ...]:
     """Every class as a tuple of its names."""
+    if isinstance(classnames, str | Mapping):
+        raise UsageError(
+            f"classnames are a list with an entry for each class (its name, or a list of names), not {classnames!r}"
+        )
     names = tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in classnames)
     if not names or not all(names):
         raise UsageError("a classifier needs at least one class, and a name for every class")
@@ -72,6 +78,28 @@ def _split_classes(names: Sequence[tuple[str, ...]], most: int) -> Iterator[list
     yield some
 
 
+def _require_distinct(tokenizer: Tokenizer, classnames: Sequence[tuple[str, ...]], template: str) -> None:
+    """Refuse two classes that are the same tokens; warn of names that are longer than the model reads."""
+    prompts = [fill_template(template, name) for entry in classnames for name in entry]
+    batch = tokenizer.encode_batch(prompts)
+    if batch.truncated:
+        warnings.warn(
+            f"{batch.truncated} of {len(prompts)} names are longer than the model's {tokenizer.context_length} tokens "
+            "and are cut",
+            stacklevel=3,
+        )
+    rows = iter(np.split(batch.ids, batch.offsets[1:-1]))
+    seen: dict[frozenset[bytes], str] = {}
+    for entry in classnames:
+        tokens = frozenset(next(rows).tobytes() for _ in entry)
+        if tokens in seen:
+            raise UsageError(
+                f"classes {seen[tokens]!r} and {entry[0]!r} are the same to the model, which reads lower case and "
+                f"{tokenizer.context_length} tokens: one of them is named twice, or differs too late"
+            )
+        seen[tokens] = entry[0]
+
+
 class ZeroShotClassifier:
     """A classifier made of words, with scikit-learn's manners.
 
@@ -93,11 +121,12 @@ class ZeroShotClassifier:
     ) -> None:
         self.loaded = loaded
         self.classnames = names_of_classes(classnames)
-        self.templates = tuple(templates)
+        self.templates = parse_templates([templates] if isinstance(templates, str) else templates)
         labels = [names[0] for names in self.classnames]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
             raise UsageError(f"class {repeated[0]!r} is named twice; give several names of a class as one list")
+        _require_distinct(loaded.tokenizer, self.classnames, self.templates[0])
         self.classes_ = np.array(labels)
         self.precision: Precision = precision
         embed = partial(embed_texts, loaded, precision=precision)
@@ -112,11 +141,12 @@ class ZeroShotClassifier:
         return self.classes_[self.predict_proba(pictures).argmax(axis=-1)]
 
     def predict_proba(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
-        """Softmax of the logits over the classes [N, C]; raises PictureError for a picture that cannot be used."""
-        rows = []
-        for row in self.predict_each(pictures):
+        """Softmax of the logits over the classes [N, C]; raises PictureError, which names it, for a picture that cannot
+        be used (`predict_each` goes on with the others)."""
+        rows, names = [], list[str]()
+        for row in self.predict_each(remember_names(pictures, names)):
             if isinstance(row, PictureError):
-                raise row
+                raise row.of(names[len(rows)])
             rows.append(row)
         return np.stack(rows) if rows else np.empty((0, len(self.classes_)), np.float32)
 
@@ -125,7 +155,7 @@ class ZeroShotClassifier:
         with closing(encode_each(ImageTower(self.loaded, self.precision), pictures)) as features:
             for feature in features:
                 usable = not isinstance(feature, PictureError)
-                yield self._logits(feature).softmax(dim=-1).numpy() if usable else feature
+                yield self._logits(require_finite(feature)).softmax(dim=-1).numpy() if usable else feature
 
     def _logits(self, features: Float[Tensor, "*N E"]) -> Float[Tensor, "*N C"]:
         return self.loaded.model.logit_scale.detach().exp().cpu() * features @ self.weights_

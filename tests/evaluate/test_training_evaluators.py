@@ -8,7 +8,7 @@ import torch
 from exams import write_captions, write_shapes
 
 from diptych.cli import main
-from diptych.cli.train import build_evaluators, check_keep_best
+from diptych.cli.training import build_evaluators, check_keep_best
 from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, UsageError

@@ -30,7 +30,7 @@ def on_note(line):
     {on_note}
 evaluators = []
 if {evaluate!r}:
-    from diptych.cli.train import build_evaluators
+    from diptych.cli.training import build_evaluators
     from diptych.image import Preprocess
     preprocess = Preprocess(image_size=config.model.vision.image_size)
     evaluators = build_evaluators({evaluate!r}, setup.load_tokenizer(config), preprocess)

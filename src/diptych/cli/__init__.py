@@ -4,11 +4,13 @@ One file a group of commands. Only these print, and only these and `recipes/` co
 """
 
 import contextlib
+import errno
 import io
 import os
 import select
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import tyro
 
@@ -19,6 +21,7 @@ from diptych.cli.curate import Curate
 from diptych.cli.embed import Embed
 from diptych.cli.evaluate import Evaluate
 from diptych.cli.finetune import Finetune, WiseFT
+from diptych.cli.output import shorten
 from diptych.cli.plan import Plan
 from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
@@ -47,25 +50,54 @@ _PIPE_CLOSED = 128 + 13
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Let our errors be one line and exit code 2: of commands, and of the recipes. Whoever reads what is printed may
-    stop at any line."""
+    """Print an error of ours, or of the disk, as one line and exit with code 2, in commands and recipes alike. A closed
+    stdout (`| head`) ends the program quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that are not UTF-8, signs that the terminal does not have
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             yield
         except DiptychError as error:
-            print(f"diptych: {error}", file=sys.stderr)
-            sys.exit(2)
+            _fail(str(error))
+        except MemoryError as error:
+            _fail(f"there is not enough memory ({error or 'no more was given'}); what was done is kept")
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or error.strerror is None:
+                raise
+            _fail(describe_os_error(error))
         except KeyboardInterrupt:
             sys.exit(130)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream.fileno())]
-        if not gone:  # it was another pipe, which is not for us to pass over
+        if not gone:  # it was another pipe, whose end is an error like any other
             raise
         for stream in gone:  # what is still held back would be written, and fail again, when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(_PIPE_CLOSED)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"diptych: {shorten(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the system refused, with which file, and what to do about it."""
+    advice = {
+        errno.ENOSPC: "; make room there, then start the same command again: it goes on from what is whole",
+        errno.EDQUOT: "; make room there, then start the same command again: it goes on from what is whole",
+        errno.EFBIG: "; files may not grow so large here: raise the limit (ulimit -f), then start it again",
+        errno.EMFILE: "; raise the limit of open files (ulimit -n), then start it again",
+        errno.ENFILE: "; close other programs, then start it again",
+        errno.EACCES: "; give permission, or name another place",
+        errno.EPERM: "; give permission, or name another place",
+        errno.EROFS: "; name a place that can be written",
+    }
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{place}{error.strerror}{advice.get(error.errno or 0, '')}"
 
 
 def _has_no_reader(descriptor: int) -> bool:

@@ -1,17 +1,17 @@
 """`diptych curate`: from web pages to shards, a stage at a time or all in one."""
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from diptych.cli.output import ProgressBar, list_counts, printable
 from diptych.curate.balance.config import BalanceConfig, MatchConfig
 from diptych.curate.config import DeleteConfig, PipelineConfig, WriteConfig
 from diptych.curate.fetch.config import FetchConfig
@@ -37,7 +37,7 @@ class Queries:
 
         report = queries.run(self.queries)
         for name, source in report.sources.items():
-            left_out = _counts({"empty": source.empty, "too long": source.long})
+            left_out = _dropped({"empty": source.empty, "too long": source.long})
             print(f"{name}: {source.found:,} found, {source.new:,} of them new{left_out}")
         print(f"{report.queries:,} queries: {self.queries.out}")
         return 0
@@ -53,9 +53,7 @@ class Crawl:
     def __call__(self) -> int:
         from diptych.curate.pages import crawl
 
-        with _open_engine(self.engine) as engine:
-            report = crawl.run(self.crawl, engine=engine)
-        return _print_stage(report)
+        return _run_stage(self.engine, partial(crawl.run, self.crawl))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +66,7 @@ class Filter:
     def __call__(self) -> int:
         from diptych.curate.text import filter as filters
 
-        with _open_engine(self.engine) as engine:
-            report = filters.run(self.filter, engine=engine)
-        return _print_stage(report)
+        return _run_stage(self.engine, partial(filters.run, self.filter))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +79,7 @@ class Distinct:
     def __call__(self) -> int:
         from diptych.curate.text import dedup
 
-        with _open_engine(self.engine) as engine:
-            report = dedup.run(self.distinct, engine=engine)
-        return _print_stage(report)
+        return _run_stage(self.engine, partial(dedup.run, self.distinct))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +92,7 @@ class Match:
     def __call__(self) -> int:
         from diptych.curate.balance import match
 
-        with _open_engine(self.engine) as engine:
-            report = match.run(self.match, engine=engine)
-        return _print_stage(report)
+        return _run_stage(self.engine, partial(match.run, self.match))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +123,7 @@ class Fetch:
 
         with _open_engine(self.engine) as engine, _counting("fetching") as show:
             report = fetch.run(self.fetch, engine=engine, on_progress=show)
-        print(f"addresses: {', '.join(f'{name} {count:,}' for name, count in report.outcomes.items())}")
+        print(f"addresses: {list_counts(report.outcomes)}")
         return _print_stage(report.stage)
 
 
@@ -161,9 +153,7 @@ class Write:
     def __call__(self) -> int:
         from diptych.curate import write
 
-        with _open_engine(self.engine) as engine:
-            report = write.run(self.write, engine=engine)
-        return _print_stage(report)
+        return _run_stage(self.engine, partial(write.run, self.write))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +171,7 @@ class Contamination:
         print(
             f"{report.overlapping:,} of {report.against:,} pictures ({report.share:.2%}) have a copy among "
             f"{report.pictures:,}; hashes that differ in up to {report.max_distance} bits count as copies, which finds "
-            f"{report.recall:.1%} of copies made for the purpose{_counts(report.unreadable)}"
+            f"{report.recall:.1%} of copies made for the purpose{_dropped(report.unreadable)}"
         )
         print(f"folder: {self.contamination.out}")
         return 0
@@ -210,7 +200,7 @@ class Delete:
         report = delete.run(config)
         print(f"deleted: {report.deleted:,} samples; {report.before:,} had been deleted before")
         for name in report.not_found:
-            print(f"  not found: {name}")
+            print(f"  not found: {printable(name)}")
         if report.compacted is not None:
             one = report.compacted
             print(f"compacted: {one.samples:,} samples out of {one.shards:,} shards, {one.freed:,} bytes freed")
@@ -306,32 +296,32 @@ def _open_engine(config: EngineConfig) -> "Iterator[Engine]":
     """The engine, with a progress bar of the tasks of whatever stage is run."""
     from diptych.stage.run import Engine
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tasks"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=None)
-
-        def show(stage: str, _: object, done: int, total: int) -> None:
-            progress.update(bar, description=stage, completed=done, total=total)
-
-        with Engine.open(config, show) as engine:
-            yield engine
+    with (
+        ProgressBar() as bar,
+        Engine.open(config, lambda stage, _, done, total: bar.update(done, total, "tasks", stage)) as engine,
+    ):
+        yield engine
 
 
 @contextlib.contextmanager
 def _counting(what: str) -> Iterator[Callable[[Counter[str]], None]]:
     """Say now and then how many of what there are."""
-    console = Console(stderr=True)
-    yield lambda counts: console.print(f"{what}: {', '.join(f'{k} {v:,}' for k, v in counts.most_common(5))}")
+    yield lambda counts: print(f"{what}: {list_counts(dict(counts.most_common(5)))}", file=sys.stderr, flush=True)
+
+
+def _run_stage(config: EngineConfig, run: "Callable[..., StageReport]") -> int:
+    with _open_engine(config) as engine:
+        report = run(engine=engine)
+    return _print_stage(report)
 
 
 def _print_stage(report: "StageReport") -> int:
     """Say what a stage did."""
-    print(f"{report.stage}: {report.rows:,} rows, {report.kept:,} kept{_counts(report.dropped)}")
+    print(f"{report.stage}: {report.rows:,} rows, {report.kept:,} kept{_dropped(report.dropped)}")
     print(f"tasks: {report.done:,} done, {report.found:,} had been done before; {report.seconds:.1f} s")
-    print(f"folder: {report.folder}  (manifest {report.hash})")
+    print(f"folder: {printable(report.folder)}  (manifest {report.hash})")
     return 0
 
 
-def _counts(reasons: Mapping[str, int]) -> str:
-    ranked = sorted(((count, reason) for reason, count in reasons.items() if count), reverse=True)
-    return f"; dropped: {', '.join(f'{reason} {count:,}' for count, reason in ranked)}" if ranked else ""
+def _dropped(reasons: Mapping[str, int]) -> str:
+    return f"; dropped: {list_counts(reasons)}" if any(reasons.values()) else ""

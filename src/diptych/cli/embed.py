@@ -1,17 +1,15 @@
 """`diptych embed`."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from diptych.cli.words import counted
+from diptych.cli.output import ProgressBar, counted, format_time, list_counts, printable
 from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
+from diptych.errors import PASSING
 from diptych.model.config import Activation
 
 if TYPE_CHECKING:
@@ -50,34 +48,16 @@ class Embed:
             output=self.output,
             work=self.work,
         )
-        with _Bar() as show:
+        with ProgressBar("embedding") as bar:
+
+            def show(now: "EmbedProgress") -> None:
+                skipped = f"  {now.skipped:,} skipped" if now.skipped else ""
+                left = format_time(now.seconds_left or 0)
+                bar.update(now.done, now.total, f"{now.per_second:,.0f}/s  {left} left{skipped}")
+
             report = run(config, on_progress=show)
         print_report(report, as_json=self.json)
         return 1 if report.skipped else 0
-
-
-class _Bar:
-    """A progress bar that appears with the first batch, so that an error before it stays one line."""
-
-    def __init__(self) -> None:
-        columns = TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
-        self.progress = Progress(*columns, console=Console(stderr=True))
-        self.task = self.progress.add_task("embedding", total=None, status="")
-
-    def __enter__(self) -> "Callable[[EmbedProgress], None]":
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress.live.is_started:
-            self.progress.stop()
-
-    def _show(self, now: "EmbedProgress") -> None:
-        self.progress.start()
-        minutes, seconds = divmod(int(now.seconds_left or 0), 60)
-        status = f"{now.per_second:,.0f}/s  {minutes}:{seconds:02d} left"
-        if now.skipped:
-            status += f"  {now.skipped:,} skipped"
-        self.progress.update(self.task, total=now.total, completed=now.done, status=status)
 
 
 def print_report(report: "EmbedReport", *, as_json: bool) -> None:
@@ -95,9 +75,9 @@ def print_report(report: "EmbedReport", *, as_json: bool) -> None:
     if report.resumed:
         print(f"done before: {report.resumed:,}, now: {new:,}")
     if report.skipped:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in report.skipped.items())
-        print(f"skipped: {reasons}; each is named in {report.out / 'skipped.jsonl'}")
+        print(f"skipped: {list_counts(report.skipped)}; each is named in {printable(report.out / 'skipped.jsonl')}")
+    if any(reason in PASSING for reason in report.skipped):
+        print("some could not be read by a fault of the machine; the same command tries those again")
     if report.passed_over:
-        others = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in report.passed_over.items())
-        print(f"files that were not taken for pictures: {others}")
-    print(f"features: {report.out / 'features'}")
+        print(f"files that were not taken for pictures: {list_counts(report.passed_over)}")
+    print(f"features: {printable(report.out / 'features')}")

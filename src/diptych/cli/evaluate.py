@@ -1,18 +1,17 @@
 """`diptych evaluate`."""
 
 import json
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from diptych.cli.words import counted
+from diptych.cli.output import ProgressBar, counted, is_first_rank, list_counts, printable, shorten
 from diptych.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -38,38 +37,16 @@ class Evaluate(EvaluateConfig):
     def __call__(self) -> int:
         from diptych.evaluate.run import run
 
-        with _Bar() as show:
+        with ProgressBar() as bar:
+
+            def show(now: "EvaluateProgress") -> None:
+                bar.update(now.done, now.total, what=f"{now.model} on {now.dataset} ({now.split})")
+
             report = run(self, on_progress=show)
-        if _is_first():
+        if is_first_rank():
             print_report(report, as_json=self.json)
-        nothing = _is_first() and not report.results
+        nothing = is_first_rank() and not report.results
         return 1 if report.refused or nothing else 0
-
-
-class _Bar:
-    """A progress bar that appears with the first pictures, so that an error before them stays one line."""
-
-    def __init__(self) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        self.progress = Progress(*columns, console=Console(stderr=True), disable=not _is_first())
-        self.task = self.progress.add_task("", total=None)
-
-    def __enter__(self) -> "Callable[[EvaluateProgress], None]":
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress.live.is_started:
-            self.progress.stop()
-
-    def _show(self, now: "EvaluateProgress") -> None:
-        self.progress.start()
-        what = f"{now.model} on {now.dataset} ({now.split})"
-        self.progress.update(self.task, description=what, total=now.total, completed=now.done)
-
-
-def _is_first() -> bool:
-    """Whether this process is the one of a job that speaks."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def print_report(report: "EvaluateReport", *, as_json: bool) -> None:
@@ -93,22 +70,20 @@ def print_report(report: "EvaluateReport", *, as_json: bool) -> None:
         console.print(_table(report.results))
     for result in report.results:
         for warning in result.warnings:
-            print(f"warning: {result.model}, {result.dataset}, {result.protocol}: {warning}")
-    for model, dataset, skipped in dict.fromkeys((r.model, r.dataset, _counts(r.skipped)) for r in report.results):
+            print(f"warning: {printable(f'{result.model}, {result.dataset}')}, {result.protocol}: {shorten(warning)}")
+    for model, dataset, skipped in dict.fromkeys((r.model, r.dataset, list_counts(r.skipped)) for r in report.results):
         if skipped:
-            print(f"skipped: {model}, {dataset}: pictures that cannot be used ({skipped})")
+            print(f"skipped: {printable(f'{model}, {dataset}')}: pictures that cannot be used ({skipped})")
     for one in report.refused:
-        print(f"failed: {one.model}, {one.dataset}{', ' + one.protocol if one.protocol else ''}: {one.reason}")
+        protocol = f", {one.protocol}" if one.protocol else ""
+        print(f"failed: {printable(f'{one.model}, {one.dataset}')}{protocol}: {shorten(one.reason)}")
     for name, where in report.missing.items():
-        print(f"missing: {name} ({where})")
+        print(f"missing: {printable(name)} ({shorten(where)})")
     for protocol, kinds in report.unfit.items():
         print(f"not measured: {protocol}: it is for datasets of kind {kinds}, and there is none among these")
     new = len(report.results) - report.resumed
-    print(f"{counted(new, 'result')}, {report.resumed} were there before; {report.seconds:.0f} s; in {report.out}")
-
-
-def _counts(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    before, out = f"{report.resumed} were there before", printable(report.out)
+    print(f"{counted(new, 'result')}, {before}; {report.seconds:.0f} s; in {out}")
 
 
 def _table(results: "Sequence[Result]") -> Table:
@@ -122,7 +97,7 @@ def _table(results: "Sequence[Result]") -> Table:
         interval = f"{result.ci95[0]:.1%} to {result.ci95[1]:.1%}" if result.ci95 else ""
         chance = f"{result.chance:.1%}" if result.chance is not None else ""
         table.add_row(
-            *(result.model, result.dataset, result.protocol, result.profile),
+            *(Text(printable(name)) for name in (result.model, result.dataset, result.protocol, result.profile)),
             *(f"{result.images:,}", f"{result.value:.2%}", interval, chance, result.metric),
         )
     return table

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diptych.cli.train import (
+from diptych.cli.output import is_first_rank, list_counts, print_on_first_rank
+from diptych.cli.training import (
     build_evaluators,
     check_keep_best,
     describe_evaluator,
-    is_first_rank,
-    print_on_first_rank,
     print_train_report,
     train_with_progress,
 )
@@ -84,6 +83,9 @@ class Finetune:
         report = train_with_progress(config, evaluators=evaluators)
         if is_first_rank():
             print_train_report(report)
+            for evaluator in evaluators:
+                if evaluator.broken:
+                    print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
             if report.lost:
                 print(f"stopped: more than {self.start.stop_when_lost:g} points lost in {', '.join(report.lost)}")
         if report.lost:

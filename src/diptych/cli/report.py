@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diptych.cli.words import counted
+from diptych.cli.output import counted
 from diptych.errors import UsageError
 
 if TYPE_CHECKING:

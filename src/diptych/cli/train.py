@@ -2,18 +2,23 @@
 
 import argparse
 import dataclasses
-import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from diptych.errors import UsageError, unknown_name
+from diptych.cli.output import is_first_rank, list_counts, print_on_first_rank
+from diptych.cli.training import (
+    build_evaluators,
+    check_keep_best,
+    describe_evaluator,
+    print_train_report,
+    train_with_progress,
+)
+from diptych.errors import UsageError
 from diptych.model.config import PRESETS, get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
@@ -21,10 +26,6 @@ from diptych.train.recipe import CONTINUED, get_recipe
 
 if TYPE_CHECKING:
     from diptych.evaluate.training_evaluators import TrainingEvaluator
-    from diptych.image import Preprocess
-    from diptych.tokenizer import Tokenizer
-    from diptych.train.run_folder.report import Evaluation, StepReport, TrainReport
-    from diptych.train.trainer import Evaluator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Train:
             print_train_report(report)
             for evaluator in evaluators:
                 if evaluator.broken:
-                    print(f"  {evaluator.name}: pictures left out: {_counts(evaluator.broken)}")
+                    print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
         return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
 
     def _open_evaluators(self, config: TrainConfig) -> "list[TrainingEvaluator]":
@@ -97,9 +98,8 @@ class Train:
         preprocess = Preprocess(image_size=config.model.vision.image_size)
         evaluators = build_evaluators(self.evaluate, load_tokenizer(config), preprocess, self.templates)
         check_keep_best(config.run.keep_best, evaluators)
-        if is_first_rank():
-            for evaluator in evaluators:
-                print(describe_evaluator(evaluator))
+        for evaluator in evaluators:
+            print_on_first_rank(describe_evaluator(evaluator))
         return evaluators
 
 
@@ -115,134 +115,3 @@ def with_recipe(arguments: Sequence[str]) -> type[Train]:
     fields = [(part.name, part.type, getattr(recipe, part.name)) for part in dataclasses.fields(recipe)]
     namespace = {"__doc__": Train.__doc__}
     return dataclasses.make_dataclass("Train", fields, bases=(Train,), namespace=namespace, frozen=True, kw_only=True)
-
-
-def build_evaluators(
-    specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
-) -> "list[TrainingEvaluator]":
-    """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
-    from diptych.evaluate.results import Protocol
-    from diptych.evaluate.training_evaluators import KINDS, TrainingEvaluator, open_set
-    from diptych.templates import parse_templates
-
-    prompts = parse_templates(templates)
-    evaluators: dict[str, TrainingEvaluator] = {}
-    for spec in specs:
-        name, equals, place = spec.partition("=")
-        if not (equals and name and place) or "/" in name:
-            raise UsageError(f"{spec!r} is not NAME=PATH, NAME=zeroshot:PATH or NAME=retrieval:PATH (no / in the name)")
-        if name in evaluators:
-            raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
-        protocol: Protocol | None = next((one for one in KINDS if place.startswith(f"{one}:")), None)
-        exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol)
-        evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
-    return list(evaluators.values())
-
-
-def check_keep_best(name: str | None, evaluators: "Sequence[TrainingEvaluator]") -> None:
-    """Refuse a metric that no evaluation will yield."""
-    known = [metric for evaluator in evaluators for metric in evaluator.metrics]
-    if name is not None and not known:
-        raise UsageError(f"keep_best {name} needs an evaluation that yields it; add --evaluate NAME=PATH")
-    if name is not None and name not in known:
-        raise unknown_name("keep_best metric", name, known)
-
-
-def describe_evaluator(evaluator: "TrainingEvaluator") -> str:
-    """What will be asked, and what was left out."""
-    exam = evaluator.exam
-    classes = f" of {len(exam.classnames)} classes" if exam.classnames else ""
-    end = f"; left out: {_counts(exam.samples.skipped)}" if exam.samples.skipped else ""
-    return f"evaluation {evaluator.name}: {exam.protocol} on {len(exam.samples)} pictures{classes}{end}"
-
-
-def _counts(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-
-
-def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]" = ()) -> "TrainReport":
-    """Run training under a progress bar: loss, pairs/s, share of time spent waiting for data, time left."""
-    from diptych.train import loop
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    progress = Progress(*columns, console=Console(stderr=True))
-    task = progress.add_task("training", total=None, status="")
-    pace = 0.0  # seconds a pair, of the last steps; one step alone says little
-
-    def show(report: "StepReport") -> None:
-        nonlocal pace
-        pace = 0.9 * pace + 0.1 / report.pairs_per_second if pace else 1 / report.pairs_per_second
-        if not is_first_rank():
-            return
-        progress.start()  # at the first step, so that an error before it stays one line
-        minutes, seconds = divmod(int(report.seconds_left), 60)
-        status = (
-            f"loss {report.loss:.3f}  {1 / pace:.0f} pairs/s  "
-            f"data wait {report.data_wait:.0%}  {minutes}:{seconds:02d} left"
-        )
-        progress.update(task, total=report.steps, completed=report.step, status=status)
-
-    try:
-        return loop.run(
-            config, on_step=show, evaluators=evaluators, on_evaluation=print_evaluation, on_note=print_on_first_rank
-        )
-    finally:
-        if progress.live.is_started:
-            progress.stop()
-
-
-def print_on_first_rank(line: str) -> None:
-    """One line of a job, said once."""
-    if is_first_rank():
-        print(line, flush=True)
-
-
-def print_evaluation(evaluation: "Evaluation") -> None:
-    """Fine-tuning: the headlines so far, of which the end shows all; training from scratch has nothing to compare."""
-    from diptych.train.finetune.guard import HEADLINES
-
-    if evaluation.start and 0 < evaluation.step < evaluation.steps:
-        now = {name: value for name, value in evaluation.metrics.items() if name.endswith(HEADLINES)}
-        print_on_first_rank(f"step {evaluation.step}, beside the start:")
-        for line in describe_changes(evaluation.start, now or evaluation.metrics):
-            print_on_first_rank(f"  {line}")
-
-
-def describe_changes(start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
-    """A line for each share: at the start, now, and the difference in points of a hundred."""
-    from diptych.train.finetune.guard import changes
-
-    found = changes(start, now)
-    width = max((len(change.name) for change in found), default=0)
-    return [
-        f"{change.name:{width}}  start {change.start:7.2%}  now {change.now:7.2%}  "
-        + (f"{'won' if change.points > 0 else 'lost':4} {abs(change.points):6.2f} points" if change.points else "same")
-        for change in found
-    ]
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for its job (`torchrun` starts several)."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-def print_train_report(report: "TrainReport") -> None:
-    """Say how a run ended."""
-    for line in report.passed_over:
-        print(f"passed over a damaged checkpoint: {line}")
-    if report.resumed_from:
-        print(f"continued from step {report.resumed_from}")
-    if report.skipped:
-        print(f"skipped samples: {', '.join(f'{reason} {count}' for reason, count in report.skipped.items())}")
-    print(f"step {report.steps}, {report.samples_seen} pairs seen, loss {report.loss:.4f}, {report.seconds:.0f} s")
-    lines = [f"{name} {value:.4f}" for name, value in report.metrics.items()]
-    for line in describe_changes(report.start_metrics, report.metrics) if report.start_metrics else lines:
-        print(f"  {line}")
-    print(f"checkpoint: {report.checkpoint}")
-    if report.stopped_by:
-        print(f"stopped by {report.stopped_by}; start the same command again to go on")

@@ -4,13 +4,15 @@ On a CPU many pictures are computed by threads that each take a whole batch on o
 the middle of a product, so nothing is lost when the cores are shared with decoding or with other programs.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +20,7 @@ from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.embed.stream import ImageEncoder, Tower, best_streams, encode_stream
-from diptych.errors import PictureError
+from diptych.errors import CheckpointError, PictureError, UsageError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
 from diptych.model.inference.precision import Resolved, choose_precision
@@ -35,15 +37,33 @@ def embed_images(
     """Pictures (paths, bytes, Pillow pictures, arrays [H, W, 3]) to features: float32, normalised, in their order.
 
     They are decoded while others are computed. `precision` as in `diptych.model.config`: "auto" is several times as
-    fast where bfloat16 is. Raises PictureError for one that cannot be used; sort those out with
+    fast where bfloat16 is. Raises PictureError, which names it, for one that cannot be used; sort those out with
     `diptych.image.open_picture` first.
     """
-    features = []
-    for feature in encode_each(ImageTower(loaded, precision), pictures, batch_size):
+    features, names = [], list[str]()
+    for feature in encode_each(ImageTower(loaded, precision), remember_names(pictures, names), batch_size):
         if isinstance(feature, PictureError):
-            raise feature
+            raise feature.of(names[len(features)])
         features.append(feature)
     return torch.stack(features) if features else torch.empty(0, loaded.model.config.embed_dim)
+
+
+def remember_names(pictures: Iterable[Picture], names: list[str]) -> Iterator[Picture]:
+    """The pictures; on the way each gets a name for messages: its path, or its number."""
+    if isinstance(pictures, str | bytes | Path | Image.Image):
+        raise UsageError("pictures are a list, of one if there is only one: [picture]")
+    for number, picture in enumerate(pictures):
+        names.append(str(picture) if isinstance(picture, str | Path) else f"picture {number}")
+        yield picture
+
+
+def require_finite(features: Tensor) -> Tensor:
+    """The features; CheckpointError if the weights gave NaN or infinity."""
+    if not features.isfinite().all():
+        raise CheckpointError(
+            "the model's features are not finite: its weights are broken; `diptych verify` says which"
+        )
+    return features
 
 
 class ImageTower:

@@ -11,6 +11,7 @@ from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.embed.stream import best_streams
+from diptych.errors import UsageError
 from diptych.model.config import Precision
 from diptych.model.inference.precision import choose_text_precision, get_ready
 from diptych.model.inference.text import encode_texts
@@ -28,6 +29,8 @@ def embed_texts(
     Texts of a batch that begin alike share the work of what they begin with, and no padding is computed (see
     `diptych.model.inference.text`). Both are exact; `precision="exact"` gives what `encode_text` gives, text by text.
     """
+    if isinstance(texts, str):
+        raise UsageError("texts are a list, of one if there is only one: [text]")
     model, _, tokenizer = loaded
     ready = get_ready(model.text.transformer, precision)
     features = torch.empty(len(texts), model.config.embed_dim)

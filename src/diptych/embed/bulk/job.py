@@ -28,7 +28,7 @@ from diptych.checkpoint.layouts import load
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.bulk.config import EmbedConfig
 from diptych.embed.bulk.folder import STAGE, write_features
-from diptych.embed.images import ImageTower
+from diptych.embed.images import ImageTower, require_finite
 from diptych.embed.sources import Row, Source, fetch
 from diptych.embed.stream import Encoder, ImageEncoder, encode_stream
 from diptych.embed.texts import TextEncoder
@@ -178,7 +178,7 @@ class EmbedJob(Job):
             if self.on_row is not None:
                 self.on_row(isinstance(outcome, PictureError))
         empty = torch.empty(0, self.loaded.model.config.embed_dim)
-        array = (torch.stack(features) if features else empty).numpy().astype(self.config.output.dtype)
+        array = require_finite(torch.stack(features) if features else empty).numpy().astype(self.config.output.dtype)
         names = write_features(self.folder / "features", part.name, self.config.output.format, source, ids, array)
         written = {f"features/{name}" for name in names}
         if dropped:

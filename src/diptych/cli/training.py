@@ -1,0 +1,116 @@
+"""What `train`, `finetune` and `wise-ft` share: evaluation sets, progress, and what is said at the end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diptych.cli.output import ProgressBar, format_time, list_counts, print_on_first_rank, printable
+from diptych.errors import UsageError, unknown_name
+from diptych.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from diptych.evaluate.training_evaluators import TrainingEvaluator
+    from diptych.image import Preprocess
+    from diptych.tokenizer import Tokenizer
+    from diptych.train.run_folder.report import Evaluation, StepReport, TrainReport
+    from diptych.train.trainer import Evaluator
+
+
+def build_evaluators(
+    specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
+) -> "list[TrainingEvaluator]":
+    """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
+    from diptych.evaluate.results import Protocol
+    from diptych.evaluate.training_evaluators import KINDS, TrainingEvaluator, open_set
+    from diptych.templates import parse_templates
+
+    prompts = parse_templates(templates)
+    evaluators: dict[str, TrainingEvaluator] = {}
+    for spec in specs:
+        name, equals, place = spec.partition("=")
+        if not (equals and name and place) or "/" in name:
+            raise UsageError(f"{spec!r} is not NAME=PATH, NAME=zeroshot:PATH or NAME=retrieval:PATH (no / in the name)")
+        if name in evaluators:
+            raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
+        protocol: Protocol | None = next((one for one in KINDS if place.startswith(f"{one}:")), None)
+        exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol)
+        evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
+    return list(evaluators.values())
+
+
+def check_keep_best(name: str | None, evaluators: "Sequence[TrainingEvaluator]") -> None:
+    """Refuse a metric that no evaluation will yield."""
+    known = [metric for evaluator in evaluators for metric in evaluator.metrics]
+    if name is not None and not known:
+        raise UsageError(f"keep_best {name} needs an evaluation that yields it; add --evaluate NAME=PATH")
+    if name is not None and name not in known:
+        raise unknown_name("keep_best metric", name, known)
+
+
+def describe_evaluator(evaluator: "TrainingEvaluator") -> str:
+    """What will be asked, and what was left out."""
+    exam = evaluator.exam
+    classes = f" of {len(exam.classnames)} classes" if exam.classnames else ""
+    end = f"; left out: {list_counts(exam.samples.skipped)}" if exam.samples.skipped else ""
+    return f"evaluation {printable(evaluator.name)}: {exam.protocol} on {len(exam.samples)} pictures{classes}{end}"
+
+
+def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]" = ()) -> "TrainReport":
+    """Run training under a progress bar: loss, pairs/s, share of time spent waiting for data, time left."""
+    from diptych.train import loop
+
+    pace = 0.0  # seconds a pair, of the last steps; one step alone says little
+    with ProgressBar("training") as bar:
+
+        def show(report: "StepReport") -> None:
+            nonlocal pace
+            pace = 0.9 * pace + 0.1 / report.pairs_per_second if pace else 1 / report.pairs_per_second
+            left, wait = format_time(report.seconds_left), f"data wait {report.data_wait:.0%}"
+            bar.update(
+                report.step, report.steps, f"loss {report.loss:.3f}  {1 / pace:.0f} pairs/s  {wait}  {left} left"
+            )
+
+        return loop.run(
+            config, on_step=show, evaluators=evaluators, on_evaluation=print_evaluation, on_note=print_on_first_rank
+        )
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Fine-tuning: the headlines so far, of which the end shows all; training from scratch has nothing to compare."""
+    from diptych.train.finetune.guard import HEADLINES
+
+    if evaluation.start and 0 < evaluation.step < evaluation.steps:
+        now = {name: value for name, value in evaluation.metrics.items() if name.endswith(HEADLINES)}
+        print_on_first_rank(f"step {evaluation.step}, beside the start:")
+        for line in describe_changes(evaluation.start, now or evaluation.metrics):
+            print_on_first_rank(f"  {line}")
+
+
+def describe_changes(start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """A line for each share: at the start, now, and the difference in points of a hundred."""
+    from diptych.train.finetune.guard import changes
+
+    found = changes(start, now)
+    width = max((len(change.name) for change in found), default=0)
+    return [
+        f"{change.name:{width}}  start {change.start:7.2%}  now {change.now:7.2%}  "
+        + (f"{'won' if change.points > 0 else 'lost':4} {abs(change.points):6.2f} points" if change.points else "same")
+        for change in found
+    ]
+
+
+def print_train_report(report: "TrainReport") -> None:
+    """Say how a run ended."""
+    for line in report.passed_over:
+        print(f"ignored a damaged checkpoint: {printable(line)}")
+    if report.resumed_from:
+        print(f"continued from step {report.resumed_from}")
+    if report.skipped:
+        print(f"skipped samples: {list_counts(report.skipped)}")
+    print(f"step {report.steps}, {report.samples_seen} pairs seen, loss {report.loss:.4f}, {report.seconds:.0f} s")
+    lines = [f"{name} {value:.4f}" for name, value in report.metrics.items()]
+    for line in describe_changes(report.start_metrics, report.metrics) if report.start_metrics else lines:
+        print(f"  {line}")
+    print(f"checkpoint: {printable(report.checkpoint)}")
+    if report.stopped_by:
+        print(f"stopped by {report.stopped_by}; start the same command again to go on")
