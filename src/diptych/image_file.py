@@ -49,17 +49,22 @@ def find_format(data: bytes) -> str | None:
     return next((name for signature, name in _SIGNATURES if data.startswith(signature)), None)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no content: its name begins with a dot, or macOS laid it beside its own."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def find_images(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
     """Paths of all images below a folder, relative to it and sorted, and how many other files there are by suffix.
 
-    What begins with a dot is left alone, and links to folders are not followed.
+    What is hidden is left alone, and links to folders are not followed.
     """
     names: list[str] = []
     others = Counter[str]()
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:
-            if name.startswith("."):
+            if is_hidden(name):
                 continue
             suffix = os.path.splitext(name)[1].lower()
             if suffix in IMAGE_SUFFIXES:

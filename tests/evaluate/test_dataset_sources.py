@@ -230,12 +230,79 @@ def test_a_truncated_shard_of_ours_is_named(tmp_path):
         reopen(tmp_path)
 
 
-@pytest.mark.parametrize("label", [b"4", b"-1", b"circle", b"", b"1.0"])
+@pytest.mark.parametrize("label", [b"-1", b"circle", b"", b"1.0", b"9" * 5000])
 def test_labels_that_are_none_are_counted(tmp_path, label):
     samples = [(key, label if key == "red-cross" else str(number).encode(), data) for key, number, data in pictures()]
     opened = reopen(write_wds(tmp_path, samples))
     assert opened.skipped == {"bad_label": 1}
     assert len(opened) == 23
+
+
+def test_a_label_behind_the_list_of_classes_means_that_the_list_is_another_one(tmp_path):
+    samples = [(key, b"4" if key == "red-cross" else str(n).encode(), data) for key, n, data in pictures()]
+    with pytest.raises(DatasetError, match=r"red-cross is of class 4, but classnames\.txt names 4 classes"):
+        reopen(write_wds(tmp_path, samples))
+
+
+@pytest.mark.parametrize("count", ["1000000000000", "9" * 5000])
+def test_shards_without_end_are_not_listed(tmp_path, count):
+    write_shapes(tmp_path)
+    (tmp_path / "test/nshards.txt").write_text(count)
+    with pytest.raises(DatasetError, match=r"nshards\.txt (announces|is no number)"):
+        reopen(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Test", "testing", "validation", "TRAIN"])
+def test_folders_that_are_splits_are_no_classes(tmp_path, name):
+    for folder in (name, "other"):
+        (tmp_path / folder / "a").mkdir(parents=True)
+    with pytest.raises(NotFoundError, match=f"its folders {name} are splits"):
+        reopen(tmp_path)
+
+
+def test_one_class_folder_is_no_dataset(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats/a.png").touch()
+    with pytest.raises(DatasetError, match="one class folder, cats: nothing to tell apart"):
+        reopen(tmp_path)
+
+
+def test_what_programs_lay_beside_pictures_is_not_measured(tmp_path):
+    for name in ("a", "b"):
+        for file in ("x.png", ".ipynb_checkpoints/x-checkpoint.png", "._x.png", "Thumbs.db", "y.tif"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+    (tmp_path / "__MACOSX/a").mkdir(parents=True)
+    opened = reopen(tmp_path)
+    assert opened.keys == ["a/x.png", "a/y.tif", "b/x.png", "b/y.tif"]
+    assert opened.classnames == ("a", "b")
+    assert opened.passed_over == {".db": 2}
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
+def test_a_table_may_part_its_columns_by_another_sign(tmp_path, delimiter):
+    (tmp_path / "test.csv").write_text(f"image{delimiter} label\na.png{delimiter} cat\n../b.png{delimiter} dog\n")
+    opened = reopen(tmp_path)
+    assert (opened.keys, opened.labels) == (["a.png"], ["cat"])
+    assert opened.skipped == {"outside_folder": 1}
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "[" * 100_000, '{"labels": 5, "sets": {}}', '{"labels": {}, "sets": {"a": 5}}', "\0", '"x"']
+)
+def test_frames_that_are_none_are_one_line(tmp_path, content):
+    (tmp_path / "frames.json").write_text(content)
+    with pytest.raises(DatasetError):
+        reopen(tmp_path, "frames")
+
+
+@pytest.mark.parametrize(
+    "content", [b"a = " + b"[" * 100_000, b"\xff\xfe", b"a = 1" + b"0" * 5000, b"border = -20\n[data]\n"]
+)
+def test_a_toml_of_any_content_is_one_line(tmp_path, content):
+    (tmp_path / "own.toml").write_bytes(content)
+    with pytest.raises(UsageError):
+        load_own(tmp_path / "own.toml")
 
 
 def test_vectors_that_are_none_are_counted(tmp_path):

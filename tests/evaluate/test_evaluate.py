@@ -16,6 +16,7 @@ from diptych.embed.images import embed_images
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate.config import EvaluateConfig
+from diptych.evaluate.datasets.labels import ClassIndex, align_classes
 from diptych.evaluate.metrics.measures import accuracy, retrieval
 from diptych.evaluate.models.baselines import baseline
 from diptych.evaluate.results import iter_results, load_models
@@ -264,3 +265,40 @@ def test_a_baseline_is_probed_and_refused_where_texts_are_needed(tmp_path):
     assert "reads no texts" in refused.reason
     facts = load_models(tmp_path / "results")[result.model]
     assert (facts.baseline, facts.embed_dim, facts.gflops) == (True, 27, 0.001)
+
+
+# --- classes are names, never places in a list ---
+
+
+def write_class_folders(folder, split, names):
+    for name in names:
+        (folder / split / name).mkdir(parents=True)
+        for i, colour in enumerate(COLOURS[:4]):
+            (folder / split / name / f"{i}.png").write_bytes(encode(draw(colour, SHAPES[i % 4]), "PNG"))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ("abcdefgh", "abcdefhi", "only in train: g; only in test: i"),
+        ("abcd", "bcde", "only in train: a; only in test: e"),
+        ("abc", "ab", "only in train: c"),
+        ("ab", "abc", "only in test: c"),
+    ],
+)
+def test_splits_with_other_classes_are_refused_by_name(model, tmp_path, train, test, said):
+    write_class_folders(tmp_path / "own", "train", train)
+    write_class_folders(tmp_path / "own", "test", test)
+    suite = write_own(tmp_path / "own.toml", data="path = 'own'")
+    report = evaluate(model, tmp_path, suite, protocols=("zeroshot", "probe", "fewshot"))
+    assert {result.protocol for result in report.results} == {"zeroshot"}
+    assert {refused.protocol for refused in report.refused} == {"probe", "fewshot"}
+    assert all(said in refused.reason for refused in report.refused)
+
+
+def test_splits_that_list_their_classes_in_another_order_agree():
+    test = ClassIndex(numbers=((0,), (1,), (2,)), names=(("a",), ("b",), ("c",)), templates=())
+    train = ClassIndex(numbers=((0,), (1,), (2,), (0, 1)), names=(("c",), ("a",), ("b",)), templates=())
+    aligned = align_classes(train, test, "train")
+    assert aligned.names == test.names
+    assert aligned.numbers == ((2,), (0,), (1,), (2, 0))

@@ -112,7 +112,7 @@ def test_a_set_is_the_same_for_training_and_for_evaluation(tmp_path):
     evaluator, values = ask(f"a={tmp_path / 'set'}")
     assert (evaluator.exam.classnames, values["a/images"]) == (("circle", "dot", "round ring"), 6)
     (tmp_path / "csv").mkdir()
-    lines = [f"../set/test/{shape}/red.jpg,a {shape}" for shape in ("circle", "dot")]
+    lines = [f"{tmp_path}/set/test/{shape}/red.jpg,a {shape}" for shape in ("circle", "dot")]
     (tmp_path / "csv" / "test.csv").write_text("\n".join(["image,label", *lines]))
     evaluator, values = ask(f"a={tmp_path / 'csv'}")
     assert (evaluator.exam.classnames, values["a/images"]) == (("a circle", "a dot"), 2)

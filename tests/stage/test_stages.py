@@ -278,7 +278,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     with files.hold_folder(tmp_path / "half"):
         for _ in range(2):  # who is refused leaves the holder's name
-            with pytest.raises(RunLockedError, match=rf"another process is working in .*half \({holder}\)"):
+            with pytest.raises(RunLockedError, match=rf"half is in use by another process \({holder}\)"):
                 half(tmp_path)
 
 

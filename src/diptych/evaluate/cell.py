@@ -8,6 +8,7 @@ and writes.
 import datetime
 import io
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import diptych
 from diptych import files
 from diptych.errors import DatasetError, DiptychError, NotFoundError, UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.datasets.labels import NO_CLASSES, index_labels
+from diptych.evaluate.datasets.labels import NO_CLASSES, align_classes, index_labels
 from diptych.evaluate.datasets.layouts import open_samples
 from diptych.evaluate.datasets.registry import Dataset, Place, ResolvedDataset
 from diptych.evaluate.datasets.samples import Samples
@@ -224,7 +225,7 @@ class Cell:
         splits, problems = {}, {}
         for name, samples in opened.items():
             split, problem = run_on_all_ranks(
-                self.ranks, lambda name=name, samples=samples: self._check(used, name, samples)
+                self.ranks, lambda name=name, samples=samples: self._check(used, name, samples, splits.get("test"))
             )
             if split is None or problem:
                 problems[name] = problem
@@ -253,12 +254,19 @@ class Cell:
 
         return tell
 
-    def _check(self, used: ResolvedDataset, split: str, samples: Samples) -> Split:
-        """Hold a split against the registry; DatasetError, or warnings if those are enough."""
+    def _check(self, used: ResolvedDataset, split: str, samples: Samples, test: Split | None) -> Split:
+        """Hold a split against the registry, and its classes against those of the test split; DatasetError, or warnings
+        if those are enough."""
         numbered = NO_CLASSES
         if self.entry.kind != "captions":
             numbered = index_labels(used, samples, self.place)
+            if test is not None:
+                numbered = align_classes(numbered, test.numbered, split)
         problems = []
+        if repeated := [name for name, times in Counter(names[0] for names in numbered.names).items() if times > 1]:
+            problems.append(
+                (f"several classes are called {', '.join(repeated[:5])}: only one can be recognised", False)
+            )
         try:
             used.expect(split, len(samples) + samples.skipped.total())
         except DatasetError as error:

@@ -21,6 +21,8 @@ HUB = "https://huggingface.co/datasets/"
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _TIMEOUT = 60.0
 _BLOCK = 1 << 20
+MAX_SMALL = 16 << 20
+"""Bytes of a file that is no shard."""
 
 
 def locate(entry: Dataset, data: Path) -> tuple[Place, Path] | None:
@@ -104,8 +106,8 @@ def fetch_wds(url: str, target: Path, split: str) -> None:
     for name in (CLASSNAMES, TEMPLATES, TYPE):
         _fetch(f"{base}/{name}", target / name, optional=True)
     _fetch(f"{base}/{split}/nshards.txt", target / split / "nshards.txt")
-    count = (target / split / "nshards.txt").read_text().strip()
-    if not count.isdigit():
+    count = (target / split / "nshards.txt").read_text("utf-8", "replace").strip()
+    if not count.isdigit() or len(count) > 6:
         raise DownloadError(f"{base}/{split}/nshards.txt is no number: {count[:40]!r}")
     for number in range(int(count)):
         _fetch(f"{base}/{split}/{number}.tar", target / split / f"{number}.tar")
@@ -121,6 +123,8 @@ def _fetch(url: str, target: Path, *, optional: bool = False) -> None:
             with open(temporary, "wb") as out:
                 while block := answer.read(_BLOCK):
                     out.write(block)
+                    if out.tell() > MAX_SMALL and not target.name.endswith(".tar"):
+                        raise DownloadError(f"{url} has more than {MAX_SMALL:,} bytes; it is not what its name says")
             if expected is not None and temporary.stat().st_size != int(expected):
                 raise DownloadError(f"{url}: {temporary.stat().st_size:,} bytes came, {int(expected):,} were announced")
     except urllib.error.HTTPError as error:

@@ -5,7 +5,7 @@ classes is refused. Nothing here imports torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diptych.errors import DatasetError
 from diptych.evaluate.datasets.registry import OWN, Dataset, Place, ResolvedDataset, match_classes, match_names
@@ -34,7 +34,7 @@ def index_labels(used: ResolvedDataset, samples: Samples, place: Place) -> Class
     entry = used.dataset
     labels: list[Several] = [one if isinstance(one, tuple) else (one,) for one in samples.labels]
     templates = used.templates
-    if used.profile in ("clip_benchmark", OWN) and samples.templates:
+    if samples.templates and (used.profile == "clip_benchmark" or (used.profile == OWN and not used.has_templates)):
         templates = samples.templates  # CLIP_benchmark takes what lies beside the pictures
     if not entry.classes:
         numbers, names = _classes_of_source(entry, samples, labels)
@@ -51,6 +51,21 @@ def index_labels(used: ResolvedDataset, samples: Samples, place: Place) -> Class
     base = _base_numbers(entry, samples, place, labels)
     numbers = tuple(tuple(place_of[n] for n in several) for several in base)
     return ClassIndex(numbers=numbers, names=used.names, templates=templates)
+
+
+def align_classes(index: ClassIndex, test: ClassIndex, split: str) -> ClassIndex:
+    """The labels of another split, in the order of the test split's classes: a class is its name, never a place in a
+    list. Raises DatasetError if the two do not have the same classes."""
+    if index.names == test.names:
+        return index
+    mine, theirs = ([names[0] for names in one.names] for one in (index, test))
+    alone = [(split, sorted(set(mine) - set(theirs))), ("test", sorted(set(theirs) - set(mine)))]
+    if any(names for _, names in alone) or len(set(mine)) < len(mine):
+        said = "; ".join(f"only in {where}: {', '.join(names[:5])}" for where, names in alone if names)
+        raise DatasetError(f"the classes of {split} are not those of test ({said or 'one is there twice'})")
+    place = [theirs.index(name) for name in mine]
+    numbers = tuple(tuple(place[number] for number in several) for several in index.numbers)
+    return replace(index, numbers=numbers, names=test.names)
 
 
 def _classes_of_source(
@@ -97,7 +112,7 @@ def _checked(entry: Dataset, labels: Sequence[Several], classes: int) -> tuple[t
     """Labels that are numbers of classes."""
     for several in labels:
         for one in several:
-            if not isinstance(one, int) or one >= classes:
+            if not isinstance(one, int) or not 0 <= one < classes:
                 raise DatasetError(f"{entry.id}: {one!r} is no number of one of {classes} classes")
     return tuple(tuple(int(one) for one in several) for several in labels)
 

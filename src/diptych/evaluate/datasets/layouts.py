@@ -16,7 +16,6 @@ Nothing here imports torch.
 """
 
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,16 +23,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diptych.embed.sources import Extent, Row
+from diptych import files
+from diptych.embed.sources import Extent, Row, leaves_folder
 from diptych.errors import DatasetError, NotFoundError, ShardError, UsageError
 from diptych.evaluate.datasets.registry import DatasetKind, Place
-from diptych.evaluate.datasets.samples import Label, ListedRows, Samples, plain_label
+from diptych.evaluate.datasets.samples import MAX_DIGITS, Label, ListedRows, Samples, plain_label
 from diptych.evaluate.datasets.tables import open_csv, open_parquet
-from diptych.image_file import IMAGE_SUFFIXES
+from diptych.image_file import IMAGE_SUFFIXES, find_images, is_hidden
 from diptych.shards.dataset import load_dataset
+from diptych.shards.index import MAX_TEXT_BYTES, is_metadata_of_macos
 from diptych.shards.members import Member, iter_members
 
 FOLDS = "fold_indices.txt"
+MAX_SHARDS = 1_000_000
+"""Shards of a split that nshards.txt may announce."""
+SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+"""Names of folders that are splits, never classes."""
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 
 
@@ -60,7 +65,8 @@ def open_samples(
         raise DatasetError(samples.damage[0][1])
     samples.skipped.update(reason for reason, _ in samples.damage if reason)
     if not len(samples):
-        raise DatasetError(f"{path} has no usable picture in {name}: {dict(samples.skipped) or 'nothing found'}")
+        counts = ", ".join(f"{what} {count:,}" for what, count in (samples.skipped + samples.passed_over).items())
+        raise DatasetError(f"{path} has no usable picture in {name}: {counts or 'nothing found'}")
     if split == "train" and (path / FOLDS).is_file():
         samples.folds = _read_folds(path / FOLDS, samples)
     return samples
@@ -108,7 +114,7 @@ def find_layout(path: Path, kind: DatasetKind) -> str:
         return "parquet"
     elif any(path.glob("*.csv")):
         return "csv"
-    elif any(path.glob("*.tar")):
+    elif any(path.glob("*.tar")) or any(path.glob("*/*.tar")):
         return "shards"
     elif any(folder.is_dir() for folder in path.iterdir()):
         return "folders"
@@ -124,7 +130,9 @@ def _open_wds(path: Path, split: str, place: Place, kind: DatasetKind) -> Sample
         if split != place.test or not any(path.glob("*.tar")):
             raise NotFoundError(f"{path} has no split {split}")
         folder = path
-    stated = (path / TYPE).read_text("utf-8").strip().lower() if (path / TYPE).is_file() else "classification"
+    stated = (
+        (path / TYPE).read_text("utf-8", "replace").strip().lower() if (path / TYPE).is_file() else "classification"
+    )
     expected = {"captions": "retrieval", "multi": "multilabel"}.get(kind, "classification")
     if stated != expected:
         raise DatasetError(f"{path / TYPE} says {stated}, the dataset is of kind {kind} ({expected})")
@@ -151,12 +159,14 @@ def _wds_shards(folder: Path, samples: Samples) -> list[Path]:
     """The shards that nshards.txt announces, or all that there are; whatever does not agree is noted as damage."""
     found = sorted(folder.glob("*.tar"))
     try:
-        count = int((folder / "nshards.txt").read_text().strip())
+        count = int((folder / "nshards.txt").read_text("utf-8", "replace").strip())
     except FileNotFoundError:
         samples.damage.append(("", f"{folder} has no nshards.txt, so a missing shard could not be noticed"))
         return found
     except ValueError:
         raise DatasetError(f"{folder / 'nshards.txt'} is no number") from None
+    if count > MAX_SHARDS:
+        raise DatasetError(f"{folder / 'nshards.txt'} announces {count:,} shards, at most {MAX_SHARDS:,}")
     shards = [folder / f"{number}.tar" for number in range(count)]
     missing = [shard for shard in shards if not shard.is_file()]
     names = ", ".join(shard.name for shard in missing[:3])
@@ -176,11 +186,14 @@ def _read_wds_shard(tar: Path, kind: DatasetKind, samples: Samples, rows: list[R
                 said = f"{tar} is damaged at byte {member.offset:,} ({member.reason}); fetch it again"
                 samples.damage.append((member.reason, said))
             continue
+        if is_metadata_of_macos(member.name):
+            continue
         stem, _, suffix = member.name.rpartition(".")
         if suffix.lower() in found.setdefault(stem, {}):
             samples.damage.append(("duplicate_key", f"{tar} has {member.name} twice"))
             continue
         found[stem][suffix.lower()] = member
+    classes = len(samples.classnames or ())
     suffix, before = {"captions": "txt", "multi": "npy"}.get(kind, "cls"), set(samples.keys)
     with open(tar, "rb") as handle:
         for key, members in found.items():
@@ -189,7 +202,11 @@ def _read_wds_shard(tar: Path, kind: DatasetKind, samples: Samples, rows: list[R
                 samples.skipped["no_image" if picture is None else "no_label"] += 1
                 continue
             handle.seek(members[suffix].offset)
-            label = _read_label(handle.read(members[suffix].size), kind, len(samples.classnames or ()))
+            label = _read_label(handle.read(min(members[suffix].size, MAX_TEXT_BYTES)), kind, classes)
+            if classes and isinstance(label, int) and label >= classes:
+                said = f"{tar}: {key} is of class {label}, but {CLASSNAMES} names {classes} classes, 0 to {classes - 1}"
+                samples.damage.append(("bad_label", said))
+                continue
             if label is None:
                 samples.skipped["bad_label"] += 1
                 continue
@@ -212,9 +229,7 @@ def _read_label(data: bytes, kind: DatasetKind, classes: int) -> Label | None:
         fits = vector.ndim == 1 and (not classes or len(vector) == classes) and np.isin(vector, (0, 1)).all()
         return tuple(np.flatnonzero(vector).tolist()) if fits else None
     text = data.strip()
-    if not text.isdigit() or (classes and int(text) >= classes):
-        return None
-    return int(text)
+    return int(text) if text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
 # --- folders of pictures ---
@@ -225,20 +240,27 @@ def _open_folders(path: Path, split: str, _place: Place, kind: DatasetKind) -> S
         raise UsageError(f"{path}: folders of classes give one label to each picture, the dataset is of kind {kind}")
     if (path / split).is_dir():
         root = path / split
-    elif split in ("train", "val") or any((path / other).is_dir() for other in ("train", "val", "test")):
-        raise NotFoundError(f"{path} has no split {split}")
     else:
         root = path
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        splits = [folder.name for folder in path.iterdir() if folder.is_dir() and folder.name.lower() in SPLIT_WORDS]
+        if split in ("train", "val") or splits:
+            there = f"; its folders {', '.join(sorted(splits))} are splits: name them in [data]" if splits else ""
+            raise NotFoundError(f"{path} has no split {split}{there}")
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not is_hidden(folder.name))
+    if len(folders) == 1:
+        raise DatasetError(
+            f"{root} has one class folder, {folders[0].name}: nothing to tell apart; name the folder above the classes"
+        )
     samples = Samples(path, "folders", classnames=tuple(folder.name for folder in folders))
     rows = []
     for number, folder in enumerate(folders):
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
-                key = file.relative_to(root).as_posix()
-                samples.keys.append(key)
-                samples.labels.append(number)
-                rows.append(Row(key, file))
+        names, others = find_images(folder)
+        samples.passed_over += others
+        for name in names:
+            key = f"{folder.name}/{Path(name).as_posix()}"
+            samples.keys.append(key)
+            samples.labels.append(number)
+            rows.append(Row(key, folder / name))
     samples.rows = ListedRows(rows)
     return samples
 
@@ -266,7 +288,7 @@ def _open_shards(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
             if row["key"] in dataset.deleted:
                 samples.skipped["deleted"] += 1
                 continue
-            details = json.loads(row["details"])
+            details = files.parse_json(row["details"])
             value = (details.get("captions") or row["caption"]) if kind == "captions" else details.get(place.label)
             parsed = plain_label(value, kind, 0)
             if parsed is None:
@@ -292,6 +314,8 @@ def _open_frames(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
     groups: tuple[tuple[int, ...], ...] = ()
     if (path / "frames.json").is_file():
         data = read_json(path / "frames.json")
+        if not isinstance(data, dict):
+            raise DatasetError(f"{path / 'frames.json'} is no table of labels and sets")
         labels, sets, names = data.get("labels"), data.get("sets"), data.get("classes")
     elif (path / "metadata" / "pmsets.json").is_file():
         labels, sets = read_json(path / "metadata" / "labels.json"), read_json(path / "metadata" / "pmsets.json")
@@ -300,8 +324,12 @@ def _open_frames(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
         groups = _read_groups(path / "misc", index)
     else:
         raise NotFoundError(f"{path} has neither frames.json nor metadata/pmsets.json")
-    if not isinstance(labels, dict) or not isinstance(sets, dict) or not sets:
-        raise DatasetError(f"{path}: frames need `labels` and `sets`")
+    if not isinstance(labels, dict) or not isinstance(sets, dict) or not sets or not all(map(_is_names, sets.values())):
+        raise DatasetError(f"{path}: frames need `labels` (frame: classes) and `sets` (anchor: list of frames)")
+    if names is not None and not _is_names(names):
+        raise DatasetError(f"{path}: `classes` of frames is no list of names")
+    if outside := next((one for anchor, some in sets.items() for one in (anchor, *some) if leaves_folder(one)), None):
+        raise DatasetError(f"{path}: frame {outside} lies outside of the dataset")
     samples = Samples(path, "frames", classnames=tuple(names) if names else None, imagenet_groups=groups)
     rows = []
     samples.sets = {anchor: tuple(neighbours) for anchor, neighbours in sets.items()}
@@ -319,6 +347,10 @@ def _open_frames(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
     return samples
 
 
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _read_groups(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     """ImageNet's classes in each class of ImageNet-Vid-Robust, as its own files say; none if they are not there."""
     if not all((folder / name).is_file() for name in ("rev_wnid_map.json", "imagenet_class_index.json")):
@@ -334,7 +366,7 @@ def _read_groups(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[int, ...
 def read_json(path: Path) -> Any:
     """A JSON file of a dataset; DatasetError for one that is missing or is none."""
     try:
-        return json.loads(path.read_bytes())
+        return files.read_json(path)
     except FileNotFoundError:
         raise DatasetError(f"{path} is missing") from None
     except ValueError as error:

@@ -67,8 +67,8 @@ class Place:
 class Profile:
     """How one party uses a dataset."""
 
-    templates: str | tuple[str, ...] = ("a photo of a {}.",)
-    """The name of a list (imagenet_80), or templates."""
+    templates: str | tuple[str, ...] = ()
+    """The name of a list (imagenet_80), or templates; none: those that lie beside the pictures, or a photo of a {}."""
     classes: tuple[str | tuple[str, ...], ...] = ()
     """Names of its own, in an order of its own."""
     metric: str | None = None
@@ -142,14 +142,15 @@ class Dataset:
         """The dataset as a profile has it."""
         name, profile = self.select_profile(wanted)
         names = tuple((n,) if isinstance(n, str) else n for n in profile.classes)
-        templates = (profile.templates,) if isinstance(profile.templates, str) else profile.templates
+        templates = (profile.templates,) if isinstance(profile.templates, str) else tuple(profile.templates)
         order = match_classes(self, [n[0] for n in names]) if names and self.classes else range(len(self.classes))
         return ResolvedDataset(
             dataset=self,
             profile=name,
             names=names or self.names,
             order=tuple(order),
-            templates=parse_templates(templates),
+            templates=parse_templates(templates or ("a photo of a {}.",)),
+            has_templates=bool(templates),
             metric=profile.metric or self.metric,
             prefix=profile.prefix,
             splits=profile.splits,
@@ -167,6 +168,8 @@ class ResolvedDataset:
     order: tuple[int, ...]
     """For each of them its number among the dataset's classes."""
     templates: tuple[str, ...]
+    has_templates: bool
+    """Whether the profile says so; else those of the source count."""
     metric: str
     prefix: str
     splits: Mapping[str, int]
@@ -203,7 +206,7 @@ def load_own(path: Path) -> Dataset:
     """A user's own entry, a TOML file."""
     if not path.is_file():
         raise NotFoundError(f"no such file: {path} (a TOML that describes a dataset, see docs/evaluate.md)")
-    return _parse(path.stem, path.read_text("utf-8"), str(path), path.parent)
+    return _parse(path.stem, path.read_bytes(), str(path), path.parent)
 
 
 def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
@@ -220,7 +223,7 @@ def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
 def _load_named(name: str) -> tuple[Dataset, ...]:
     if name.endswith(".toml"):
         path = Path(name)
-        if path.is_file() and "datasets" in (data := _read_toml(path.read_text("utf-8"), name)):
+        if path.is_file() and "datasets" in (data := _read_toml(path.read_bytes(), name)):
             if set(data) != {"datasets"} or not isinstance(data["datasets"], list):
                 raise UsageError(f"{name}: a suite is a list `datasets` of ids and TOML files, and nothing else")
             members = [str(path.parent / n) if str(n).endswith(".toml") else str(n) for n in data["datasets"]]
@@ -234,14 +237,14 @@ def _load_named(name: str) -> tuple[Dataset, ...]:
     raise unknown_name("suite or dataset", name, (*SUITES, *known_datasets()))
 
 
-def _read_toml(text: str, where: str) -> dict[str, Any]:
+def _read_toml(text: str | bytes, where: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is no TOML: {error}") from None
 
 
-def _parse(name: str, text: str, where: str, folder: Path | None = None) -> Dataset:
+def _parse(name: str, text: str | bytes, where: str, folder: Path | None = None) -> Dataset:
     data = _read_toml(text, where)
     try:
         if made := {"id", "ids", "folder"} & data.keys():
@@ -289,6 +292,8 @@ def _check(entry: Dataset) -> None:
             raise UsageError(f"profile {name} has {len(profile.classes)} classes, the dataset {len(entry.classes)}")
         if any(type(count) is not int or count < 1 for count in profile.splits.values()):
             raise UsageError(f"splits of profile {name} must be counts of pictures, not {profile.splits}")
+    if entry.border < 0:
+        raise UsageError(f"border {entry.border} must be 0 or more: pixels to cut off every side")
     if entry.metric not in allowed:
         raise unknown_name(f"metric of kind {entry.kind}", entry.metric, allowed)
     if entry.metric == "roc_auc" and len(entry.classes) not in (0, 2):

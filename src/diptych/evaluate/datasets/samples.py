@@ -14,6 +14,8 @@ from diptych.evaluate.datasets.registry import DatasetKind
 
 Label = int | str | tuple[int, ...] | tuple[str, ...]
 """A class by number or name; several of them; or captions."""
+MAX_DIGITS = 9
+"""Digits of a class's number; what has more is none."""
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Samples:
     """Neighbours of each anchor, where samples are frames."""
     imagenet_groups: tuple[tuple[int, ...], ...] = ()
     """For each of `classnames` the classes of ImageNet that it covers, if the source says."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Suffix -> files that were not taken for pictures."""
     folds: tuple[tuple[int, ...], ...] = ()
     """Parts of a train split that its authors train on one after the other, by place among the samples."""
 

@@ -1,7 +1,6 @@
 """Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
 
 import csv
-import json
 import re
 from pathlib import Path
 from typing import cast
@@ -9,10 +8,11 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diptych.embed.sources import ParquetSource, Row
+from diptych.embed.sources import ParquetSource, Row, leaves_folder
 from diptych.errors import DatasetError, NotFoundError
 from diptych.evaluate.datasets.registry import DatasetKind, Place
-from diptych.evaluate.datasets.samples import ColumnRows, Label, ListedRows, Samples, plain_label
+from diptych.evaluate.datasets.samples import MAX_DIGITS, ColumnRows, Label, ListedRows, Samples, plain_label
+from diptych.files import parse_json
 
 _SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})")
 
@@ -33,6 +33,10 @@ def open_parquet(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
         values = pq.read_table(file, columns=[label]).column(0).to_pylist()
         for row, value in enumerate(values, before):
             parsed = plain_label(value, kind, len(names or ()))
+            if names and type(value) is int and value >= len(names):
+                said = f"{file} has a label {value}, but names {len(names)} classes, 0 to {len(names) - 1}"
+                samples.damage.append(("bad_label", said))
+                continue
             if parsed is None:
                 samples.skipped["no_label" if value is None else "bad_label"] += 1
                 continue
@@ -79,10 +83,10 @@ def _read_schema(file: Path) -> tuple[pa.Schema, int]:
 def _class_label_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Class names as Hugging Face datasets keep them in the schema."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         feature = features[column]
         names = feature.get("names") or feature.get("feature", {}).get("names")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
     return tuple(map(str, names)) if names else None
 
@@ -110,8 +114,11 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
         file = others[0]
     try:
         with open(file, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle)
-            header, table = list(reader.fieldnames or ()), list(reader)
+            head = handle.readline()
+            handle.seek(0)
+            reader = csv.DictReader(handle, delimiter=max(",;\t|", key=head.count), skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            header, table = list(reader.fieldnames), list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
     label = place.captions if kind == "captions" and place.captions in header else place.label
@@ -129,6 +136,8 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
         parsed = _csv_label(value, kind)
         if parsed is None or not picture:
             samples.skipped["no_label" if picture else "no_image"] += 1
+        elif leaves_folder(picture):
+            samples.skipped["outside_folder"] += 1
         elif kind == "captions" and picture in places:  # a line for every caption of a picture
             before = cast(tuple[str, ...], samples.labels[places[picture]])
             samples.labels[places[picture]] = (*before, *cast(tuple[str, ...], parsed))
@@ -154,4 +163,5 @@ def _csv_label(value: str, kind: DatasetKind) -> Label | None:
 
 
 def _number_or_name(value: str) -> int | str:
-    return int(value) if value.isascii() and value.isdigit() and str(int(value)) == value else value
+    digits = value.isascii() and value.isdigit() and len(value) <= MAX_DIGITS
+    return int(value) if digits and str(int(value)) == value else value
