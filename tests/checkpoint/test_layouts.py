@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -614,3 +615,26 @@ def test_a_folder_without_a_config_names_the_files_that_may_be_meant(tmp_path):
     torch.save({}, tmp_path / "a.pt")
     with pytest.raises(NotFoundError, match=r"name one of its files: a\.pt"):
         layouts.load(tmp_path)
+
+
+@pytest.mark.parametrize("theirs", ["thesis.txt", "step_00000100/model.safetensors", "notes/a.md", "train.py"])
+def test_overwriting_replaces_a_model_and_nothing_of_anybody(tmp_path, theirs):
+    loaded = make_loaded(VIT)
+    layouts.save(loaded, tmp_path / "project")
+    (tmp_path / "project" / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / "project" / theirs).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds more than a checkpoint .{theirs.split('/')[0]}"):
+        layouts.save(loaded, tmp_path / "project", overwrite=True)
+    assert (tmp_path / "project" / theirs).read_text() == "mine"
+    (tmp_path / "link").symlink_to("project")
+    with pytest.raises(UsageError, match="is a link"):
+        layouts.save(loaded, tmp_path / "link", overwrite=True)
+
+
+def test_a_model_is_written_for_whom_the_user_s_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        layouts.save(make_loaded(VIT), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o644}

@@ -1,8 +1,10 @@
 import csv
 import io
 import json
+import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fetching import engine
@@ -36,8 +38,9 @@ def curve():
 
 
 def test_copies_are_told_from_other_pictures(curve):
-    place = curve.choose(0.99)
+    place, shown = curve.choose(0.99)
     assert place >= 4
+    assert shown
     assert curve.precision[place] >= 0.99
     assert curve.recall[place] > 0.7
     assert np.all(np.diff(curve.recall) >= 0)
@@ -131,3 +134,51 @@ def test_the_first_view_is_the_hash_that_the_filters_use():
     for seed in range(5):
         data = encode(scene(seed, (700, 500)))
         assert int(hash_encoded(data)[0]) == hash_picture(data)
+
+
+def blobs(seed: int) -> Image.Image:
+    """A few soft blobs: different pictures whose hashes are often near each other."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:48, :64]
+    grey = np.zeros((48, 64))
+    for _ in range(4):
+        cx, cy, size, weight = rng.uniform(0, 64), rng.uniform(0, 48), rng.uniform(6, 24), rng.uniform(-1, 1)
+        grey += weight * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * size**2))
+    return Image.fromarray(np.uint8(255 * (grey - grey.min()) / np.ptp(grey))).convert("RGB")
+
+
+@pytest.mark.parametrize("tested", [8, 30])
+def test_pictures_that_have_nothing_in_common_are_no_copies_however_many_there_are(tmp_path, tested):
+    write_shards(pairs({f"t{i}": blobs(1000 + i) for i in range(700)}), tmp_path / "train")
+    write_shards(pairs({f"e{i}": blobs(i) for i in range(tested)}), tmp_path / "test")
+    config = ContaminationConfig(data=tmp_path / "train", against=tmp_path / "test", out=tmp_path / "out")
+    report = run(config, engine=engine)
+    assert report.overlapping <= 1
+    assert not report.promised
+    assert report.expected_false >= report.overlapping
+
+
+def test_any_set_of_pictures_can_be_asked_about(tmp_path):
+    """As people have evaluation sets: class folders, tars of labels, tables of bytes; captions are not needed."""
+    drawn = {f"{'ab'[i % 2]}/{i}.png": encode(scene(i), "PNG") for i in range(6)}
+    write_shards(pairs({"t0": scene(0), "t1": scene(100)}), tmp_path / "train")
+    for name, data in drawn.items():
+        (tmp_path / "folders" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folders" / name).write_bytes(data)
+    (tmp_path / "folders/a/broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "wds/test").mkdir(parents=True)
+    with tarfile.open(tmp_path / "wds/test/0.tar", "w") as tar:
+        for name, data in drawn.items():
+            for suffix, content in (("png", data), ("cls", b"0")):
+                info = tarfile.TarInfo(f"{name[2:-4]}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "table").mkdir()
+    table = pa.table({"image": [{"bytes": data, "path": None} for data in drawn.values()], "label": [0] * 6})
+    pq.write_table(table, tmp_path / "table/test.parquet")
+    for name, key in (("folders", "a/0.png"), ("wds", "0"), ("table", "0")):
+        config = ContaminationConfig(data=tmp_path / "train", against=tmp_path / name, out=tmp_path / f"out-{name}")
+        report = run(config, engine=engine)
+        assert (report.against, report.overlapping) == (6, 1), name
+        assert pq.read_table(config.out / "overlap.parquet")["key"].to_pylist() == [key]
+        assert report.unreadable == ({"not_a_picture": 1} if name == "folders" else {})

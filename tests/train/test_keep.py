@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import fields, is_dataclass, replace
@@ -15,7 +16,7 @@ from diptych.checkpoint.formats import native
 from diptych.errors import CheckpointError, RunLockedError, UsageError
 from diptych.files import hold_folder
 from diptych.train import loop
-from diptych.train.run_folder.checkpoints import Mirror
+from diptych.train.run_folder.checkpoints import CheckpointManager, Mirror
 from samples import train_config, write_samples
 
 
@@ -197,3 +198,16 @@ def test_nothing_that_changes_the_result_may_change_within_a_run():
         *("device", "micro_batch_size", "sharding", "recompute", "timeout", "extend_to"),
         *("cache_features", "feature_cache", "stop_when_lost"),
     ])  # fmt: skip
+
+
+def test_a_copy_of_one_s_own_is_no_checkpoint_of_the_run(data, tmp_path):
+    """It is neither gone on from nor deleted, whatever its name begins with."""
+    config = train_config(data, tmp_path / "run", steps=3)
+    loop.run(config)
+    for name in ("step_best", "step_00000001_backup", "00000007"):
+        shutil.copytree(tmp_path / "run/step_00000003", tmp_path / "run" / name)
+    (tmp_path / "run/step_notes.txt").write_text("mine")
+    CheckpointManager(tmp_path / "run", replace(config.run, keep_last=1)).saved(3, [])
+    assert native.step_folders(tmp_path / "run") == [tmp_path / "run/step_00000003"]
+    assert (tmp_path / "run/step_notes.txt").read_text() == "mine"
+    assert all((tmp_path / "run" / name).is_dir() for name in ("step_best", "step_00000001_backup", "00000007"))

@@ -7,6 +7,7 @@ convert(loaded, out, layout)   the same, and holds the features read back agains
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,6 +178,7 @@ def _writing(loaded: Loaded, out: Path, name: str, overwrite: bool) -> Iterator[
     if (reason := layout.why_not(loaded)) is not None:
         raise UsageError(f"the layout {name} cannot hold this model: {reason}; diptych's own layout holds every model")
     out.parent.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(out.parent, out.name)  # of a kill, which may have taken the name of the old one too
     place = files.atomic_file(out) if layout.is_file else files.atomic_folder(out)
     with place as temporary:
         layout.write(temporary, loaded)
@@ -188,8 +190,15 @@ def check_place(out: Path, name: str, *, overwrite: bool) -> None:
     is_file = LAYOUTS[name].is_file
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; name another place, or --overwrite it")
+    if out.is_symlink():
+        raise UsageError(f"{out} is a link, which is not overwritten; name what it leads to")
     if out.is_dir() and (is_file or not _holds_a_model(out)):
         raise UsageError(f"{out} is a folder that holds no checkpoint, and is not overwritten; name another place")
+    if out.is_dir() and (others := _find_others(out)):
+        named = ", ".join(others[:3])
+        raise UsageError(
+            f"{out} holds more than a checkpoint ({named}), all of which --overwrite would delete; name another place"
+        )
     if out.is_file() and not is_file:
         raise UsageError(f"{out} is a file, and the layout {name} is a folder; name another place")
 
@@ -197,6 +206,20 @@ def check_place(out: Path, name: str, *, overwrite: bool) -> None:
 def _holds_a_model(folder: Path) -> bool:
     names = {native.DESCRIPTION, open_clip.CONFIG, transformers.CONFIG, *onnx.FILES.values()}
     return any((folder / name).is_file() for name in names) or not any(folder.iterdir())
+
+
+def _find_others(folder: Path) -> list[str]:
+    """Names of what is in a folder and in no layout: a run's checkpoints, somebody's own files."""
+    return sorted(one.name for one in folder.iterdir() if one.is_dir() or not _KNOWN.fullmatch(one.name))
+
+
+_KNOWN = re.compile(
+    r"(checkpoint|training|diptych_tokenizer|preprocess|config|open_clip_config|preprocessor_config|processor_config|tokenizer"
+    r"|tokenizer_config|special_tokens_map|vocab)\.json|merges\.txt|README\.md|\.gitattributes|.*\.onnx(\.data)?"
+    r"|(model|training|open_clip_model|pytorch_model|open_clip_pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)"
+    r"|(model|pytorch_model)\.(safetensors|bin)\.index\.json"
+)
+"""Files that the layouts have."""
 
 
 def _read_back(written: Path, original: Loaded) -> dict[str, float]:

@@ -171,8 +171,14 @@ class Contamination:
         print(
             f"{report.overlapping:,} of {report.against:,} pictures ({report.share:.2%}) have a copy among "
             f"{report.pictures:,}; hashes that differ in up to {report.max_distance} bits count as copies, which finds "
-            f"{report.recall:.1%} of copies made for the purpose{_dropped(report.unreadable)}"
+            f"{report.recall:.1%} of copies made for the purpose, and by chance at most {report.expected_false:.1f}"
+            f"{_dropped(report.unreadable)}"
         )
+        if not report.promised:
+            print(
+                f"warning: a precision of {self.contamination.precision:g} is not shown by so few pictures against "
+                f"{report.pictures:,}: some of what was found may be no copy; look at overlap.parquet"
+            )
         print(f"folder: {self.contamination.out}")
         return 0
 

@@ -216,7 +216,7 @@ def find(path: Path) -> Path:
 def newest_valid(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint of a run whose files are all intact, and those passed over with the reason."""
     skipped = []
-    for folder in sorted(run.glob(f"{STEP_PREFIX}*"), reverse=True):
+    for folder in step_folders(run):
         try:
             read_description(folder)
         except (CheckpointError, NotFoundError) as error:
@@ -226,15 +226,23 @@ def newest_valid(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
+def step_folders(run: Path) -> list[Path]:
+    """Folders of a run that are checkpoints by their names, the newest first; `step_best` is somebody's own."""
+    named = [(step, folder) for folder in run.glob(f"{STEP_PREFIX}*") if (step := step_of(folder)) is not None]
+    return [folder for _, folder in sorted(named, reverse=True) if folder.is_dir() and not folder.is_symlink()]
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / f"{STEP_PREFIX}{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step whose checkpoint lies there, if one does by its name."""
+    """The step whose checkpoint lies there, if one does by its name: `step_00001000` and nothing else, since old ones
+    are deleted."""
     digits = folder.name.removeprefix(STEP_PREFIX)
-    return int(digits) if digits.isdigit() else None
+    exact = folder.name.startswith(STEP_PREFIX) and digits.isascii() and digits.isdigit() and len(digits) >= 8
+    return int(digits) if exact else None
 
 
 def _fingerprint(description: Mapping[str, Any]) -> str:

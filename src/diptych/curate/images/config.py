@@ -46,13 +46,14 @@ class ContaminationConfig:
     """How much of an evaluation set is in a training set."""
 
     data: Path
-    """The training set: a folder of shards, a tar, or a folder of pairs with pictures."""
+    """The training set: a folder of shards, tars, tables or images, a tar, or a folder of pairs with pictures."""
     against: Path
     """The evaluation set, likewise."""
     out: Path
     """Folder for overlap.parquet, curve.csv and contamination.json."""
     precision: float = 0.99
-    """The threshold is the one that finds most of the copies while this share of what it finds are copies."""
+    """The threshold is the one that finds most of the copies while this share of what it finds are copies, and no more
+    than the rest of the evaluation set would be found by chance in a training set of this size."""
     max_distance: int | None = None
     """Use this threshold (bits of 64) instead of choosing one."""
     samples: int = 500

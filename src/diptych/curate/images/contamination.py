@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +26,15 @@ from diptych import files
 from diptych.curate.images.config import ContaminationConfig
 from diptych.curate.images.phash import Found, Hashes, find_near
 from diptych.curate.images.prepare import decode_small, on_white
-from diptych.curate.images.threshold import MAX_DISTANCE, VIEWS, Curve, hash_encoded, measure_curve
+from diptych.curate.images.threshold import MAX_DISTANCE, VIEWS, Curve, hash_decoys, hash_encoded, measure_curve
 from diptych.curate.rows import with_reason
+from diptych.embed.bulk.inputs import open_inputs
+from diptych.embed.sources import Row, ShardSource, fetch
 from diptych.errors import NotFoundError, PictureError, UsageError
+from diptych.image_file import IMAGE_SUFFIXES, find_images
 from diptych.shards.dataset import DATASET_FILE, load_dataset
-from diptych.stage.folder import MANIFEST_FILE, part_paths, read_manifest, read_part, read_rows
+from diptych.shards.tombstones import read_tombstones
+from diptych.stage.folder import MANIFEST_FILE, part_paths, read_manifest, read_rows
 from diptych.stage.job import Task
 from diptych.stage.run import Engine, StageReport, part_name
 
@@ -43,6 +48,8 @@ OVERLAP = pa.schema(
         pa.field("copies", pa.int64(), nullable=False),
     ]
 )
+_IMAGES = 1024
+"""Images of a folder that are hashed by one task."""
 _ROWS = 1024
 _CHUNK = 1 << 16
 
@@ -67,6 +74,8 @@ class ContaminationReport:
     """Share of copies in what it finds, among the made pairs."""
     expected_false: float
     """Pictures of the evaluation set that would be found by chance if the sets had nothing in common, at most."""
+    promised: bool
+    """Whether the threshold is shown to keep the precision that was asked for in a training set of this size."""
     unreadable: dict[str, int]
     """Reason -> pictures of either set."""
 
@@ -75,9 +84,13 @@ def run(config: ContaminationConfig, *, engine: Engine) -> ContaminationReport:
     """Compare the sets and write the result."""
     data = hash_set(config.data, config.out / "data", engine)
     against = hash_set(config.against, config.out / "against", engine)
-    curve = measure_curve(_sample(config), config.seed)
-    threshold = curve.choose(config.precision) if config.max_distance is None else config.max_distance
+    sample = _sample(config)
+    others = (views for _, views in _iter_hashes(config.out / "data"))
+    curve = measure_curve(sample, config.seed).with_decoys(hash_decoys(sample), others)
     _write_curve(curve, config.out / "curve.csv")
+    threshold, promised = curve.choose(config.precision, data.kept)
+    if config.max_distance is not None:
+        threshold, promised = config.max_distance, promised and config.max_distance <= threshold
     keys, views = read_hashes(config.out / "against")
     overlap = compare(keys, views, _iter_hashes(config.out / "data"), threshold)
     _write_table(overlap, config.out / "overlap.parquet")
@@ -90,7 +103,8 @@ def run(config: ContaminationConfig, *, engine: Engine) -> ContaminationReport:
         max_distance=threshold,
         recall=float(curve.recall[place]),
         precision=float(curve.precision[place]),
-        expected_false=float(min(1.0, curve.false_rate[place] * data.kept) * len(keys)),
+        expected_false=float(curve.false_share(data.kept, at_most=True)[place] * len(keys)),
+        promised=promised,
         unreadable=dict(Counter(data.dropped) + Counter(against.dropped)),
     )
     files.write_json(config.out / "contamination.json", asdict(report))
@@ -99,13 +113,16 @@ def run(config: ContaminationConfig, *, engine: Engine) -> ContaminationReport:
 
 @dataclass(frozen=True)
 class HashPictures:
-    """A stage: paths of tars or of parts with pictures -> the hashes of each picture."""
+    """A stage: paths of tars, tables or images -> the hashes of each picture."""
+
+    root: Path = Path()
+    """The folder that keys of images count from."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for path in batch.column("path").to_pylist():
                 keys, views, reasons = [], [], []
-                for key, image in iter_pictures(Path(path)):
+                for key, image in iter_pictures(Path(path), self.root):
                     found = _hash_or_reason(image)
                     keys.append(key)
                     views.append(None if isinstance(found, str) else found.tolist())
@@ -121,38 +138,76 @@ def _hash_batch(keys: list, views: list, reasons: list) -> pa.RecordBatch:
     return with_reason(pa.RecordBatch.from_arrays(columns, schema=HASHES), reasons)
 
 
-def _hash_or_reason(image: bytes | None) -> Hashes | str:
+def _hash_or_reason(image: bytes | PictureError) -> Hashes | str:
+    if isinstance(image, PictureError):
+        return image.reason
     try:
-        return hash_encoded(image) if image else "empty"
+        return hash_encoded(image)
     except PictureError as error:
         return error.reason
 
 
-def iter_pictures(path: Path) -> Iterator[tuple[str, bytes | None]]:
-    """Key and encoded picture of every row of a tar or of a part."""
-    if path.suffix == ".parquet":
-        for batch in read_part(path, ["key", "image"]):
-            yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
+def iter_pictures(path: Path, root: Path = Path()) -> Iterator[tuple[str, bytes | PictureError]]:
+    """Key and encoded picture, or why there is none, of every row of a tar, a table or a part; or of one image, whose
+    key is its path from `root`. Neither captions nor labels are needed."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        rows = iter([Row(path.relative_to(root).as_posix(), path)])
+    elif path.suffix == ".tar":
+        source = ShardSource.open(path, "image")
+        yield from ((key, PictureError(reason, key)) for key, reason in source.lost)
+        deleted = read_tombstones(path.parent)
+        rows = (row for row in source.read(0, source.rows) if row.id not in deleted)
     else:
-        for pair in load_dataset(path).pairs:
-            yield pair.key, pair.image
+        (source,) = open_inputs([f"{path}:{_image_column(path)}"], "image")
+        keys = (
+            None if "key" not in pq.read_schema(path).names else pq.read_table(path, columns=["key"])["key"].to_pylist()
+        )
+        rows = (row._replace(id=keys[int(row.id)]) if keys else row for row in source.read(0, source.rows))
+    for row in rows:
+        try:
+            yield row.id, cast(bytes, fetch(row))
+        except PictureError as error:
+            yield row.id, error
+
+
+def _image_column(path: Path) -> str:
+    """The column of a table that holds pictures, by the names that people give it."""
+    names = pq.read_schema(path).names
+    found = next((name for name in ("image", "img", "picture", "jpg", "bytes") if name in names), None)
+    if found is None:
+        raise UsageError(f"{path} has no column of pictures called image; it has {', '.join(names)}")
+    return found
 
 
 def picture_files(folder: Path) -> tuple[list[Path], str | None]:
-    """The files that hold a set's pictures, and the hash of the stage that wrote them, if one did."""
+    """The files that hold a set's pictures, and the hash of the stage that wrote them, if one did: parts, shards, the
+    tars and Parquet files below a folder, or its images (class folders, for example)."""
     if (folder / MANIFEST_FILE).exists() and not (folder / DATASET_FILE).exists():
         return part_paths(folder), read_manifest(folder).hash
     if not folder.exists():
-        raise NotFoundError(f"no such set of pictures: {folder}; name a folder of shards, a tar, or a stage's folder")
-    dataset = load_dataset(folder)
-    return [shard.path for shard in dataset.shards], dataset.content_hash
+        raise NotFoundError(f"no such set of pictures: {folder}; name a folder of shards, tars, tables or images")
+    if folder.is_file():
+        return [folder], None
+    if (folder / DATASET_FILE).exists():
+        dataset = load_dataset(folder)
+        return [shard.path for shard in dataset.shards], dataset.content_hash
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".tar", ".parquet") and path.is_file())
+    images = [folder / name for name in find_images(folder)[0]] if not files else []
+    if not files and not images:
+        raise NotFoundError(f"no pictures in {folder}: no images, .tar or .parquet in it or below")
+    return files or images, None
 
 
 def hash_set(path: Path, out: Path, engine: Engine) -> StageReport:
     """Hash a set's pictures into a stage's folder."""
     inputs, parent = picture_files(path)
-    tasks = [Task(part_name(i), (one,), rows=False) for i, one in enumerate(inputs)]
-    return engine.run_stage(HashPictures(), tasks, out, {"views": VIEWS}, schema=HASHES, parent=parent)
+    size = _IMAGES if inputs[0].suffix.lower() in IMAGE_SUFFIXES else 1
+    tasks = [
+        Task(part_name(i), tuple(inputs[at : at + size]), rows=False)
+        for i, at in enumerate(range(0, len(inputs), size))
+    ]
+    root = path if path.is_dir() else path.parent
+    return engine.run_stage(HashPictures(root), tasks, out, {"views": VIEWS}, schema=HASHES, parent=parent)
 
 
 def _iter_hashes(folder: Path) -> Iterator[tuple[list[str], Hashes]]:
@@ -234,8 +289,8 @@ def _sample(config: ContaminationConfig) -> list[Image.Image]:
     wanted = {keys[i] for i in chosen}
     pictures = []
     for path in picture_files(config.against)[0]:
-        for key, image in iter_pictures(path):
-            if key in wanted and image:
+        for key, image in iter_pictures(path, config.against):
+            if key in wanted and not isinstance(image, PictureError):
                 wanted.discard(key)
                 picture = on_white(decode_small(image, 512))
                 picture.thumbnail((512, 512))

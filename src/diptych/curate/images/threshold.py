@@ -9,8 +9,8 @@ held against all others (not copies). That gives recall and precision for each d
 """
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from diptych.curate.images.prepare import decode_to_hash, to_hash
 MAX_DISTANCE = 20
 """Where the curve ends: beyond it everything resembles everything."""
 VIEWS = 13
+MAX_PAIRS = 1 << 29
+"""Pairs of decoys and other pictures that are looked at: half a minute."""
+_BLOCK = 4096
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -96,10 +99,44 @@ class Curve:
     copies: int
     others: int
 
-    def choose(self, precision: float) -> int:
-        """The largest distance with this precision at it and below; 0 if there is none."""
-        enough = np.logical_and.accumulate(self.precision >= precision)
-        return max(0, int(enough.sum()) - 1)
+    def false_share(self, against: int, *, at_most: bool = False) -> NDArray[np.float64]:
+        """For each distance, the share of pictures that would be taken for copies of one of `against` others, if none
+        were. `at_most`: a rate that was seen so few times may be higher (Poisson, about 95 %)."""
+        seen = self.false_rate * self.others
+        more = 2 * np.sqrt(seen) + 3 if at_most else 0.0
+        rate = np.minimum(1.0, (seen + more) / max(self.others, 1))
+        return 1 - (1 - rate) ** against
+
+    def choose(self, precision: float, against: int = 1) -> tuple[int, bool]:
+        """The largest distance with this precision at it and below, and whether that is shown rather than estimated.
+
+        The precision is that among the made copies; besides, no more than the rest of all pictures may be found by
+        chance in a set of so many others. 0 if there is no such distance.
+        """
+        for at_most in (True, False):
+            kept = (self.precision >= precision) & (self.false_share(against, at_most=at_most) <= 1 - precision)
+            if enough := int(np.logical_and.accumulate(kept).sum()):
+                return enough - 1, at_most
+        return 0, False
+
+    def with_decoys(self, decoys: Hashes, theirs: Iterable[Hashes]) -> "Curve":
+        """The curve with what decoys find in the other set: turned pictures, of which it holds no copy."""
+        false, pairs = np.zeros(MAX_DISTANCE + 1), 0
+        for some in theirs:
+            for start in range(0, len(some), _BLOCK):
+                apart = distances(decoys, some[start : start + _BLOCK])
+                false += np.histogram(apart, np.arange(MAX_DISTANCE + 2))[0]
+                pairs += apart.size
+            if pairs > MAX_PAIRS:
+                break
+        counts = self.false_rate * self.others + np.cumsum(false)
+        return replace(self, false_rate=counts / max(self.others + pairs, 1), others=self.others + pairs)
+
+
+def hash_decoys(pictures: Sequence[Image.Image]) -> Hashes:
+    """Hashes of pictures turned by 90, 180 and 270 degrees: much like pictures, and copies of none."""
+    turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+    return np.stack([hash_views(picture.transpose(turn)) for picture in pictures for turn in turns])
 
 
 def distances(hashes: NDArray[np.uint64], against: NDArray[np.uint64]) -> NDArray[np.uint8]:

@@ -53,7 +53,7 @@ class CheckpointManager:
         """A checkpoint was made: delete those that have had their time, copy this one."""
         self._saved_at = time.monotonic()
         kept = {step} | ({self.best[1]} if self.best else set())
-        folders = sorted(self.out.glob(f"{native.STEP_PREFIX}*"), reverse=True)
+        folders = native.step_folders(self.out)
         gone = [f for f in folders[self.run.keep_last :] if native.step_of(f) not in kept] if self.run.keep_last else []
         for folder in gone:
             files.remove_folder(folder)
@@ -62,7 +62,7 @@ class CheckpointManager:
 
     def fetch(self) -> list[str]:
         """Fill an empty folder from the mirror with its newest intact checkpoint; what was passed over, and why."""
-        if self.mirror is None or any(self.out.glob(f"{native.STEP_PREFIX}*")):
+        if self.mirror is None or native.step_folders(self.out):
             return []
         return self.mirror.fetch(self.out)
 
@@ -103,7 +103,7 @@ class Mirror:
         """Copy the newest intact checkpoint and the logs to `out`."""
         passed_over = []
         names = sorted((self._names(self.root)), reverse=True)
-        for name in (name for name in names if name.startswith(native.STEP_PREFIX)):
+        for name in (name for name in names if native.step_of(Path(name)) is not None):
             with contextlib.suppress(NotFoundError), files.atomic_folder(out / name) as temporary:
                 try:
                     for file in self._names(f"{self.root}/{name}"):
