@@ -32,7 +32,7 @@ fix: .venv/dev   ## let ruff mend and format
 	$(VENV)/ruff format .
 
 bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenizer
-	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/parity.py benchmarks/hostile.py benchmarks/kill.py,$(wildcard benchmarks/*.py))); do \
+	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/checkouts.py benchmarks/parity.py benchmarks/hostile.py benchmarks/kill.py,$(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(VENV)/python $$file $(ARGS); done
 
 parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)

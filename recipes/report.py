@@ -24,6 +24,7 @@ from diptych.pair import Pair
 matplotlib.use("Agg")
 
 _RIGHT, _WRONG = "#2d7a3e", "#b3401f"
+_PALE = {_RIGHT: "#a5d3b0", _WRONG: "#eab8a6"}
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
@@ -114,7 +115,7 @@ def draw_overview(
     left, right = np.ravel(np.array(figure.subfigures(1, 2, width_ratios=(1, 1.25))))
     _draw_diagonal(left, matrix, batch)
     right.suptitle(
-        f"{title}: {scores['acc1']:.1%} right among {scores['classes']} names (chance {scores['chance']:.2%})",
+        f"{title}, never seen: {scores['acc1']:.1%} right of {scores['classes']} names (chance {scores['chance']:.2%})",
         fontsize=11,
     )
     correct = [example for example in examples if example.answers[0][0] == example.label]
@@ -137,7 +138,9 @@ def _draw_diagonal(figure: SubFigure, matrix: NDArray[np.float32], batch: Sequen
     axes.set_xticks(range(len(batch)), captions, rotation=90, fontsize=8)
     axes.set_yticks([])
     for row, pair in enumerate(batch):
-        icon = OffsetImage(np.asarray(to_rgb(open_picture(pair.image or b""))), zoom=13 / 32)
+        image = np.asarray(to_rgb(open_picture(pair.image or b"")))
+        size = max(image.shape)
+        icon = OffsetImage(image, zoom=11 / size)
         place = AnnotationBbox(
             icon, (-0.02, row), xycoords=("axes fraction", "data"), box_alignment=(1, 0.5), frameon=False
         )
@@ -149,7 +152,7 @@ def _draw_answers(cells: Sequence[Axes], example: Example, color: str) -> None:
     picture.imshow(np.asarray(to_rgb(open_picture(example.picture))))
     picture.set_axis_off()
     names, shares = zip(*example.answers[:3], strict=True)
-    bars.barh(range(len(names)), shares, color=[color if name == example.label else "#b8bec8" for name in names])
+    bars.barh(range(len(names)), shares, color=[_PALE[color] if name == example.label else "#d5d9df" for name in names])
     for place, name in enumerate(names):
         bars.text(0.02, place, textwrap.shorten(name, 26, placeholder=" …"), va="center", fontsize=9)
     bars.set(xlim=(0, 1), ylim=(2.6, -0.6))

@@ -52,7 +52,7 @@ class Embed:
 
             def show(now: "EmbedProgress") -> None:
                 skipped = f"  {now.skipped:,} skipped" if now.skipped else ""
-                left = format_time(now.seconds_left or 0)
+                left = format_time(now.seconds_left or 0.0)
                 bar.update(now.done, now.total, f"{now.per_second:,.0f}/s  {left} left{skipped}")
 
             report = run(config, on_progress=show)

@@ -1,0 +1,109 @@
+"""What commands print, on terminals and into logs, about names that anybody may have given."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diptych.cli import describe_os_error, exit_on_error, output
+from diptych.cli.output import ProgressBar, list_counts, printable, shorten
+
+HOSTILE = ["a\x1b]0;PWNED\x07b", "\x1b[2J", "a\rb", "a\nb", "\x9b31m", "\u202egpj.exe", "\udcff", "\0", "\x7f"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_steers_the_terminal(name):
+    shown = printable(name)
+    assert shown.isprintable()
+    assert shown.isascii()
+    assert shown.encode()
+
+
+@pytest.mark.parametrize("name", ["a cat", "犬", "année", "👩‍🔬", "[bold]", "می‌خواهم", "C:\\pictures"])
+def test_names_of_all_alphabets_stay_as_they_are(name):
+    assert printable(name) == name
+
+
+def test_a_line_has_an_end():
+    assert shorten("x" * 1_000_000, 100) == "x" * 100 + " ... (1,000,000 characters)"
+    assert list_counts({"a\x1b": 1, "": 2, "none": 0}) == "no suffix 2, a\\x1b 1"
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 10.0, 31.0, 31.0, 32.0, 33.0, 33.0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    with ProgressBar("training") as bar:
+        for done, status in ((1, "loss 3.000"), (2, ""), (3, "loss 2.000"), (9, "loss 1.000"), (9, "loss 1.000")):
+            bar.update(done, 9, status)
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 1 of 9  loss 3.000",
+        "training: 3 of 9  loss 2.000",
+        "training: 9 of 9  loss 1.000",
+    ]
+
+
+def test_only_the_first_rank_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with ProgressBar("training") as bar:
+        bar.update(1, 9)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (28, "make room there"),
+        (13, "give permission"),
+        (30, "can be written"),
+        (24, "ulimit -n"),
+        (27, "ulimit -f"),
+        (5, ""),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(number, advice, capsys):
+    error = OSError(number, os.strerror(number), "/somewhere/a.jpg")
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        raise error
+    assert ended.value.code == 2
+    assert advice in describe_os_error(error)
+    printed = capsys.readouterr().err
+    assert printed == f"diptych: {describe_os_error(error)}\n"
+    assert printed.startswith("diptych: /somewhere/a.jpg: ")
+
+
+def test_a_shortage_of_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit), exit_on_error():
+        raise MemoryError
+    assert capsys.readouterr().err.startswith("diptych: there is not enough memory")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_terminal_can_show_any_name(encoding, tmp_path):
+    script = """
+from diptych.cli import exit_on_error
+from diptych.cli.classify import print_answers
+from pathlib import Path
+with exit_on_error():
+    print_answers(Path("犬\\udcff [final].png"), [("[bold]cat", 0.75), ("犬", 0.25)], as_json=False)
+"""
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode(encoding).splitlines()
+    assert "[final].png" in lines[0]
+    assert "[bold]cat" in lines[1]
+    assert ("█" if encoding == "utf-8" else "#") * 22 in lines[1]
+
+
+def test_json_is_what_machines_read_whatever_the_names_are():
+    script = """
+from diptych.cli.classify import print_answers
+from pathlib import Path
+print_answers(Path("a\\x1b.png"), [("[/INST]", 0.5)], as_json=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"image": "a\x1b.png", "labels": [{"label": "[/INST]", "probability": 0.5}]}
+    assert io.StringIO(done.stdout).read().count("\n") == 1
