@@ -51,7 +51,7 @@ def test_train_makes_a_run_and_says_how_it_ended(tmp_path, capsys):
     assert "step 3, 24 pairs seen" in capsys.readouterr().out
     assert (tmp_path / "run/step_00000003/model.safetensors").exists()
     assert call(*arguments) == 0
-    assert "continued from step 3" in capsys.readouterr().out
+    assert "nothing was left to train" in capsys.readouterr().out
 
 
 def test_plan_prints_a_table_for_people(capsys):

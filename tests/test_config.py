@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from diptych.config import from_dict, to_dict
+from diptych.config import from_dict, hide_secrets, to_dict
 from diptych.errors import UsageError
 from diptych.model.config import PRESETS, CLIPConfig, ResNetConfig, TextConfig, ViTConfig, get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
-from diptych.train.config import OptimConfig, TrainConfig
+from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 from samples import TINY_RESNET, TINY_VIT, train_config
 
 
@@ -59,3 +59,34 @@ def test_contradictions_are_refused_where_they_are_written(make, message):
 def test_a_source_is_written_as_path_at_weight():
     assert SourceConfig.parse("a/b@0.5") == SourceConfig(path=Path("a/b"), weight=0.5)
     assert SourceConfig.parse("a/b") == SourceConfig(path=Path("a/b"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(OptimConfig, "lr"), (OptimConfig, "weight_decay"), (RunConfig, "epochs"), (LossConfig, "patch_dropout")],
+)
+def test_a_setting_that_is_no_number_is_refused_by_name(kind, name, value):
+    with pytest.raises(UsageError, match=name):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("weight", ["inf", "nan", "1e308", "0", "-1"])
+def test_a_weight_that_no_epoch_can_have_is_refused(weight):
+    with pytest.raises(UsageError, match=r"(?i)weight"):
+        SourceConfig.parse(f"data@{weight}")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://key:secret@bucket/run", "s3://***@bucket/run"),
+        ("https://host/a?x=1&token=abc&sig=d", "https://host/a?x=1&token=***&sig=***"),
+        ("https://h/a?X-Amz-Signature=0123&y=2", "https://h/a?X-Amz-Signature=***&y=2"),
+        ("s3://user@bucket/run", "s3://user@bucket/run"),
+        ("/data/a:b@0.5", "/data/a:b@0.5"),
+    ],
+)
+def test_passwords_in_urls_are_written_nowhere(url, shown):
+    assert hide_secrets(url) == shown
+    assert to_dict(RunConfig(mirror=url))["mirror"] == shown

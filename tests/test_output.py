@@ -107,3 +107,11 @@ print_answers(Path("a\\x1b.png"), [("[/INST]", 0.5)], as_json=True)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert json.loads(done.stdout) == {"image": "a\x1b.png", "labels": [{"label": "[/INST]", "probability": 0.5}]}
     assert io.StringIO(done.stdout).read().count("\n") == 1
+
+
+def test_a_package_of_an_extra_that_is_missing_is_one_line(capsys):
+    with pytest.raises(SystemExit), exit_on_error():
+        raise ModuleNotFoundError("No module named 'orjson'", name="orjson")
+    assert "install diptych with its extra: pip install '.[curate]'" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), exit_on_error():
+        raise ModuleNotFoundError("No module named 'diptych.nothing'", name="diptych.nothing")

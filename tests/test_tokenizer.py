@@ -389,3 +389,8 @@ def test_loading_says_what_is_wrong_with_a_file(tmp_path, small):
     path.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_without_a_vocabulary_has_clip_s():
+    assert Tokenizer() == Tokenizer.clip()
+    assert Tokenizer()(["a cat"]).tolist() == Tokenizer.clip()(["a cat"]).tolist()

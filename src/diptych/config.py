@@ -6,6 +6,8 @@ here; a key that the class does not know is an error, never ignored. Where a fie
 """
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -47,6 +49,8 @@ def _encode(hint: Any, value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         item_hint = (typing.get_args(hint) or (Any,))[0]
         return [_encode(item_hint, item) for item in value]
+    if isinstance(value, str):
+        return hide_secrets(value)  # it is written into files that are shown around
     return str(value) if isinstance(value, Path) else value
 
 
@@ -97,3 +101,24 @@ def _dataclasses_in(hint: Any) -> dict[str, type]:
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+_SECRETS = re.compile(
+    r"(?<=://)[^/@\s:]*:[^/@\s]*(?=@)|(?<=[?&](?:sig|key)=)[^&\s]+|(?<=[?&]token=)[^&\s]+|(?<=Signature=)[^&\s]+"
+)
+
+
+def hide_secrets(text: str) -> str:
+    """A text without the passwords and tokens of the URLs in it.
+
+    >>> hide_secrets("s3://me:secret@host/a?x=1&token=abc")
+    's3://***@host/a?x=1&token=***'
+    """
+    return _SECRETS.sub("***", text) if "://" in text else text
+
+
+def require_finite(config: Any) -> None:
+    """Raise UsageError for a setting that is NaN or infinite."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name} {value} is no number that can be used")

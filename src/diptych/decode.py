@@ -1,7 +1,7 @@
 """Encoded bytes -> an image of Pillow's, within bounds, or the counted reason why there is none.
 
-The one place where files of images are read and parsed. It imports no torch, so that the processes of curation, which
-decode what strangers sent, start quickly.
+Every image comes through here, but for JPEGs that `diptych.image` lets libjpeg-turbo decode at a reduced scale. It
+imports no torch, so that the processes of curation, which decode what strangers sent, start quickly.
 """
 
 import contextlib

@@ -47,7 +47,8 @@ PASSING = frozenset({"unreadable", "out_of_memory"})
 class PictureError(DiptychError):
     """The bytes are not a picture that can be used.
 
-    `reason` is one short word from `diptych.decode.REASONS`: it is counted, printed and stored.
+    `reason` is one short word, of a picture from `diptych.decode.REASONS`: it is counted, printed and stored. Rows of
+    tables and texts have some of their own (`diptych.embed.sources`), and curation has (`diptych.curate.images`).
     """
 
     @property

@@ -1,6 +1,7 @@
 """What an image file is: the formats that are read, their suffixes, their first bytes, and where they lie in a folder.
 
-The one table of the project: `classify`, `embed`, shards, evaluation sets and curation take the same files for images.
+The one table of the project: `classify`, `embed`, shards and evaluation sets take the same files for images. Curation
+takes fewer (`diptych.curate.images.prepare.FORMATS`), since it decodes what strangers sent.
 """
 
 import os

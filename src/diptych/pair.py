@@ -1,4 +1,4 @@
-"""`Pair`: an image and a text that belong together, the one record that travels from a web page to a batch."""
+"""`Pair`: an image and a text that belong together, as it is written into shards and read from them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
 class Pair:
     """One row of `SCHEMA`.
 
-    Early in the flow `image_url` is known and `image` is not; from the fetch on it is the other way round.
+    Before it is fetched, `image_url` is known and `image` is not.
     """
 
     key: str

@@ -134,8 +134,8 @@ class Tokenizer:
     Two tokenizers are equal when their fields are; `fingerprint` names the vocabulary alone.
     """
 
-    merges: tuple[str, ...] = field(repr=False)
-    """Pairs to merge, best first, each written as two tokens with a space between: "c at</w>"."""
+    merges: tuple[str, ...] = field(default_factory=lambda: _clip_merges(), repr=False)
+    """Pairs to merge, best first, each written as two tokens with a space between: "c at</w>"; by default CLIP's."""
     context_length: int = 77
     """Default length of a row in tokens, start and end token included."""
     special_tokens: SpecialTokens = "escape"

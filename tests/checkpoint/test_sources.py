@@ -290,6 +290,10 @@ def test_the_table_decides_where_the_config_is_silent_and_a_contradiction_is_ref
     [
         ("ViT-B-32/opena", "did you mean openai|ViT-B-32/openai"),
         ("ViT-B/openai", "did you mean"),
+        ("ViT-B/32", "is an architecture; name its weights too, such as ViT-B-32/"),
+        ("ViT-L-14", "is an architecture; name its weights too, such as ViT-L-14/"),
+        ("openai/clip-vit-base-patch32", "did you mean hf-hub:openai/clip-vit-base-patch32"),
+        ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "did you mean hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
         ("ViT-B-32-quickgelu/laion2b_s34b_b79k", "trained with GELU; use ViT-B-32/laion2b_s34b_b79k"),
         ("runs/none/model", "no such model: runs/none/model"),
         ("./none", "no file or folder"),

@@ -204,6 +204,7 @@ def test_unconfirmed_numbers_are_marked(page):
     assert re.search(r"<td>93\.80<", page)
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(study, page, tmp_path):
     write_report(study, tmp_path / "r.html", title="Results <made up>", command="diptych report results")
     assert (tmp_path / "r.html").read_text("utf-8") == page

@@ -211,3 +211,23 @@ def test_a_copy_of_one_s_own_is_no_checkpoint_of_the_run(data, tmp_path):
     assert native.step_folders(tmp_path / "run") == [tmp_path / "run/step_00000003"]
     assert (tmp_path / "run/step_notes.txt").read_text() == "mine"
     assert all((tmp_path / "run" / name).is_dir() for name in ("step_best", "step_00000001_backup", "00000007"))
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "[" * 100_000, "{}", "5"])
+def test_a_run_whose_settings_are_lost_is_not_gone_on_with_in_a_guess(data, tmp_path, content):
+    loop.run(train_config(data, tmp_path / "run", steps=3))
+    path = tmp_path / "run/config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises((CheckpointError, UsageError)):
+        loop.run(train_config(data, tmp_path / "run", steps=3))
+
+
+def test_a_log_that_lost_its_end_is_gone_on_with_and_never_filled_with_zeros(data, tmp_path):
+    loop.run(train_config(data, tmp_path / "run", steps=3))
+    path = tmp_path / "run/metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="has lost .* bytes since the last checkpoint"):
+        loop.run(train_config(data, tmp_path / "run", steps=3))
+    assert whole.startswith(path.read_bytes().rpartition(b"\n")[0])
+    assert b"\0" not in path.read_bytes()

@@ -64,7 +64,7 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(data, alone, tmp_path, w
 @pytest.mark.parametrize("options", [
     pytest.param({"micro_batch_size": 3}, marks=pytest.mark.slow),
     {"micro_batch_size": 3, "sharding": "fsdp"},
-    {"recompute": True, "loss": {"positives": "caption"}},
+    pytest.param({"recompute": True, "loss": {"positives": "caption"}}, marks=pytest.mark.slow),
     pytest.param({"recompute": True, "sharding": "fsdp"}, marks=pytest.mark.slow),
     {"loss": {"loss": "siglip"}},
     pytest.param({"half_statistics": True, "sharding": "fsdp"}, marks=pytest.mark.slow),

@@ -147,7 +147,7 @@ def test_a_rank_that_hangs_ends_in_one_clear_error_within_the_timeout(data, stra
     assert_goes_on_as(straight, data, tmp_path / "run")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_without_room_ends_all_with_its_reason(data, straight, tmp_path, rank):
     no_room = "__import__('resource').setrlimit(__import__('resource').RLIMIT_FSIZE, (4096, 4096))"
     on_step = f"__import__('os').environ['RANK'] == '{rank}' and report.step == 5 and {no_room}"
@@ -182,7 +182,7 @@ FAILS = """from diptych import files
 """Let the first rank fail at each thing that it does alone, then write a checkpoint."""
 
 
-@pytest.mark.parametrize("sharding", ["fsdp", "ddp"])
+@pytest.mark.parametrize("sharding", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_whatever_the_first_rank_fails_at_no_other_waits_for_it(data, straight, tmp_path, sharding):
     out = tmp_path / "run"
     shutil.copytree(straight, out)

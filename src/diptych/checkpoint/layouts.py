@@ -103,6 +103,13 @@ def open_checkpoint(source: str | Path, *, activation: Activation | None = None,
 def _no_checkpoint(folder: Path) -> NotFoundError:
     if any((folder / name).is_file() for name in onnx.FILES.values()):
         return NotFoundError(f"no checkpoint in {folder}: it holds ONNX files, a computation that cannot be read back")
+    if (folder / "adapter_config.json").is_file():
+        return NotFoundError(
+            f"no checkpoint in {folder}: it is a LoRA adapter; name the run's folder, or its base model"
+        )
+    if (folder / "modules.json").is_file():
+        inner = next(iter(sorted(folder.glob("*_CLIPModel"))), folder / "0_CLIPModel")
+        return NotFoundError(f"no checkpoint in {folder}: it is a sentence-transformers folder; name {inner}")
     weights = sorted(file.name for pattern in ("*.pt", "*.bin", "*.safetensors") for file in folder.glob(pattern))
     hint = f"; name one of its files: {', '.join(weights[:5])}" if weights else ""
     return NotFoundError(

@@ -8,6 +8,7 @@ The cache, tokens, progress bars, resumption of broken transfers and offline mod
 HF_ENDPOINT) are the library's. What was downloaded is held against the sha256 that the hub names it by.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What each layout consists of: its config, what may lie beside it, and its weights, the best first.
 _NATIVE = "checkpoint.json"
 _FOREIGN = {
-    "open_clip_config.json": ((), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
+    "open_clip_config.json": (
+        (),
+        ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+    ),
     "config.json": (
         (
             *("preprocessor_config.json", "processor_config.json"),
@@ -118,17 +122,24 @@ def find_name(name: str) -> Published:
         if plain != name and found.activation != "quick_gelu":
             raise UsageError(f"{name} does not exist: these weights were trained with GELU; use {plain}")
         return found
-    looks_like_a_path = name.startswith((".", "/", "~")) or "\\" in name or Path(name).suffix in _SUFFIXES
-    if "/" not in name or looks_like_a_path or name.count("/") > 1:
-        raise NotFoundError(
-            f"no such model: {name} (no file or folder of this name; repositories are named hf-hub:owner/name, "
-            "published weights like ViT-B-32/openai)"
-        )
+    architectures = {known.split("/")[0] for known in table}
+    if (written := name.replace("/", "-").removesuffix("@336px")) in architectures:  # as in the paper: ViT-B/32
+        tags = [known for known in table if known.split("/")[0] == written]
+        raise NotFoundError(f"{name} is an architecture; name its weights too, such as {' or '.join(tags[:3])}")
     architecture = name.split("/")[0]
-    if any(known.split("/")[0] == architecture for known in table):
+    if architecture in architectures:
         raise unknown_name("published weights", name, (n for n in table if n.split("/")[0] == architecture))
-    near = str(unknown_name("architecture", architecture, {known.split("/")[0] for known in table}))
-    raise NotFoundError(f"no such model: {name} (no such path, and no published weights: {near})")
+    looks_like_a_path = name.startswith((".", "/", "~")) or "\\" in name or Path(name).suffix in _SUFFIXES
+    if name.count("/") == 1 and not looks_like_a_path and not Path(architecture).is_dir():
+        near = difflib.get_close_matches(architecture, architectures, n=1)
+        hint = f"{near[0]}/{name.split('/')[1]}" if near else f"hf-hub:{name}"
+        raise NotFoundError(f"no such model: {name} (no such path, and no published weights); did you mean {hint}?")
+    beside = sorted(path.name for path in Path(name).parent.iterdir()) if Path(name).parent.is_dir() else []
+    there = f"; in {Path(name).parent} there are {', '.join(beside[:5])}" if "/" in name and beside else ""
+    raise NotFoundError(
+        f"no such model: {name} (no file or folder of this name{there}; repositories are named hf-hub:owner/name, "
+        "published weights like ViT-B-32/openai)"
+    )
 
 
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".safetensors", ".json"})

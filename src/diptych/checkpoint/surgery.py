@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from diptych.checkpoint.config import Resize, WeightsDtype
 from diptych.checkpoint.loaded import Loaded, build_meta
-from diptych.errors import unknown_name
+from diptych.errors import UsageError, unknown_name
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig
 from diptych.tokenizer import Tokenizer
 
+MAX_IMAGE_SIZE, MAX_CONTEXT = 8192, 1 << 16
+"""Beyond these, positions alone take more memory than the model."""
 PRECISIONS: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -31,6 +33,8 @@ PRECISIONS: Mapping[str, torch.dtype] = {
 
 def resize_image(loaded: Loaded, image_size: int, resize: Resize = "open_clip") -> Loaded:
     """The same model for pictures of another size, pixels. Also a ResNet's, whose attention pool has positions."""
+    if image_size > MAX_IMAGE_SIZE:
+        raise UsageError(f"image_size {image_size} is too large; use at most {MAX_IMAGE_SIZE:,} pixels")
     if resize not in get_args(Resize):
         raise unknown_name("way to resize", str(resize), get_args(Resize))
     config = loaded.model.config
@@ -59,6 +63,8 @@ def resize_context(loaded: Loaded, context_length: int) -> Loaded:
     Shorter: the first positions stay, so the features of texts that fit do not change. Longer: linear interpolation,
     as in OpenCLIP, which moves every position.
     """
+    if context_length > MAX_CONTEXT:
+        raise UsageError(f"context_length {context_length} is too large; use at most {MAX_CONTEXT:,} tokens")
     config = loaded.model.config
     config = replace(config, text=replace(config.text, context_length=context_length))
     state = dict(loaded.model.state_dict())

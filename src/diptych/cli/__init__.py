@@ -25,6 +25,7 @@ from diptych.cli.output import shorten
 from diptych.cli.plan import Plan
 from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
+from diptych.config import hide_secrets
 from diptych.errors import DiptychError, UsageError, unknown_name
 
 Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
@@ -48,6 +49,18 @@ _PIPE_CLOSED = 128 + 13
 """What a shell makes of a program that SIGPIPE ended."""
 
 
+_EXTRA_OF = {
+    **dict.fromkeys(
+        ("orjson", "selectolax", "ada_url", "resiliparse", "py3langid", "aiohttp", "aiodns", "webencodings"), "curate"
+    ),
+    **dict.fromkeys(("matplotlib", "jinja2"), "report"),
+    **{name: name for name in ("timm", "ray", "tensorboard", "wandb")},
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "peft": "lora",
+}
+"""Package -> the extra of ours that brings it."""
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """Print an error of ours, or of the disk, as one line and exit with code 2, in commands and recipes alike. A closed
@@ -60,6 +73,10 @@ def exit_on_error() -> Iterator[None]:
             yield
         except DiptychError as error:
             _fail(str(error))
+        except ModuleNotFoundError as error:
+            if (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])) is None:
+                raise
+            _fail(f"this needs the package {error.name}; install diptych with its extra: pip install '.[{extra}]'")
         except MemoryError as error:
             _fail(f"there is not enough memory ({error or 'no more was given'}); what was done is kept")
         except OSError as error:
@@ -80,7 +97,7 @@ def exit_on_error() -> Iterator[None]:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"diptych: {shorten(message)}", file=sys.stderr)
+    print(f"diptych: {shorten(hide_secrets(message))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""`diptych classify`."""
+"""`diptych classify`: pictures and labels to bars or JSON."""
 
 import json
 import sys

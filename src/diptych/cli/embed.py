@@ -1,4 +1,4 @@
-"""`diptych embed`."""
+"""`diptych embed`: folders, tars, tables and texts to a folder of features."""
 
 import json
 from dataclasses import dataclass, field

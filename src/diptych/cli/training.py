@@ -103,7 +103,9 @@ def print_train_report(report: "TrainReport") -> None:
     """Say how a run ended."""
     for line in report.passed_over:
         print(f"ignored a damaged checkpoint: {printable(line)}")
-    if report.resumed_from:
+    if report.resumed_from == report.steps:
+        print("nothing was left to train: the run was done before")
+    elif report.resumed_from:
         print(f"continued from step {report.resumed_from}")
     if report.skipped:
         print(f"skipped samples: {list_counts(report.skipped)}")

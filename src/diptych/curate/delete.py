@@ -1,6 +1,5 @@
 """Deleting samples from a dataset: by key, by the address of the picture or of the page it was found on."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +70,7 @@ def _read_list(path: Path) -> Iterator[str]:
 
 
 def _addresses(details: str) -> list[str]:
-    values = json.loads(details)
+    values = files.parse_json(details)
     return [value for name in URLS if isinstance(value := values.get(name), str)]
 
 

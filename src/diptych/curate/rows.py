@@ -47,6 +47,6 @@ def with_reason(batch: pa.RecordBatch, reasons: Sequence[str | None]) -> pa.Reco
 
 
 def draw(seed: int, *parts: object) -> float:
-    """A number in [0, 1) that depends on its arguments alone. For whole columns see `balance.pair_draws`."""
+    """A number in [0, 1) that depends on its arguments alone. For whole columns see `balance.policies.pair_draws`."""
     text = "\0".join(map(str, (seed, *parts)))
     return (xxhash.xxh3_64_intdigest(text.encode()) >> 11) / 2.0**53

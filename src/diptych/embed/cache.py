@@ -126,9 +126,13 @@ class FeatureCache:
             )
             if (pages - free) * size <= self.limit:
                 return
-            tenth = store.execute("select count(*) from feature").fetchone()[0] // 10 + 1
+            count = store.execute("select count(*) from feature").fetchone()[0]
+            if not count:  # what takes the room is not ours
+                return
+            tenth = count // 10 + 1
             store.execute(
-                "delete from feature where key in (select key from feature order by used, key limit ?)", (tenth,)
+                "delete from feature where key in (select key from feature order by used, key limit ?)",
+                (tenth,),
             )
 
     def _try(self, action: Callable[[sqlite3.Connection], None]) -> None:

@@ -1,4 +1,4 @@
-"""The image tower made ready to compute many pictures, and what names the features that it yields.
+"""The image tower made ready to compute many pictures, and the name of the space that its features lie in.
 
 On a CPU many pictures are computed by threads that each take a whole batch on one core: nobody waits for anybody in
 the middle of a product, so nothing is lost when the cores are shared with decoding or with other programs.

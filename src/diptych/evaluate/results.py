@@ -100,7 +100,7 @@ def save_model(folder: Path, facts: ModelFacts) -> None:
 def load_result(path: Path) -> Result:
     """Read a result; UsageError for one of another format or damaged."""
     try:
-        data = json.loads(path.read_bytes())
+        data = files.read_json(path)
         if not isinstance(data, dict):
             raise ValueError("it is no JSON object")
         if data.pop("format", None) != FORMAT:
@@ -122,7 +122,7 @@ def load_models(folder: Path) -> dict[str, ModelFacts]:
 
 def _load_facts(path: Path) -> ModelFacts:
     try:
-        return from_dict(ModelFacts, json.loads(path.read_bytes()))
+        return from_dict(ModelFacts, files.read_json(path))
     except (ValueError, TypeError, AttributeError, UsageError) as error:
         raise UsageError(f"{path} cannot be read ({error}); evaluate that model again") from None
 

@@ -22,6 +22,7 @@ from typing import Any
 import xxhash
 
 from diptych import files
+from diptych.config import hide_secrets
 from diptych.errors import NotFoundError, ShardError
 from diptych.shards.index import ShardIndex
 from diptych.shards.order import SourceOrder
@@ -127,6 +128,7 @@ class ShardCache:
 
 def with_retries(url: str, action: Callable[[], Any]) -> Any:
     """Do what needs the network, again and again; in the end a ShardError that names URL and reason."""
+    url = hide_secrets(url)
     for delay in (*DELAYS, None):
         try:
             return action()

@@ -6,6 +6,9 @@ from pathlib import Path
 from diptych.config import MAY_CHANGE
 from diptych.errors import UsageError
 
+MAX_WEIGHT = 1_000_000
+"""Times that an epoch may see each sample."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -21,9 +24,10 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):
             raise UsageError(f"a source needs a path or a url, not {self.path} and {self.url}")
-        if not self.weight > 0:
+        if not 0 < self.weight <= MAX_WEIGHT:
             raise UsageError(
-                f"weight {self.weight} of {self.path or self.url} must be above 0; leave the source out instead"
+                f"weight {self.weight} of {self.path or self.url} must be above 0 and at most {MAX_WEIGHT:,}; "
+                "leave a source out that is not to be seen"
             )
 
     @classmethod

@@ -1,6 +1,5 @@
 """A dataset: a list of shards with exact counts and one hash, whoever wrote them."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +81,7 @@ class Dataset:
                     if row["key"] in self.deleted:
                         continue
                     tar.seek(row["offset"])
-                    details = {key: str(value) for key, value in json.loads(row["details"]).items()}
+                    details = {key: str(value) for key, value in files.parse_json(row["details"]).items()}
                     image = tar.read(row["size"])
                     yield Pair(key=row["key"], caption=row["caption"], image=image, details=details)
 

@@ -150,7 +150,7 @@ class _RowGroups:
 def read_done(folder: Path, name: str) -> TaskRecord | None:
     """The record of a task; None if it is not done. A record that cannot be read counts as none."""
     try:
-        done = TaskRecord(**json.loads((folder / "done" / f"{name}.json").read_text()))
+        done = TaskRecord(**files.read_json(folder / "done" / f"{name}.json"))
         inside = all((folder / file).resolve().is_relative_to(folder.resolve()) for file in done.files)
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None
@@ -217,7 +217,7 @@ def begin_manifest(folder: Path, begun: Mapping[str, Any]) -> None:
 def read_begun(folder: Path) -> dict[str, Any] | None:
     """Stage, config and parent of a folder, finished or not; None without a manifest of this version."""
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text())
+        content = files.read_json(folder / MANIFEST_FILE)
         if any(content[name] != value for name, value in HEADER.items()):
             return None
         return {name: content[name] for name in ("stage", "config", "parent")}
@@ -273,7 +273,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check a stage's manifest; raises NotFoundError if the stage is not finished."""
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path)
         if "hash" not in content and read_begun(folder) is not None:
             raise NotFoundError(f"{folder} is not finished; start the command that writes it again, and it goes on")
         digest = content.pop("hash")

@@ -1,4 +1,4 @@
-"""What is done: a task, which becomes one part of a folder, and a job, which does tasks.
+"""Tasks and jobs of a resumable stage: a task becomes one part of a folder, a job does tasks.
 
 A job is picklable and may be called in any process, with any tasks, as often as one likes: it leaves the same files.
 """

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from diptych.config import MAY_CHANGE
+from diptych.config import MAY_CHANGE, require_finite
 from diptych.errors import UsageError, unknown_name
 from diptych.model.config import Activation, CLIPConfig, ViTConfig
 from diptych.shards.config import LoaderConfig, SourceConfig
@@ -41,6 +41,7 @@ class OptimConfig:
     """Keep both of Adam's statistics in 16 bits, as the paper did (section 2.5): half the optimizer's memory."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if self.lr <= 0 or self.warmup < 0 or self.weight_decay < 0:
             raise UsageError(
                 f"lr {self.lr} must be above 0, warmup {self.warmup} and weight_decay {self.weight_decay} not below"
@@ -59,6 +60,7 @@ class LossConfig:
     """Share of a ViT's patches that are not looked at while training (FLIP, Li et al. 2023), 0 to below 1."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if not 0 <= self.patch_dropout < 1:
             raise UsageError(f"patch_dropout {self.patch_dropout} is not a share in [0, 1)")
 
@@ -106,6 +108,7 @@ class RunConfig:
     """Where numbers go besides metrics.jsonl: tensorboard, wandb (extras of the same names)."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
             raise UsageError(f"steps {self.steps} and epochs {self.epochs} must be above 0")
         for name in ("checkpoint_every", "keep_last", "micro_batch_size", "extend_to", "evaluate_every"):
@@ -144,6 +147,7 @@ class StartConfig:
     """Architecture of a bare file whose shapes do not tell the number of heads."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if self.lock not in ("none", "image", "text"):
             raise unknown_name("lock", str(self.lock), ("none", "image", "text"))
         if self.lora_rank is not None and self.lora_rank < 1:

@@ -1,6 +1,5 @@
 """A run on one rank: its moving parts, and the loop that resumes, steps, logs, evaluates and checkpoints."""
 
-import json
 import math
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ from diptych.train.parallel.micro_batch import choose_micro_batch_size
 from diptych.train.run_folder.checkpoints import CheckpointManager
 from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.run_folder.report import CLOCK, Clock, Evaluation, State, StepReport, TrainReport
-from diptych.train.run_folder.resume import require_same_run
+from diptych.train.run_folder.resume import read_settings, require_same_run
 from diptych.train.setup import build_model, load_tokenizer
 from diptych.train.signals import Signals
 from diptych.train.step import Step, choose_dtype, group_pairs
@@ -205,7 +204,7 @@ class Trainer:
             passed_over = self.keeper.fetch()
             newest, damaged = native.newest_valid(out)
             if newest is not None:
-                require_same_run(json.loads((out / CONFIG).read_text()), self.config)
+                require_same_run(read_settings(out / CONFIG), self.config)
             files.write_json(out / CONFIG, to_dict(self.config))
             found = newest, tuple(passed_over) + tuple(f"{folder.name}: {why}" for folder, why in damaged)
         newest, passed_over = self.ranks.broadcast(found)

@@ -99,7 +99,7 @@ def forget(out: Path, urls: Iterable[str]) -> int:
 
     Their rows leave the parts, with the reason `deleted`, when the fetch is run again.
     """
-    partitions = json.loads((out / "ledger" / "settings.json").read_text())["partitions"]
+    partitions = _read_settings(out / "ledger" / "settings.json")["partitions"]
     known = 0
     for url in urls:
         with Ledger(out / "ledger" / f"{partition_of(url, partitions):04d}") as ledger:
@@ -119,6 +119,27 @@ def _deciding(config: FetchConfig) -> dict[str, Any]:
     }
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What a ledger was begun with; ShardError if that cannot be read."""
+    try:
+        settings = files.read_json(path)
+        if not isinstance(settings, dict) or type(settings.get("partitions")) is not int:
+            raise ValueError("it is no table of settings")
+    except ValueError as error:
+        raise ShardError(
+            f"{path} is damaged ({error}); put it back from a copy, or fetch into another folder"
+        ) from None
+    return settings
+
+
+def _read_mark(path: Path) -> Any:
+    """A note of what was done; None where there is none, or a damaged one: then it is done again."""
+    try:
+        return files.read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
 def _begin(config: FetchConfig, ledger: Path) -> None:
     """Hold the settings against those that the ledger was begun with."""
     ledger.mkdir(parents=True, exist_ok=True)
@@ -126,7 +147,7 @@ def _begin(config: FetchConfig, ledger: Path) -> None:
     if not path.exists():
         files.write_json(path, settings)
         return
-    begun = json.loads(path.read_text())
+    begun = _read_settings(path)
     for name, value in settings.items():
         if begun.get(name) != value:
             raise UsageError(
@@ -142,7 +163,7 @@ def _plan(config: FetchConfig, tasks: Sequence[Task], ledger: Path) -> None:
     for task in tasks:
         mark = planned / f"{task.name}.json"
         described = task.describe()
-        if mark.exists() and json.loads(mark.read_text()) == described:
+        if _read_mark(mark) == described:
             continue
         urls: dict[int, set[str]] = {}
         for path in task.inputs:
@@ -179,7 +200,7 @@ def _reopen_changed(config: FetchConfig, tasks: Sequence[Task], ledger: Path) ->
         for task in tasks:
             digest = _outcomes_hash(task, reader)
             path = folder / f"{task.name}.json"
-            if path.exists() and json.loads(path.read_text()) == digest:
+            if _read_mark(path) == digest:
                 continue
             (config.out / "done" / f"{task.name}.json").unlink(missing_ok=True)
             files.write_json(path, digest)

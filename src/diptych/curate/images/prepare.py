@@ -1,7 +1,5 @@
 """Pictures as they came -> pictures worth storing: decoded within limits, upright, not larger than needed.
 
-Also the lists of pictures that must not be stored, which are asked before anything is written.
-
 A picture that need not change keeps its bytes. One that is too large, of a format that shards do not take, or whose
 EXIF orientation turns it is decoded, turned, made smaller and stored as JPEG, without its other metadata.
 """

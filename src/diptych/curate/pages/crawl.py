@@ -1,6 +1,6 @@
 """Web pages -> candidates: every picture that has a text, with where it was found.
 
-    WARC, WAT, HTML --pages--> Page --parser, extract--> Found --> rows of CANDIDATES, some with a reason
+    WARC, WAT, HTML --pages--> Page --sandbox, extract--> Found --> rows of CANDIDATES, some with a reason
 
 A row with a reason may stand for more than a picture: a page that gave nothing (`page_...`, `opt_out`), a damaged
 record (`record_...`) or a file that cannot be read. Those have an empty caption, and `offset` in their details.

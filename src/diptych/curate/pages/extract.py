@@ -1,4 +1,4 @@
-"""A page -> its pictures with texts. Runs in the parser's own process (see `parser`), so it imports little.
+"""A page -> its pictures with texts. Runs in a process of its own (see `sandbox`), so it imports little.
 
 Every `img` that the page shows is looked at (also in `noscript`, not in `template` or comments), with its attributes
 and the `figcaption` of its `figure`. Addresses are resolved as browsers do, against the first `base` that works.

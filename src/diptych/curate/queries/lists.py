@@ -1,7 +1,6 @@
 """Queries that others have listed: titles of articles that are read, synsets of WordNet, lists that were published."""
 
 import contextlib
-import json
 import re
 import tarfile
 import zipfile
@@ -11,6 +10,7 @@ from urllib.parse import unquote
 
 import fsspec
 
+from diptych import files
 from diptych.curate.queries.corpus import open_input
 from diptych.curate.queries.ngrams import Runs
 from diptych.errors import NotFoundError, UsageError
@@ -116,12 +116,35 @@ def _damaged(place: str) -> Iterator[None]:
 def read_list(place: str) -> Iterator[str]:
     """A query a line; of a .tsv the first column; of a .json the strings of its list."""
     with open_input(place) as file:
-        if ".json" in place.lower():
-            content = json.loads(file.read())
+        name = place.lower().removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+        if name.endswith((".csv", ".parquet", ".xlsx")):
+            raise UsageError(
+                f"{place} is a table; a list of queries has one on each line (.txt), or a first column (.tsv)"
+            )
+        if name.endswith(".json"):
+            try:
+                content = files.parse_json(file.read())
+            except ValueError as error:
+                raise UsageError(f"{place} is no JSON ({error}); a query list is a list of strings") from None
             if not isinstance(content, list) or not all(isinstance(query, str) for query in content):
                 raise UsageError(f"{place} is not a JSON list of strings; a query list is")
             yield from content
             return
-        for line in file:
-            text = line.decode("utf-8", "replace").strip("\r\n")
-            yield (text.partition("\t")[0] if ".tsv" in place.lower() else text).strip()
+        for number, line in enumerate(file):
+            if number == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise UsageError(f"{place} is UTF-16; save it as UTF-8")
+            text = line.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip("\r\n")
+            if name.endswith(".jsonl"):
+                yield _read_string(text, place)
+            else:
+                yield (text.partition("\t")[0] if name.endswith(".tsv") else text).strip()
+
+
+def _read_string(text: str, place: str) -> str:
+    try:
+        query = files.parse_json(text or '""')
+    except ValueError:
+        query = None
+    if not isinstance(query, str):
+        raise UsageError(f"{place} has a line that is no JSON string: {text[:60]}")
+    return query.strip()

@@ -10,7 +10,6 @@ The bands are compared in `buckets`, one after the other, so that memory is boun
 of it some 40 bytes a row are held.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +190,7 @@ def _write_verdicts(config: NearTextConfig, signed: Path, signed_hash: str, fold
 def _read_record(folder: Path) -> Any:
     """What the verdicts there were made of; None if they were not finished."""
     try:
-        return json.loads((folder / _RECORD).read_bytes())
+        return files.read_json(folder / _RECORD)
     except (FileNotFoundError, ValueError):
         return None
 

@@ -1,4 +1,4 @@
-"""Parts of a folder of features in their three formats, and a finished folder read back."""
+"""Parts of a folder of features as Parquet, Arrow or .npy, and a finished folder read back."""
 
 import json
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def write_features(
 
 def _read_npy(path: Path) -> Features:
     with open(path.with_suffix(".ids.jsonl"), encoding="utf-8", newline="\n") as lines:
-        rows = [json.loads(line) for line in lines]
+        rows = [files.parse_json(line) for line in lines]
     return Features([row["id"] for row in rows], [row["source"] for row in rows], np.load(path))
 
 

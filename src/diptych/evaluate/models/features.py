@@ -82,6 +82,10 @@ class Embedder:
             )
         return SplitFeatures(kept=tuple(kept), pooled=pooled, joint=self.project(pooled), skipped=skipped)
 
+    def _is_feature(self, cached: Tensor) -> bool:
+        """Whether what the cache holds can be one of this tower's, whoever wrote it."""
+        return len(cached) == self.tower.embed_dim and bool(cached.isfinite().all())
+
     def _compute(self, samples: Samples, border: int, on_pictures: Callable[[int], None]) -> dict[int, Outcome]:
         """Outcomes of this rank's samples; each distinct image that the cache lacks is encoded once."""
         space = f"{self.space} border {border}" if border else self.space
@@ -99,7 +103,7 @@ class Embedder:
                 keys.update({i: one if isinstance(one, PictureError) else one[0] for i, one in some.items()})
                 new = dict(one for one in some.values() if not isinstance(one, PictureError) and one[0] not in asked)
                 asked.update(new)
-                cached = self.cache.get(space, new)
+                cached = {key: one for key, one in self.cache.get(space, new).items() if self._is_feature(one)}
                 found.update(cached)
                 yield from (((start, key), content) for key, content in new.items() if key not in cached)
                 on_pictures(len(some))

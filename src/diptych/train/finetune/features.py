@@ -10,7 +10,6 @@ with the same tower find what is done and do the rest, and no result depends on 
 memory map; a damaged one is rebuilt.
 """
 
-import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -165,7 +164,7 @@ Stored = tuple[np.ndarray, dict[int, str]]
 def _open(place: Path) -> Stored | None:
     """Features that are there and whole."""
     with suppress(OSError, ValueError, KeyError):
-        about = json.loads((place / ABOUT).read_text())
+        about = files.read_json(place / ABOUT)
         if files.xxh3(place / FEATURES) == about["xxh3"]:
             features = np.load(place / FEATURES, mmap_mode="r", allow_pickle=False)
             return features, {int(row): reason for row, reason in about["broken"]}

@@ -6,6 +6,7 @@ skipped.jsonl    pictures that could not be used, with the reason
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +42,17 @@ class Logs:
             return
         for name in EXACT:
             (self.out / name).touch()
+            size = sizes.get(name, 0)
             with open(self.out / name, "r+b") as log:
-                log.truncate(sizes.get(name, 0))
+                held = log.read()
+                if len(held) < size:  # truncating would fill it up with zeros
+                    warnings.warn(
+                        f"{self.out / name} has lost {size - len(held):,} bytes since the last checkpoint: its lines "
+                        "go on from what is there",
+                        stacklevel=2,
+                    )
+                    size = held.rfind(b"\n") + 1
+                log.truncate(size)
         if not sizes:
             (self.out / TIMING).unlink(missing_ok=True)
 

@@ -2,11 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from diptych import files
 from diptych.config import from_dict, to_dict
-from diptych.errors import UsageError
+from diptych.errors import CheckpointError, UsageError
 from diptych.train.config import TrainConfig
+
+
+def read_settings(path: Path) -> Any:
+    """The config.json of a run; CheckpointError where it is gone or damaged, since nobody may guess here."""
+    try:
+        settings = files.read_json(path)
+        if not isinstance(settings, dict):
+            raise ValueError("it is no table of settings")
+        return settings
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}), so the settings of the run are not "
+            "known; put it back from a copy, or name another --out and finetune the newest checkpoint"
+        ) from None
 
 
 def require_same_run(stored: Mapping[str, Any], config: TrainConfig) -> None:
