@@ -267,6 +267,9 @@ class Cell:
             problems.append(
                 (f"several classes are called {', '.join(repeated[:5])}: only one can be recognised", False)
             )
+        if samples.passed_over:
+            counts = ", ".join(f"{suffix or 'no suffix'} {n:,}" for suffix, n in sorted(samples.passed_over.items()))
+            problems.append((f"files of {split} that were not taken for pictures: {counts}", False))
         try:
             used.expect(split, len(samples) + samples.skipped.total())
         except DatasetError as error:
