@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import made_up_results
 from diptych.cli import COMMANDS, curate
 from diptych.evaluate.references import TABLES
+from diptych.evaluate.report.html import write_report
+from diptych.evaluate.report.results_table import load_study
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text("utf-8")
@@ -86,3 +89,22 @@ def test_every_table_of_the_paper_is_mentioned(number):
 def test_the_tables_of_published_numbers_are_those_that_lie_there():
     folder = ROOT / "src" / "diptych" / "assets" / "reference"
     assert {path.name for path in folder.iterdir()} == {*TABLES, "caveats.csv"}
+
+
+PROMISED = {
+    "3.1.3, Table 1: Visual N-Grams": ("Visual N-Grams", "11.50"),
+    "D, Table 12: YFCC against WIT": ("RN50-YFCC15M", "RN50-WIT15M", "66.60"),
+    "Figure 13, Table 16: natural shifts": ("Robustness to natural shifts", "imagenet_sketch"),
+    "rows that nobody reproduces": ("nobody",),
+}
+"""Rows of the page whose command is `diptych report results`, and what of them must be on the page it writes."""
+
+
+def test_the_report_shows_what_the_rows_that_name_it_promise(tmp_path):
+    named = [line for line in PAGE.splitlines() if line.startswith("|") and "`diptych report results" in line]
+    assert {line.strip("| ").split(" | ")[0] for line in named} == set(PROMISED)
+    study = load_study(made_up_results.write(tmp_path / "results"))
+    write_report(study, tmp_path / "report.html", title="", command="")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    for name, shown in PROMISED.items():
+        assert [phrase for phrase in shown if phrase not in page] == [], name

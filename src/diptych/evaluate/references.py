@@ -18,6 +18,8 @@ from typing import Any, Literal, cast
 from diptych.errors import UsageError, unknown_name
 from diptych.evaluate.results import ModelFacts, Result
 
+OTHERS = "paper_other.csv"
+"""Numbers of the paper about others than its models, and of single tables."""
 TABLES = (
     "paper_zero_shot.csv",
     "paper_linear_probe.csv",
@@ -25,7 +27,7 @@ TABLES = (
     "paper_robustness.csv",
     "paper_retrieval.csv",
     "paper_bias.csv",
-    "paper_other.csv",
+    OTHERS,
     "openclip_38_datasets.csv",
     "openclip_retrieval.csv",
 )
@@ -119,9 +121,9 @@ class Caveat:
 
 
 @cache
-def load_references() -> tuple[Reference, ...]:
-    """All published numbers, table by table."""
-    return tuple(reference for name in TABLES for reference in _read_table(name))
+def load_references(table: str = "") -> tuple[Reference, ...]:
+    """Published numbers of one table, or of all, table by table."""
+    return tuple(reference for name in ([table] if table else TABLES) for reference in _read_table(name))
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 from diptych.evaluate.metrics.bias import PROBE
 from diptych.evaluate.metrics.overlap import bonferroni
 from diptych.evaluate.metrics.robustness import IMAGENET, effective_robustness, fit_shift, relative_robustness
-from diptych.evaluate.references import SHIFTS, Reference, reference
+from diptych.evaluate.references import OTHERS, PAPER27, SHIFTS, Reference, load_references, reference
 from diptych.evaluate.report.results_table import PROTOCOL_OF_SHIFT, Study
 from diptych.evaluate.results import Result
 
@@ -33,6 +33,7 @@ def build_tables(study: Study) -> list[Table]:
         overlaps(study),
         robustness(study),
         *groups_of_people(study),
+        published_elsewhere(study),
     )
     return [table for table in tables if table.rows]
 
@@ -154,6 +155,23 @@ def robustness(study: Study) -> Table:
     )
     heads = ("shift", "model", "ImageNet %", "under shift %", "effective, points", "relative, points")
     return Table(title="Robustness to natural shifts", note=note, heads=heads, rows=rows)
+
+
+def published_elsewhere(study: Study) -> Table:
+    """Numbers of the paper about others than its models: people, Visual N-Grams, other training sets; beside each what
+    was measured here on the same dataset in the same way, the best of it."""
+    datasets = {dataset for _, dataset, _ in study.results}
+    datasets |= {"average_27"} if datasets & set(PAPER27) else set()
+    shown = [found for found in load_references(OTHERS) if found.dataset in datasets]
+    rows = []
+    for found in sorted(shown, key=lambda found: (found.source, found.dataset, found.protocol, found.model)):
+        here = [r for r in _of(study, found.protocol) if r.dataset == found.dataset and r.metric == found.metric]
+        best = max(here, key=lambda result: result.value, default=None)
+        ours = "" if best is None else f"{_percent(best.value)} ({best.model})"
+        rows.append((found.source, found.dataset, found.protocol, found.metric, found.model, _published(found), ours))
+    heads = ("source", "dataset", "protocol", "metric", "who", "published %", "measured here, best %")
+    note = "average_27: the mean over the paper's 27 datasets (Table 12: one ResNet-50, trained on YFCC or on WIT)."
+    return Table(title="Published of others", note=note, heads=heads, rows=rows)
 
 
 def groups_of_people(study: Study) -> Iterator[Table]:
