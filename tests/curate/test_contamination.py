@@ -176,6 +176,8 @@ def test_any_set_of_pictures_can_be_asked_about(tmp_path):
     (tmp_path / "table").mkdir()
     table = pa.table({"image": [{"bytes": data, "path": None} for data in drawn.values()], "label": [0] * 6})
     pq.write_table(table, tmp_path / "table/test.parquet")
+    (tmp_path / "table/empty").mkdir()
+    pq.write_table(table.slice(0, 0), tmp_path / "table/empty/test.parquet")
     for name, key in (("folders", "a/0.png"), ("wds", "0"), ("table", "0")):
         config = ContaminationConfig(data=tmp_path / "train", against=tmp_path / name, out=tmp_path / f"out-{name}")
         report = run(config, engine=engine)

@@ -28,7 +28,7 @@ from diptych.curate.images.phash import Found, Hashes, find_near
 from diptych.curate.images.prepare import decode_small, on_white
 from diptych.curate.images.threshold import MAX_DISTANCE, VIEWS, Curve, hash_decoys, hash_encoded, measure_curve
 from diptych.curate.rows import with_reason
-from diptych.embed.bulk.inputs import open_inputs
+from diptych.embed.bulk.inputs import open_column
 from diptych.embed.sources import Row, ShardSource, fetch
 from diptych.errors import NotFoundError, PictureError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
@@ -158,7 +158,7 @@ def iter_pictures(path: Path, root: Path = Path()) -> Iterator[tuple[str, bytes 
         deleted = read_tombstones(path.parent)
         rows = (row for row in source.read(0, source.rows) if row.id not in deleted)
     else:
-        (source,) = open_inputs([f"{path}:{_image_column(path)}"], "image")
+        source = open_column(path, _image_column(path), "image")
         keys = (
             None if "key" not in pq.read_schema(path).names else pq.read_table(path, columns=["key"])["key"].to_pylist()
         )

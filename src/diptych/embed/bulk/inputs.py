@@ -107,7 +107,7 @@ def _split(given: str) -> tuple[str, str | None]:
 def _open_file(path: Path, column: str | None, kind: InputKind | None) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _open_parquet(path, column, kind)
+        return open_column(path, column, kind)
     if column is not None:
         raise UsageError(f"{path} has no columns; only of a .parquet one is named, like pairs.parquet:image")
     if suffix == ".tar":
@@ -123,7 +123,7 @@ def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> li
         return [ShardSource.open(tar, kind or "image") for tar in tars]
     tables = sorted(folder.glob("*.parquet"))
     if column is not None and tables:
-        return [_open_parquet(table, column, kind) for table in tables]
+        return [open_column(table, column, kind) for table in tables]
     if column is not None:
         raise NotFoundError(f"no .parquet files in {folder}, of which the column {column!r} was named")
     names, passed_over = find_images(folder)
@@ -159,7 +159,8 @@ def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list
     return sources
 
 
-def _open_parquet(path: Path, column: str | None, kind: InputKind | None) -> ParquetSource:
+def open_column(path: Path, column: str | None, kind: InputKind | None) -> ParquetSource:
+    """A column of a Parquet file; UsageError for one that is not named, not there, or of another kind."""
     if column is None:
         raise UsageError(_name_a_column(path))
     try:
