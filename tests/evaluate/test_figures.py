@@ -11,7 +11,8 @@ import made_up_results as made
 from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate.metrics.robustness import effective_robustness, fit_shift, read_table
 from diptych.evaluate.references import KORNBLITH12, PAPER27, SHIFTS, reference
-from diptych.evaluate.report.charts import Bars, Chart, Missing, Plot, evaluate_command
+from diptych.evaluate.report.captions import evaluate_command
+from diptych.evaluate.report.charts import Bars, Chart, Missing, Plot
 from diptych.evaluate.report.figures.build import FIGURES, build_charts
 from diptych.evaluate.report.figures.transfer import PAPER_EFFICIENCY
 from diptych.evaluate.report.results_table import Study, load_study

@@ -1,21 +1,14 @@
 """`diptych finetune` and `diptych wise-ft`."""
 
 import dataclasses
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diptych.cli.output import is_first_rank, list_counts, print_on_first_rank
-from diptych.cli.training import (
-    build_evaluators,
-    check_keep_best,
-    describe_evaluator,
-    print_train_report,
-    train_with_progress,
-)
+from diptych.cli.output import print_on_first_rank
+from diptych.cli.training import build_evaluators, describe_evaluator, open_evaluators, run_and_report
 from diptych.errors import UsageError
 from diptych.model.config import Activation
 from diptych.shards.config import LoaderConfig, SourceConfig
@@ -29,12 +22,8 @@ from diptych.train.config import (
 from diptych.train.recipe import FINETUNE
 
 if TYPE_CHECKING:
-    from diptych.checkpoint.loaded import Opened
-    from diptych.evaluate.training_evaluators import TrainingEvaluator
     from diptych.train.finetune.wise_ft import Point
 
-LOST_STATUS = 3
-"""Exit status of a run that the guard ended."""
 RISKY_LR = 1e-4
 """From here on a rate is one for training from scratch: the paper's begin at 3.6e-4 (Table 20)."""
 
@@ -79,18 +68,9 @@ class Finetune:
             start_model=self.model,
             start=self.start,
         )
-        evaluators = self._open_evaluators(opened)
-        report = train_with_progress(config, evaluators=evaluators)
-        if is_first_rank():
-            print_train_report(report)
-            for evaluator in evaluators:
-                if evaluator.broken:
-                    print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
-            if report.lost:
-                print(f"stopped: more than {self.start.stop_when_lost:g} points lost in {', '.join(report.lost)}")
-        if report.lost:
-            return LOST_STATUS
-        return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
+        preprocess, tokenizer = opened.preprocess, opened.tokenizer
+        evaluators = open_evaluators(self.evaluate, lambda: tokenizer, preprocess, self.templates, self.run)
+        return run_and_report(config, evaluators)
 
     def _refuse_early(self) -> None:
         """Before anything is read: what cannot be done, and what is likely a slip."""
@@ -105,16 +85,6 @@ class Finetune:
                 f"warning: a learning rate of {self.optim.lr:g} is one for training from scratch; it is likely to undo "
                 f"what the model knows (the default is {FINETUNE.optim.lr:g})"
             )
-
-    def _open_evaluators(self, opened: "Opened") -> "list[TrainingEvaluator]":
-        if not self.evaluate:
-            check_keep_best(self.run.keep_best, [])
-            return []
-        evaluators = build_evaluators(self.evaluate, opened.tokenizer, opened.preprocess, self.templates)
-        check_keep_best(self.run.keep_best, evaluators)
-        for evaluator in evaluators:
-            print_on_first_rank(describe_evaluator(evaluator))
-        return evaluators
 
 
 @dataclass(frozen=True, kw_only=True)

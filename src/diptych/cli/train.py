@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diptych.cli.output import is_first_rank, list_counts, print_on_first_rank
-from diptych.cli.training import (
-    build_evaluators,
-    check_keep_best,
-    describe_evaluator,
-    print_train_report,
-    train_with_progress,
-)
+from diptych.cli.training import open_evaluators, run_and_report
 from diptych.errors import UsageError
 from diptych.model.config import PRESETS, get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
@@ -78,29 +70,14 @@ class Train:
             optim=self.optim,
             run=self.run,
         )
-        evaluators = self._open_evaluators(config)
-        report = train_with_progress(config, evaluators=evaluators)
-        if is_first_rank():
-            print_train_report(report)
-            for evaluator in evaluators:
-                if evaluator.broken:
-                    print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
-        return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
+        return run_and_report(config, self._open_evaluators(config))
 
     def _open_evaluators(self, config: TrainConfig) -> "list[TrainingEvaluator]":
-        """Before training: a set that is not there or a misspelled metric must not be found out at its end."""
-        if not self.evaluate:
-            check_keep_best(config.run.keep_best, [])
-            return []
         from diptych.image import Preprocess
         from diptych.train.setup import load_tokenizer
 
         preprocess = Preprocess(image_size=config.model.vision.image_size)
-        evaluators = build_evaluators(self.evaluate, load_tokenizer(config), preprocess, self.templates)
-        check_keep_best(config.run.keep_best, evaluators)
-        for evaluator in evaluators:
-            print_on_first_rank(describe_evaluator(evaluator))
-        return evaluators
+        return open_evaluators(self.evaluate, lambda: load_tokenizer(config), preprocess, self.templates, config.run)
 
 
 def with_recipe(arguments: Sequence[str]) -> type[Train]:

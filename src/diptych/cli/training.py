@@ -1,12 +1,16 @@
 """What `train`, `finetune` and `wise-ft` share: evaluation sets, progress, and what is said at the end."""
 
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diptych.cli.output import ProgressBar, format_time, list_counts, print_on_first_rank, printable
+from diptych.cli.output import ProgressBar, format_time, is_first_rank, list_counts, print_on_first_rank, printable
 from diptych.errors import UsageError, unknown_name
-from diptych.train.config import TrainConfig
+from diptych.train.config import RunConfig, TrainConfig
+
+LOST_STATUS = 3
+"""Exit status of a run that the guard ended."""
 
 if TYPE_CHECKING:
     from diptych.evaluate.training_evaluators import TrainingEvaluator
@@ -36,6 +40,37 @@ def build_evaluators(
         exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol)
         evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
     return list(evaluators.values())
+
+
+def open_evaluators(
+    specs: tuple[str, ...],
+    load_tokenizer: "Callable[[], Tokenizer]",
+    preprocess: "Preprocess",
+    templates: tuple[str, ...],
+    run: RunConfig,
+) -> "list[TrainingEvaluator]":
+    """Open what `--evaluate` names before training and say so: a set that is not there, or a misspelled metric, must
+    not be found out at its end."""
+    evaluators = build_evaluators(specs, load_tokenizer(), preprocess, templates) if specs else []
+    check_keep_best(run.keep_best, evaluators)
+    for evaluator in evaluators:
+        print_on_first_rank(describe_evaluator(evaluator))
+    return evaluators
+
+
+def run_and_report(config: TrainConfig, evaluators: "Sequence[TrainingEvaluator]") -> int:
+    """Train under a progress bar, say how it ended, and give the exit status."""
+    report = train_with_progress(config, evaluators=evaluators)
+    if is_first_rank():
+        print_train_report(report)
+        for evaluator in evaluators:
+            if evaluator.broken:
+                print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
+        if report.lost:
+            print(f"stopped: more than {config.start.stop_when_lost:g} points lost in {', '.join(report.lost)}")
+    if report.lost:
+        return LOST_STATUS
+    return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
 
 
 def check_keep_best(name: str | None, evaluators: "Sequence[TrainingEvaluator]") -> None:

@@ -14,7 +14,8 @@ from diptych import files
 from diptych.errors import UsageError
 from diptych.evaluate.metrics.measures import wilson_interval
 from diptych.evaluate.references import KORNBLITH12, PAPER27, caveats, reference
-from diptych.evaluate.report.charts import Chart, Missing, count, mean
+from diptych.evaluate.report.captions import count, mean
+from diptych.evaluate.report.charts import Chart, Missing
 from diptych.evaluate.report.figures.build import build_charts
 from diptych.evaluate.report.results_table import Study
 from diptych.evaluate.report.tables import build_tables

@@ -5,21 +5,8 @@ import statistics
 from collections.abc import Sequence
 
 from diptych.evaluate.references import KORNBLITH12, PAPER27, PAPER_MODELS, reference
-from diptych.evaluate.report.charts import (
-    Chart,
-    Guide,
-    Mark,
-    Missing,
-    Plot,
-    Series,
-    Whose,
-    count,
-    evaluate_command,
-    left_out,
-    list_few,
-    mean,
-    sentence,
-)
+from diptych.evaluate.report.captions import count, evaluate_command, left_out, list_few, mean, sentence
+from diptych.evaluate.report.charts import Chart, Guide, Mark, Missing, Plot, Series, Whose
 from diptych.evaluate.report.results_table import GFLOPS, Study
 from diptych.evaluate.results import Protocol
 from diptych.model.config import get_preset
