@@ -1,6 +1,8 @@
 """A run on one rank: its moving parts, and the loop that resumes, steps, logs, evaluates and checkpoints."""
 
 import math
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,6 @@ from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.run_folder.report import CLOCK, Clock, Evaluation, State, StepReport, TrainReport
 from diptych.train.run_folder.resume import read_settings, require_same_run
 from diptych.train.setup import build_model, load_tokenizer
-from diptych.train.signals import Signals
 from diptych.train.step import Step, choose_dtype, group_pairs
 
 Evaluator = Callable[[CLIP], Mapping[str, float]]
@@ -151,7 +152,7 @@ class Trainer:
         resumed_from, passed_over = self.resume()
         state = self.state
         clock = Clock(self.steps, config.loader.batch_size, self.device)
-        with closing(self.keeper), closing(self.logs), closing(iter(self.loader)) as batches, Signals() as signals:
+        with closing(self.keeper), closing(self.logs), closing(iter(self.loader)) as batches, _Signals() as signals:
             if config.start_model is not None and not state.step and evaluators:
                 on_evaluation(self._evaluate(evaluators))
             while state.step < self.steps and not self._lost():
@@ -368,3 +369,30 @@ class Trainer:
             self.keeper.saved(state.step, [*self.logs.files(), config.out / CONFIG])
 
         on_first(self.ranks, finish)
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C end a run behind its step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str | None:
+        """Name of the signal that came, if one did."""
+        return signal.Signals(self.number).name if self.number else None
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
