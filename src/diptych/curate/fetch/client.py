@@ -33,7 +33,7 @@ _HOSTS = 20_000
 
 
 @dataclass(frozen=True)
-class Picture:
+class FetchedImage:
     """Bytes as they came."""
 
     data: bytes
@@ -86,7 +86,7 @@ class Visitor:
         await self._session.close()
         await self._guard.close()
 
-    async def fetch(self, text: str) -> Picture:
+    async def fetch(self, text: str) -> FetchedImage:
         """Get a picture; raises NotFetched."""
         try:
             async with asyncio.timeout(self._config.deadline):
@@ -104,7 +104,7 @@ class Visitor:
             return 0.0
         return known.task.result().crawl_delay
 
-    async def _follow(self, text: str) -> Picture:
+    async def _follow(self, text: str) -> FetchedImage:
         for _ in range(self._config.max_redirects + 1):
             url = self._check(text)
             if self._config.robots:
@@ -123,7 +123,7 @@ class Visitor:
                     text = _target(response, url)
                     response.close()
                     continue
-                return Picture(await self._read(response), str(url))
+                return FetchedImage(await self._read(response), str(url))
         raise NotFetched("redirects", f"more than {self._config.max_redirects}")
 
     def _check(self, text: str) -> yarl.URL:

@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from diptych.curate.fetch.client import Picture, Visitor
+from diptych.curate.fetch.client import FetchedImage, Visitor
 from diptych.curate.fetch.config import FetchConfig
 from diptych.curate.fetch.guard import Guard, parse_allowed
 from diptych.curate.fetch.ledger import Ledger
@@ -121,7 +121,7 @@ class _Fetcher:
                 self._schedule.slow(job.host, delay)
             self._schedule.finish(job)
 
-    async def _check(self, picture: Picture) -> None:
+    async def _check(self, picture: FetchedImage) -> None:
         """Before anything is written."""
         if find_format(picture.data) not in FORMATS:
             raise NotFetched("not_a_picture", repr(picture.data[:16]))
