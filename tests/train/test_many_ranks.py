@@ -66,7 +66,7 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(data, alone, tmp_path, w
     {"micro_batch_size": 3, "sharding": "fsdp"},
     pytest.param({"recompute": True, "loss": {"positives": "caption"}}, marks=pytest.mark.slow),
     pytest.param({"recompute": True, "sharding": "fsdp"}, marks=pytest.mark.slow),
-    {"loss": {"loss": "siglip"}},
+    pytest.param({"loss": {"loss": "siglip"}}, marks=pytest.mark.slow),
     pytest.param({"half_statistics": True, "sharding": "fsdp"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_way_of_sharing_agrees_with_one_process(data, tmp_path, options):

@@ -31,7 +31,7 @@ def steps_in(out: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("sizes", "options"), [
-    ((2, 4), {}),  # TINY_VIT has tensors of fewer than four rows
+    pytest.param((2, 4), {}, marks=pytest.mark.slow),  # TINY_VIT has tensors of fewer than four rows
     ((2,), {"model": "TINY_RESNET", "half_statistics": True}),
 ])  # fmt: skip
 def test_any_number_of_ranks_writes_the_file_of_one_process(data, tmp_path, sizes, options):
