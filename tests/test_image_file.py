@@ -1,7 +1,9 @@
 """What is taken for an image, everywhere alike."""
 
 import io
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image, features
 
 from diptych.cli.classify import find_pictures
 from diptych.embed.bulk.inputs import open_inputs
+from diptych.errors import UsageError
 from diptych.image_file import IMAGE_SUFFIXES, SUFFIXES, find_format, find_images
 from diptych.shards.index import load_index
 
@@ -53,3 +56,19 @@ def test_one_folder_holds_the_same_images_for_every_command(tmp_path):
     assert len(load_index(tmp_path / "images.tar")) == expected
     (source,) = open_inputs([str(tmp_path / "images.tar")])
     assert source.rows == expected
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_by_name(tmp_path, monkeypatch):
+    locked = tmp_path / "cats" / "locked"
+    locked.mkdir(parents=True)
+    (tmp_path / "cats" / "a.png").write_bytes(encode("PNG"))
+    list_folder = os.scandir
+
+    def lock(path):
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", lock)  # a mode would not hold root back
+    with pytest.raises(UsageError, match="locked cannot be listed"):
+        find_images(tmp_path)

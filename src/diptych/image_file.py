@@ -8,6 +8,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from diptych.errors import UsageError
+
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),
     "PNG": (".png",),
@@ -59,10 +61,19 @@ def find_images(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
     """Paths of all images below a folder, relative to it and sorted, and how many other files there are by suffix.
 
     What is hidden is left alone, and links to folders are not followed.
+
+    Raises:
+        UsageError: A folder below cannot be listed. Its images would otherwise be missing without a word.
     """
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(
+            f"{error.filename} cannot be listed ({error.strerror}); make it readable, or name the folders beside it"
+        )
+
     names: list[str] = []
     others = Counter[str]()
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:
             if is_hidden(name):

@@ -5,7 +5,7 @@ import pytest
 
 from diptych.curate.fetch import ledger as room
 from diptych.curate.fetch.ledger import Ledger, Reader, partition_of
-from diptych.errors import RunLockedError
+from diptych.errors import RunLockedError, ShardError
 
 
 def store(ledger: Ledger, url: str, data: bytes, **changes) -> None:
@@ -131,3 +131,14 @@ def test_all_addresses_of_a_host_are_in_one_partition():
     )
     assert len(set(places.values())) == 8
     assert partition_of("http://[broken", 8) in range(8)
+
+
+def test_a_ledger_that_is_no_database_is_refused_in_one_line(tmp_path):
+    folder = folder_of(tmp_path)
+    with Ledger(folder):
+        pass
+    (folder / "ledger.sqlite").write_bytes(b"rubbish" * 1000)
+    for ending in ("-wal", "-shm"):
+        (folder / f"ledger.sqlite{ending}").unlink(missing_ok=True)
+    with pytest.raises(ShardError, match="is damaged"):
+        Ledger(folder).__enter__()

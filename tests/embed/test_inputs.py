@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -219,3 +220,25 @@ def test_shards_without_captions_say_so_when_these_are_asked_for(tmp_path):
         open_inputs([str(tmp_path)], "text")
     (source,) = open_inputs([str(tmp_path)])
     assert contents(source) == [RED, BLUE]
+
+
+def test_texts_of_a_table_that_are_not_utf_8_are_counted(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 3, 6, 9], np.int32).tobytes())
+    column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"one\xff\xfe\xfdtwo")])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    (source,) = open_inputs([f"{tmp_path / 'a.parquet'}:text"], "text")
+    assert [(row.content, row.reason) for row in source.read(0, 3)] == [("one", ""), (None, "bad_text"), ("two", "")]
+
+
+def test_a_file_of_utf_16_is_refused_and_not_read_as_nul_laden_halves(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n", encoding="utf-16")
+    with pytest.raises(UsageError, match="is UTF-16; save it as UTF-8"):
+        open_inputs([str(tmp_path / "a.txt")])
+
+
+def test_paths_of_a_table_stay_in_its_folder_and_urls_are_not_fetched(tmp_path):
+    (tmp_path / "table").mkdir()
+    paths = ["a.jpg", "../b.jpg", "https://host/c.jpg", "sub/../d.jpg"]
+    pq.write_table(pa.table({"image": paths}), tmp_path / "table/a.parquet")
+    (source,) = open_inputs([f"{tmp_path / 'table/a.parquet'}:image"])
+    assert [row.reason for row in source.read(0, 4)] == ["", "outside_folder", "url", ""]

@@ -66,7 +66,8 @@ def print_report(report: "EmbedReport", *, as_json: bool) -> None:
     if as_json:
         skipped, passed = dict(report.skipped), dict(report.passed_over)
         counts = {"inputs": report.inputs, "features": report.features, "skipped": skipped, "passed_over": passed}
-        more = {"resumed": report.resumed, "precision": dict(report.precision), "seconds": round(report.seconds, 3)}
+        more = {"resumed": report.resumed, "cut": report.cut, "precision": dict(report.precision)}
+        more |= {"seconds": round(report.seconds, 3)}
         print(json.dumps(counts | more | {"out": str(report.out)}))
         return
     precision = ", ".join(f"{kind} {precision}" for kind, precision in report.precision.items())
@@ -78,6 +79,8 @@ def print_report(report: "EmbedReport", *, as_json: bool) -> None:
         print(f"skipped: {list_counts(report.skipped)}; each is named in {printable(report.out / 'skipped.jsonl')}")
     if any(reason in PASSING for reason in report.skipped):
         print("some could not be read by a fault of the machine; the same command tries those again")
+    if report.cut:
+        print(f"texts that were longer than the model reads, and cut: {report.cut:,}")
     if report.passed_over:
         print(f"files that were not taken for pictures: {list_counts(report.passed_over)}")
     print(f"features: {printable(report.out / 'features')}")

@@ -130,7 +130,7 @@ class _Settings:
             self._tables = tomllib.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise NotFoundError(f"no such file: {path} (a TOML file with a table for each stage)") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not TOML: {error}") from None
         for name in self._tables:
             if name not in _TABLES:

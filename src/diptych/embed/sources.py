@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
@@ -213,7 +214,7 @@ class ParquetSource:
             row = first or 0
             for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=[self.column]):
                 if row + len(batch) > start and row < stop:
-                    for i, value in enumerate(batch[0].to_pylist(), row):
+                    for i, value in enumerate(read_values(batch[0]), row):
                         if start <= i < stop:
                             yield self._row(i, value)
                 row += len(batch)
@@ -223,8 +224,8 @@ class ParquetSource:
     def _row(self, number: int, value: object) -> Row:
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else Path(str(value.get("path")))
-        if value is None:
-            return Row(str(number), None, "null")
+        if value is None or isinstance(value, UnicodeDecodeError):
+            return Row(str(number), None, "null" if value is None else "bad_text")
         if self.holds == "texts":
             return _text_row(number, str(value))
         if not isinstance(value, str | Path):
@@ -234,6 +235,18 @@ class ParquetSource:
         if leaves_folder(value):
             return Row(str(number), None, "outside_folder")
         return Row(str(number), self.path.parent / value)
+
+
+def read_values(column: pa.Array) -> Iterator[object]:
+    """Values of a column; the error for each text that is not UTF-8, which Parquet does not forbid."""
+    try:
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        for scalar in column:
+            try:
+                yield scalar.as_py()
+            except UnicodeDecodeError as error:
+                yield error
 
 
 @dataclass(frozen=True, kw_only=True)

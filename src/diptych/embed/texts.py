@@ -1,6 +1,6 @@
 """Many texts to features, and what names the space that they lie in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -41,10 +41,12 @@ def embed_texts(
 
 
 class TextEncoder:
-    """Texts to normalised features, as an `Encoder`."""
+    """Texts to normalised features, as an `Encoder`. `on_cut` is told how many were longer than the model reads."""
 
-    def __init__(self, loaded: Loaded, precision: Precision = "auto") -> None:
-        self.loaded = loaded
+    def __init__(
+        self, loaded: Loaded, precision: Precision = "auto", on_cut: Callable[[int], None] | None = None
+    ) -> None:
+        self.loaded, self.on_cut = loaded, on_cut
         self.precision: Precision = precision
         self.streams = best_streams(loaded.model.logit_scale.device)
 
@@ -54,6 +56,8 @@ class TextEncoder:
 
     def encode(self, batch: list[str], /) -> Float[Tensor, "N E"]:
         """Features, float32 on the CPU."""
+        if self.on_cut is not None and (cut := self.loaded.tokenizer.encode_batch(batch).truncated):
+            self.on_cut(cut)
         return embed_texts(self.loaded, batch, precision=self.precision)
 
 

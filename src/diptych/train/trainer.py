@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ Evaluator = Callable[[CLIP], Mapping[str, float]]
 """Takes the model in evaluation mode, returns named numbers. Training is given evaluators, it never imports them."""
 
 CONFIG = "config.json"
+LOOKED_AT = 1000
+"""Captions of each source that are looked at before a run begins."""
 
 
 class Trainer:
@@ -95,6 +98,21 @@ class Trainer:
             patch_dropout=config.loss.patch_dropout,
         )
         self._is_compiled = False
+        self._introduce(dtype, on_note)
+
+    def _introduce(self, dtype: torch.dtype, on_note: Callable[[str], None]) -> None:
+        """Say what this run is before its first step, and how many of its captions are longer than the model reads."""
+        config, sources = self.config, self.loader.sources
+        pairs = sum(len(source.dataset) for source in sources)
+        numbers = sum(parameter.numel() for parameter in self.model.parameters())
+        on_note(
+            f"{pairs:,} pairs, {self.steps:,} steps of {config.loader.batch_size:,}; {numbers:,} parameters; "
+            f"{self.device}, {str(dtype).removeprefix('torch.')}; {config.out}"
+        )
+        captions = [one for source in sources for one in islice(source.dataset.captions, LOOKED_AT)]
+        if cut := self.tokenizer.encode_batch(captions).truncated:
+            length = self.tokenizer.context_length
+            on_note(f"{cut:,} of the first {len(captions):,} captions are longer than {length} tokens and are cut")
 
     def _prepare_start(self, dtype: torch.dtype, on_note: Callable[[str], None]) -> None:
         """Fine-tuning: lock a tower and have its features, add LoRA's matrices."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from diptych import files
 from diptych.curate.fetch.outcomes import DELETED, OK, TRANSIENT
 from diptych.curate.fetch.schedule import host_of
+from diptych.errors import ShardError
 
 PACK_BYTES = 1 << 30
 """A pack is closed when it is this long."""
@@ -248,7 +249,14 @@ class Reader:
 
 
 def _connect(folder: Path) -> sqlite3.Connection:
-    return sqlite3.connect(folder / "ledger.sqlite", timeout=60, isolation_level=None)
+    path = folder / "ledger.sqlite"
+    store = sqlite3.connect(path, timeout=60, isolation_level=None)
+    try:
+        store.execute("select count(*) from sqlite_master").fetchone()
+    except sqlite3.DatabaseError as error:
+        store.close()
+        raise ShardError(f"{path} is damaged ({error}); put it back, or fetch into another folder") from None
+    return store
 
 
 def _holds(folder: Path, sha256: str, pack: int, start: int, size: int) -> bool:

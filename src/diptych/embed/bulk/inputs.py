@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych.embed.config import InputKind
-from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource
+from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource, read_values
 from diptych.errors import NotFoundError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
 
@@ -193,8 +193,8 @@ def _what_it_holds(path: Path, column: str, dtype: pa.DataType, kind: InputKind 
 def _first_values(file: pq.ParquetFile, column: str) -> Iterator[str]:
     if not pa.types.is_string(kind := file.schema_arrow.field(column).type) and not pa.types.is_large_string(kind):
         return
-    values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in batch[0].to_pylist())
-    yield from itertools.islice((value for value in values if value), _LOOKED_AT)
+    values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in read_values(batch[0]))
+    yield from itertools.islice((value for value in values if value and isinstance(value, str)), _LOOKED_AT)
 
 
 def _name_a_column(path: Path) -> str:

@@ -94,6 +94,8 @@ class EmbedJob(Job):
     """The model, if it is open."""
     on_row: Callable[[bool], None] | None = None
     """Told of every row whether it was left out."""
+    on_cut: Callable[[int], None] | None = None
+    """Told how many texts were longer than the model reads."""
 
     REMEDY: ClassVar[str] = "name a new folder as --out, or do what was done then"
     LIGHTER: ClassVar[str] = "Use a smaller --batch-size or fewer --threads"
@@ -146,7 +148,7 @@ class EmbedJob(Job):
 
     def _open_encoder(self, kind: str) -> Encoder:
         loaded, work = self.loaded, self.config.work
-        encoder: Encoder = TextEncoder(loaded, work.precision)
+        encoder: Encoder = TextEncoder(loaded, work.precision, self.on_cut)
         if kind == "image":
             encoder = ImageEncoder(ImageTower(loaded, work.precision))
         on_cpu = loaded.model.logit_scale.device.type == "cpu"

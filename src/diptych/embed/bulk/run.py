@@ -1,6 +1,7 @@
 """`diptych embed`: many pictures or texts to a folder of features that is finished, or can be gone on with."""
 
 import math
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,8 @@ class EmbedReport:
     """Suffix -> files in folders that were not taken for pictures."""
     precision: Mapping[str, str]
     """Precision of each tower that was used."""
+    cut: int
+    """Texts that this run cut at the tokens that the model reads; not counted on a cluster."""
     seconds: float
     out: Path
 
@@ -81,7 +84,7 @@ def run(config: EmbedConfig, *, on_progress: Callable[[EmbedProgress], None] | N
     engine, config = _open_engine(config, meter)
     job = EmbedJob(folder=config.out, settings=_describe(config, model, sources), config=config, sources=sources)
     if engine.kind == "local":
-        job = replace(job, model=loaded, on_row=meter.count)
+        job = replace(job, model=loaded, on_row=meter.count, on_cut=meter.count_cut)
     with files.hold_folder(config.out):
         engine.redo = _may_be_taken_over(config.out, job)
         report = engine.run_job(job, parts, prepare=meter.resume, hold=False)
@@ -97,6 +100,7 @@ def run(config: EmbedConfig, *, on_progress: Callable[[EmbedProgress], None] | N
         resumed=report.rows - meter.computed,
         passed_over=dict(sum((Counter(source.passed_over) for source in sources), Counter[str]())),
         precision={kind: model[f"{kind}_precision"] for kind in ("image", "text") if f"{kind}_precision" in model},
+        cut=meter.cut,
         seconds=time.monotonic() - began,
         out=config.out,
     )
@@ -182,8 +186,8 @@ class _Meter:
     """Counts inputs and tells how fast they go."""
 
     def __init__(self, total: int, tell: Callable[[EmbedProgress], None] | None) -> None:
-        self.total, self.tell = total, tell
-        self.found = self.computed = self.skipped = 0
+        self.total, self.tell, self._lock = total, tell, threading.Lock()
+        self.found = self.computed = self.skipped = self.cut = 0
         self._marks = deque([(time.monotonic(), 0)])
 
     def resume(self, found: Mapping[str, TaskRecord]) -> None:
@@ -196,6 +200,11 @@ class _Meter:
         self.computed += record.rows - 1
         self.skipped += record.rows - record.kept
         self.count(False)
+
+    def count_cut(self, texts: int) -> None:
+        """Count texts that were cut; called from several threads."""
+        with self._lock:
+            self.cut += texts
 
     def count(self, skipped: bool) -> None:
         """Count an input, and tell a few times a second."""
