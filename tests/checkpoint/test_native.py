@@ -51,6 +51,7 @@ def test_a_model_without_training_state_cannot_be_continued(tmp_path):
         native.load_training(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_of_a_thousand_flipped_bits_every_one_is_found_and_its_file_named(tmp_path):
     loaded = make_loaded(small(TINY_VIT))
     native.save(tmp_path / "model", loaded)

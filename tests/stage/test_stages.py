@@ -240,6 +240,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, straight):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=FOLDERS, seconds=0.3))

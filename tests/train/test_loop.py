@@ -65,7 +65,8 @@ def fingerprint(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("workers", "compile"), [
-    *((0, False), (1, False), (2, False)),
+    (1, False),
+    *(pytest.param(workers, False, marks=pytest.mark.slow) for workers in (0, 2)),
     *(pytest.param(workers, True, marks=pytest.mark.slow) for workers in (0, 1, 2)),  # compiling takes a minute
 ])  # fmt: skip
 def test_a_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path, workers, compile):
@@ -88,6 +89,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path, worker
     assert fingerprint(killed) == fingerprint(straight)
 
 
+@pytest.mark.slow
 def test_a_tiny_model_overfits_64_pairs_and_retrieves_all_of_them(data, tmp_path):
     config = train_config(data, tmp_path / "run", model=TINY_VIT, steps=250, batch_size=64, lr=3e-3, warmup=10)
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, min_crop=1.0))
