@@ -38,7 +38,7 @@ bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenize
 parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)
 	$(VENV)/python benchmarks/parity.py $(ARGS)
 
-hostile: .venv/demo ## load files made to harm, each in a process of its own
+hostile: .venv/demo .venv/dev ## load files made to harm, each in a process of its own
 	$(VENV)/python benchmarks/hostile.py
 
 kill-test: .venv/demo .venv/dev ## kill training a hundred times and compare what comes out (half an hour; goes on where it was)
