@@ -1,6 +1,5 @@
 """Indexes and descriptions that lie: changed behind our back, of another tar, or made to crash who reads them."""
 
-import io
 import json
 import os
 import shutil
@@ -24,18 +23,9 @@ from diptych.shards.loader import MAX_OPEN_SHARDS, Loader
 from diptych.shards.members import iter_members
 from diptych.shards.write import write_shards
 from diptych.tokenizer import Tokenizer
-from samples import draw, encode, make_pairs
+from samples import draw, encode, make_pairs, write_tar
 
 JPEG = encode(draw("red", "circle"))
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def foreign(path: Path, word: str = "thing", samples: int = 3) -> Path:
