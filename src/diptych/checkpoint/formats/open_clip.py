@@ -7,6 +7,7 @@ GELU: that is OpenCLIP's rule, and what it computes.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
 _VISION_KEYS = frozenset(["layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"])
 _TEXT_KEYS = frozenset(["context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id"])
 _MODEL_KEYS = frozenset(
-    ["embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "cast_dtype"]
+    [
+        *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
+        *("init_logit_scale", "init_logit_bias", "cast_dtype"),
+    ]
 )
 _AS_IN_CLIP: Mapping[str, tuple[Any, ...]] = {
     "pos_embed_type": ("learnable",),
@@ -68,6 +72,8 @@ def open_folder(
     record = read_json(path)
     config, reason = read_config(path, record, activation, published)
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
+    sources = openai_sources(clean_names(file, file.paths[0]))
+    config = replace(config, logit_bias="logit_bias" in sources)  # open_clip_train writes it beside a config without
     section = {} if record.get("preprocess_cfg") is None else _section(path, record, "preprocess_cfg")
     preprocess = read_preprocess(path, section, config, published)
     return Opened(
@@ -76,7 +82,7 @@ def open_folder(
         config=config,
         preprocess=preprocess,
         tokenizer=bare_tokenizer(file.paths[0], config),
-        weights=Weights(file=file, sources=openai_sources(clean_names(file, file.paths[0]))),
+        weights=Weights(file=file, sources=sources),
         evidence={"activation": reason},
         files=(path, *file.paths),
     )
@@ -233,7 +239,7 @@ def _triple(
 
 def why_not(loaded: Loaded) -> str | None:
     """Why an OpenCLIP folder cannot hold this model."""
-    if reason := why_only_diptych(loaded.model.config):
+    if reason := why_only_diptych(replace(loaded.model.config, logit_bias=False)):
         return reason
     if loaded.tokenizer.merges != Tokenizer.clip(loaded.tokenizer.context_length).merges:
         return "its vocabulary is not OpenAI's, and open_clip would use that one all the same"
@@ -274,6 +280,7 @@ def write_config(config: CLIPConfig) -> dict[str, Any]:
     return {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",
+        **({"init_logit_bias": -10} if config.logit_bias else {}),  # that there is one; the weights hold its value
         "vision_cfg": tower,
         "text_cfg": {
             "context_length": text.context_length,
