@@ -261,6 +261,14 @@ def test_a_bias_for_the_sigmoid_loss_travels_in_open_clips_layout_and_in_bare_fi
         layouts.save(loaded, tmp_path / "t", "transformers")
 
 
+def test_a_device_that_is_not_there_is_one_line_before_anything_is_read(tmp_path):
+    for device in ("nonsense", "cpu:7"):
+        with pytest.raises(UsageError, match=f"no device '{device}' here"):
+            layouts.load(tmp_path / "none", device=device)
+    layouts.save(make_loaded(VIT), tmp_path / "m")
+    assert layouts.load(tmp_path / "m", device="auto").model.logit_scale.device.type in ("cpu", "cuda", "mps", "xpu")
+
+
 def test_a_resnet_without_counters_gets_them(tmp_path):
     loaded = make_loaded(RESNET)
     state = {n: t for n, t in openai_state(loaded).items() if "num_batches_tracked" not in n}
