@@ -11,6 +11,7 @@ HF_ENDPOINT) are the library's. What was downloaded is held against the sha256 t
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -289,7 +290,7 @@ def explain_damage(place: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            blob = path.resolve()
+            blob = Path(os.path.realpath(path))  # also of a link that leads to itself
             if blob.parent.name == "blobs" and (_SHA256.fullmatch(blob.name) or _COMMIT.fullmatch(blob.name)):
                 check_download(path, blob.name)
         raise
