@@ -70,6 +70,15 @@ def test_rules_can_be_turned_off_and_added_to():
     assert stage_of(min_words=3).judge()("红色的汽车") == "language"
 
 
+def test_texts_with_lost_or_doubly_read_characters_are_damaged():
+    judge = stage_of(languages=()).judge()
+    for text in ("The caf\ufffd was closed", "cafÃ© in Paris", "the kingâ€™s crown", "Å\x81Ã³dÅº"):
+        assert judge(text) == "text_damaged", text
+    for text in ("café in Paris", "SÃO PAULO", "Ã la carte", "the king’s crown", "犬の写真 dog", "Łódź castle"):
+        assert judge(text) is None, text
+    assert stage_of(languages=(), damaged=False).judge()("The caf\ufffd was closed") is None
+
+
 def test_long_texts_made_to_stall_a_pattern_do_not():
     judge = stage_of(languages=()).judge()
     for text in ("a/" * 499 + " b", "a_" * 490 + "! x", "img " + "1 " * 490 + "z", "(a " * 330, "ab " * 333 + ".jp"):

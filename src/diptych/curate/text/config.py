@@ -30,6 +30,8 @@ class FilterConfig:
     """Most words."""
     min_letters: float = 0.4
     """Smallest share of letters among the characters that are not spaces."""
+    damaged: bool = True
+    """Drop texts with lost characters (U+FFFD), and UTF-8 that was read as latin-1."""
     file_names: bool = True
     """Drop texts that are a file name, an address or a camera's number."""
     boilerplate: bool = True

@@ -23,6 +23,7 @@ TEXT_SHORT = "text_short"
 TEXT_LONG = "text_long"
 TEXT_WORDS = "text_words"
 TEXT_LETTERS = "text_letters"
+TEXT_DAMAGED = "text_damaged"
 FILE_NAME = "file_name"
 BOILERPLATE = "boilerplate"
 LANGUAGE = "language"
@@ -59,6 +60,8 @@ _PHRASES = """
     alt text | title | caption | note | tip | warning | caution | important | image loading | lazy loaded image
     map | flag
 """
+_TO_BYTES = {ord(bytes([byte]).decode("cp1252", "ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)}
+"""What windows-1252 has where latin-1 has control characters -> the byte, as a character of latin-1."""
 _BOILERPLATE = frozenset(normalise(phrase) for line in _PHRASES.strip().splitlines() for phrase in line.split("|"))
 _BEGINNINGS = (
     "image may contain ",
@@ -94,6 +97,8 @@ class Filter:
             reason = self._judge_length(text)
             if reason is not None:
                 return reason
+            if self.rules.damaged and _is_damaged(text):
+                return TEXT_DAMAGED
             if self.rules.file_names and _FILE_NAMES.fullmatch(text.strip()):
                 return FILE_NAME
             if not self._has_letters(text):
@@ -117,6 +122,16 @@ class Filter:
     def _has_letters(self, text: str) -> bool:
         written = [character for character in text if not character.isspace()]
         return bool(written) and sum(map(str.isalpha, written)) >= self.rules.min_letters * len(written)
+
+
+def _is_damaged(text: str) -> bool:
+    """Whether characters were lost (U+FFFD), or UTF-8 was read as latin-1 (`cafÃ©`)."""
+    if text.isascii():
+        return False
+    try:
+        return "\ufffd" in text or bool(text.translate(_TO_BYTES).encode("latin-1").decode())
+    except UnicodeError:
+        return False
 
 
 def _language_test(languages: tuple[str, ...], margin: float) -> Callable[[str], bool]:
