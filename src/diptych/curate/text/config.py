@@ -20,6 +20,9 @@ class FilterConfig:
     language_margin: float = 6.0
     """A text is dropped if another language is this much (in nats) more likely than each of these. 6 keeps 91 % of
     English texts of 15 to 30 characters and 20 % of others, 96 % and 10 % of those of 30 to 60."""
+    names: bool = True
+    """Keep what is written like a name (`Mona Lisa by Leonardo da Vinci`), whatever its language: up to six words, each
+    capitalised, a number, or one that joins names."""
     min_characters: int = 5
     """Shortest text that stays."""
     max_characters: int = 1000

@@ -1,7 +1,8 @@
 """Candidates -> those whose text may be worth learning from. Each rule looks at one text alone and has a reason.
 
 The language comes from py3langid: its model is in the wheel, so nothing is downloaded. It is unsure of short texts; a
-text is dropped only if another language is more likely than each wanted one by `language_margin` nats.
+text is dropped only if another language is more likely than each wanted one by `language_margin` nats. Names are of no
+language, and what zero-shot classification is asked about, so that what is written like one is not judged.
 """
 
 import re
@@ -28,6 +29,8 @@ FILE_NAME = "file_name"
 BOILERPLATE = "boilerplate"
 LANGUAGE = "language"
 
+_NAME_WORDS = 6
+_JOINING = re.compile("an?|and|at|by|da|del?|der|di|do|du|et?|el|en|for|in|las?|le|los|of|on|the|und|v[ao]n|with|y")
 _ENDING = r"\.(?:jpe?g|jfif|png|gif|webp|avif|svg|bmp|tiff?|ico|heic|cr2|nef|psd|pdf|mp4|html?|php|aspx?)"
 _FILE_NAMES = re.compile(
     rf"""\S*{_ENDING}(?:\?\S*)?                            # name.jpg
@@ -108,7 +111,9 @@ class Filter:
                 return TEXT_WORDS
             if self.rules.boilerplate and (plain in furniture or plain.startswith(_BEGINNINGS)):
                 return BOILERPLATE
-            return LANGUAGE if speaks is not None and not speaks(text) else None
+            if speaks is None or (self.rules.names and _is_name(text)) or speaks(text):
+                return None
+            return LANGUAGE
 
         return judge
 
@@ -132,6 +137,24 @@ def _is_damaged(text: str) -> bool:
         return "\ufffd" in text or bool(text.translate(_TO_BYTES).encode("latin-1").decode())
     except UnicodeError:
         return False
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text is a few words of Latin letters that are capitalised, numbers, or such as join names.
+
+    >>> _is_name("Mona Lisa by Leonardo da Vinci"), _is_name("Ein rotes Auto")
+    (True, False)
+    """
+    words = text.split()
+    return (
+        len(words) <= _NAME_WORDS
+        and not text.endswith((".", "!", "?"))
+        and all(
+            ord(letter) < 0x250 for letter in text if letter.isalpha()
+        )  # other scripts have no capitals, or are told
+        and all(not word[0].islower() or _JOINING.fullmatch(word) for word in words)
+        and any(word[0].isupper() for word in words)
+    )
 
 
 def _language_test(languages: tuple[str, ...], margin: float) -> Callable[[str], bool]:
