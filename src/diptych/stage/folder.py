@@ -289,8 +289,14 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**content, hash=digest)
     except NotFoundError:
         raise
-    except FileNotFoundError:
-        raise NotFoundError(f"{folder} holds no finished stage: no {MANIFEST_FILE}; run that stage first") from None
+    except (FileNotFoundError, NotADirectoryError):
+        said = f"{folder} holds no finished stage: no {MANIFEST_FILE}"
+        if folder.is_file() or any(folder.glob("*.parquet")):
+            raise NotFoundError(
+                f"{said}, so its tables are not from `diptych curate`; every stage reads the folder that the one "
+                "before it wrote, and the first is `diptych curate crawl`"
+            ) from None
+        raise NotFoundError(f"{said}; run that stage first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise

@@ -70,8 +70,9 @@ class NearTextConfig:
     """Folder for what stays."""
     near: bool = True
     """Drop near copies too, not only pairs with the same picture address and text."""
-    scope: Scope = "site"
-    """Texts are near copies only within the same `image` address, the same `site` (host of the page), or in `all`."""
+    scope: Scope = "image"
+    """Texts are near copies only within the same `image` address, the same `site` (host of the page), or in `all`.
+    Texts of different pictures are alike and mean it: Henry VII and Henry VIII, the shirt in red and in blue."""
     similarity: float = 0.8
     """Texts that share this much of their three-letter pieces (Jaccard) are near copies."""
     hashes: int = 128
