@@ -13,9 +13,10 @@ BLOCK = 512
 MAX_NAME = 1 << 20
 """Bytes of a long name or of PAX records that are looked at."""
 _ZERO = bytes(BLOCK)
-_REGULAR = b"0\0"  # type flags of an ordinary file; old tars write NUL
+_REGULAR = b"0\0007"  # type flags of an ordinary file; old tars write NUL, 7 asks for one in one piece
 _FOLDER = b"5"
-_LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
+_NO_CONTENT = b"123456"  # links, devices, folders, pipes: some tools write a size, but never what it is of
+_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
 _SPARSE = b"S"  # GNU's: blocks with more of the map of holes stand before the content, and its size is without them
 
 
@@ -84,6 +85,7 @@ def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
         while more and content + BLOCK <= end:
             more = tar[content + 504]
             content += BLOCK
+        size = 0 if kind in _NO_CONTENT else size
         position = content + -(-size // BLOCK) * BLOCK
         if kind == _LONG_NAME:
             long_name = _text(tar[content : content + min(size, MAX_NAME)])
@@ -91,7 +93,7 @@ def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
         if kind == _PAX:
             pax = _read_pax(tar[content : content + min(size, MAX_NAME)])
             continue
-        if kind == _PAX_GLOBAL:
+        if kind in (_PAX_GLOBAL, _LONG_LINK):
             continue
         name = pax.get("GNU.sparse.name") or pax.get("path") or long_name or _name(header)
         sparse = any(key.startswith("GNU.sparse.") for key in pax)
