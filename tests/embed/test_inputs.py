@@ -242,3 +242,24 @@ def test_paths_of_a_table_stay_in_its_folder_and_urls_are_not_fetched(tmp_path):
     pq.write_table(pa.table({"image": paths}), tmp_path / "table/a.parquet")
     (source,) = open_inputs([f"{tmp_path / 'table/a.parquet'}:image"])
     assert [row.reason for row in source.read(0, 4)] == ["", "outside_folder", "url", ""]
+
+
+def test_ranges_are_spelled_out_and_what_they_lack_is_named(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        write_tar(tmp_path / name, [("a.jpg", RED)])
+    pq.write_table(pa.table({"caption": ["a", "b"]}), tmp_path / "t0.parquet")
+    named = open_inputs([f"{tmp_path}/{{0..1}}.tar"])
+    assert [source.name for source in named] == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
+    assert [source.rows for source in open_inputs([f"{tmp_path}/t{{0..0}}.parquet:caption"])] == [2]
+    with pytest.raises(NotFoundError, match=r"no such input: .*2\.tar"):
+        open_inputs([f"{tmp_path}/{{0..2}}.tar"])
+
+
+@pytest.mark.parametrize("lines", ["a.jpg\n\nb/c.PNG\n", "https://a.example/1?x=y\nhttp://b.example/c.jpg\n"])
+def test_a_list_of_pictures_is_not_taken_for_captions(tmp_path, lines):
+    (tmp_path / "list.txt").write_text(lines)
+    with pytest.raises(UsageError, match=r"list\.txt lists pictures, like .*--kind text"):
+        open_inputs([str(tmp_path / "list.txt")])
+    assert open_inputs([str(tmp_path / "list.txt")], "text")[0].rows == lines.count("\n")
+    (tmp_path / "list.txt").write_text(f"{lines}a dog\n")
+    assert open_inputs([str(tmp_path / "list.txt")])[0].kind == "text"

@@ -77,7 +77,8 @@ def run(config: WriteConfig, *, engine: Engine) -> StageReport:
     report = engine.run_job(gather, buckets, prepare=prepare)
     names = [name for name in parts.read_manifest(config.out).files if name.endswith(".tar")]
     if not names:
-        raise UsageError(f"no pair was left to write into {config.out}; dropped: {report.dropped or 'none came'}")
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in report.dropped.items())
+        raise UsageError(f"no pair was left to write into {config.out}; dropped: {counts or 'none came'}")
     dataset = Dataset.from_indexes(config.out, [load_index(config.out / name) for name in sorted(names)])
     files.write_json(config.out / DATASET_FILE, describe(dataset))
     shutil.rmtree(scatter.folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """What is to be embedded, as sources: lists of rows with a fixed order, of which any range can be read anywhere.
 
     photos/  'photos/**/*.png'  a.jpg   pictures; the id is the path relative to the folder, or where the glob begins
-    shards/  00000.tar                  the pictures of shards, or with kind text their captions; the id is the key
+    shards/  00000.tar  {00..99}.tar    the pictures of shards, or with kind text their captions; the id is the key
     pairs.parquet:image                 a column of encoded pictures, paths or captions; the id is the row number
     prompts.txt                         one text a line; the id is the line number
 
@@ -10,7 +10,6 @@ unique. A source is a plain value that travels to other machines; what it lists 
 of a kind that is known or refused; others that a folder or a glob has too are counted as passed over.
 """
 
-import glob
 import itertools
 import os
 from collections import Counter
@@ -21,6 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych import files
 from diptych.embed.config import InputKind
 from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource, read_values
 from diptych.errors import NotFoundError, UsageError
@@ -29,7 +29,8 @@ from diptych.image_file import IMAGE_SUFFIXES, find_images
 _OTHER_SUFFIXES = frozenset({".tar", ".parquet", ".txt"})
 _KNOWN = f"pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
 _LOOKED_AT = 100
-"""Values of a column of text that decide whether it holds paths."""
+"""Values of a column, or lines, of text that decide whether it holds paths."""
+_LONGEST_PATH = 1 << 14
 
 
 def open_inputs(inputs: Sequence[str], kind: InputKind | None = None) -> list[Source]:
@@ -39,8 +40,9 @@ def open_inputs(inputs: Sequence[str], kind: InputKind | None = None) -> list[So
     """
     if not all(inputs) or not inputs:
         raise UsageError("no input was named; give folders, globs, shards, file.parquet:column or text files")
-    pictures = [given for given in inputs if _is_picture(given)]
-    others = [given for given in inputs if not _is_picture(given)]
+    named = [one for given in inputs for one in ([given] if Path(given).exists() else files.expand_range(given))]
+    pictures = [given for given in named if _is_picture(given)]
+    others = [given for given in named if not _is_picture(given)]
     sources = [source for given in others for source in _open(given, kind)]
     if pictures:
         sources.append(_open_pictures([Path(picture) for picture in pictures]))
@@ -91,7 +93,7 @@ def _open(given: str, kind: InputKind | None) -> list[Source]:
         return _open_folder(path, column, kind)
     if path.exists():
         return [_open_file(path, column, kind)]
-    if not any(sign in place for sign in "*?["):
+    if not files.is_glob(place):
         raise NotFoundError(f"no such input: {given} (a folder, glob, picture, .tar, file.parquet:column or .txt)")
     return _open_glob(place, column, kind)
 
@@ -113,8 +115,22 @@ def _open_file(path: Path, column: str | None, kind: InputKind | None) -> Source
     if suffix == ".tar":
         return ShardSource.open(path, kind or "image")
     if suffix == ".txt":
+        if kind is None:
+            _refuse_list(path)
         return TextSource.open(path)
     raise UsageError(f"{path} is of no kind that can be embedded; known are {_KNOWN}: convert or rename it")
+
+
+def _refuse_list(path: Path) -> None:
+    """Raise UsageError for lines that all name pictures: as texts, nobody means them."""
+    with open(path, "rb") as file:
+        read = itertools.islice(iter(lambda: file.readline(_LONGEST_PATH), b""), _LOOKED_AT)
+        named = [text for line in read if (text := line.decode("utf-8-sig", "replace").strip())]
+    if named and all("://" in line or os.path.splitext(line)[1].lower() in IMAGE_SUFFIXES for line in named):
+        raise UsageError(
+            f"{path} lists pictures, like {named[0][:80]}; name the pictures, their folder or a column of paths in a "
+            ".parquet (URLs are not fetched), or add --kind text to embed its lines as texts"
+        )
 
 
 def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> list[Source]:
@@ -137,7 +153,7 @@ def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> li
 
 def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list[Source]:
     """Shards, Parquet and text files are a source each, the pictures one; other files are passed over."""
-    found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    found = [Path(path) for path in files.expand_glob(pattern)]
     if not found:
         raise NotFoundError(f"nothing matches {pattern}")
     special = [path for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
@@ -151,7 +167,7 @@ def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list
     if not pictures and not special:
         raise UsageError(f"{pattern} matches {found[0]}, and no file that can be embedded; known are {_KNOWN}")
     if pictures:
-        fixed = itertools.takewhile(lambda part: not any(sign in part for sign in "*?["), Path(pattern).parts[:-1])
+        fixed = itertools.takewhile(lambda part: not files.is_glob(part), Path(pattern).parts[:-1])
         root = Path(*fixed)
         names = tuple(str(path.relative_to(root)) for path in pictures)
         sources.append(PictureSource.open(pattern, root, names))
