@@ -5,7 +5,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -191,7 +191,7 @@ def _table_of(path: Path, split: str) -> Path:
     return named[0]
 
 
-def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str | None]]]:
+def _read_csv(file: Path) -> tuple[list[str], list[dict[Any, Any]]]:
     """Header and rows; the sign between columns is the one that is most frequent in the first line."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as handle:
