@@ -311,7 +311,7 @@ class Cell:
         result, arrays = PROTOCOL_SPECS[protocol].measure(task)
         if "train" in PROTOCOL_SPECS[protocol].splits and (same := count_shared(splits)):
             said = f"{same:,} of {len(task.test.embedded.kept):,} pictures of test are in train too"
-            result = replace(result, warnings=(*result.warnings, said))
+            result = replace(result, warnings=(said, *result.warnings))
         about = {
             "diptych": diptych.__version__,
             "torch": torch.__version__,
