@@ -4,6 +4,7 @@ Every class name is put into every template; the text features are normalised, a
 then the columns of a linear classifier (section 3.1.4). A class may have several names; all of them are averaged.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.images import ImageTower, embed_images, encode_each, remember_names, require_finite
 from diptych.embed.texts import BATCH_SIZE, embed_texts
-from diptych.errors import PictureError, UsageError
+from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
 from diptych.model.config import Precision
 from diptych.templates import fill_template, parse_templates
@@ -100,8 +101,67 @@ def _require_distinct(tokenizer: Tokenizer, classnames: Sequence[tuple[str, ...]
         seen[tokens] = entry[0]
 
 
-class ZeroShotClassifier:
-    """A classifier made of words, with scikit-learn's manners.
+class _Estimator:
+    """What scikit-learn asks of whatever stands in a pipeline or is cross-validated; nothing is learnt, so a clone has
+    the same weights, not a copy of them. scikit-learn itself is not needed."""
+
+    _given: dict[str, Any]
+    """Arguments of the constructor."""
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002 - scikit-learn's
+        """Arguments that it was made with; none is an estimator, so `deep` changes nothing."""
+        return dict(self._given)
+
+    def set_params(self, **params: Any) -> Any:
+        """Make it anew with other arguments; UsageError for one that it does not have."""
+        for name in params.keys() - self._given.keys():
+            raise unknown_name("parameter", name, self._given)
+        if params:
+            type(self).__init__(self, **{**self._given, **params})
+        return self
+
+    def __sklearn_clone__(self) -> Any:
+        return copy.copy(self)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags, TransformerTags
+
+        classifies = hasattr(self, "predict")
+        return Tags(
+            estimator_type="classifier" if classifies else None,
+            target_tags=TargetTags(required=False),
+            classifier_tags=ClassifierTags() if classifies else None,
+            transformer_tags=None if classifies else TransformerTags(),
+            input_tags=InputTags(one_d_array=True, two_d_array=False, string=True),
+            requires_fit=False,
+        )
+
+
+class PictureFeatures(_Estimator):
+    """Pictures to their features, normalised, as the first step of a scikit-learn pipeline.
+
+    >>> make_pipeline(PictureFeatures(load("runs/demo")), LogisticRegression())     # doctest: +SKIP
+    """
+
+    def __init__(self, loaded: Loaded, *, precision: Precision = "exact") -> None:
+        self._given = {"loaded": loaded, "precision": precision}
+        self.loaded = loaded
+        self.precision: Precision = precision
+
+    def fit(self, pictures: Iterable[Picture], y: object = None) -> "PictureFeatures":  # noqa: ARG002 - scikit-learn's
+        """Nothing: there is nothing to learn."""
+        return self
+
+    def transform(self, pictures: Iterable[Picture]) -> Float[np.ndarray, "N E"]:
+        """float32 features; raises PictureError as `embed_images` does."""
+        return embed_images(self.loaded, pictures, precision=self.precision).numpy()
+
+
+class ZeroShotClassifier(_Estimator):
+    """A classifier made of words, with scikit-learn's manners: it can be cloned, cross-validated, searched over.
 
     >>> classifier = ZeroShotClassifier(load("runs/demo"), ["cat", "dog"])      # doctest: +SKIP
     >>> classifier.predict(["a.jpg", "b.png"])                                  # doctest: +SKIP
@@ -119,6 +179,7 @@ class ZeroShotClassifier:
         *,
         precision: Precision = "exact",
     ) -> None:
+        self._given = {"loaded": loaded, "classnames": classnames, "templates": templates, "precision": precision}
         self.loaded = loaded
         self.classnames = names_of_classes(classnames)
         self.templates = parse_templates([templates] if isinstance(templates, str) else templates)
@@ -131,6 +192,26 @@ class ZeroShotClassifier:
         self.precision: Precision = precision
         embed = partial(embed_texts, loaded, precision=precision)
         self.weights_ = build_classifier(embed, self.classnames, self.templates)  # [E, C]
+
+    def fit(
+        self,
+        pictures: Iterable[Picture],  # noqa: ARG002 - scikit-learn's
+        y: Sequence[Any] | NDArray[Any] | None = None,
+    ) -> "ZeroShotClassifier":
+        """Nothing is learnt; raises UsageError for a label in `y` that is none of the classes."""
+        unknown = [] if y is None else sorted({str(label) for label in y} - set(self.classes_.tolist()))
+        if unknown:
+            raise UsageError(
+                f"label {unknown[0]!r} is no class of this classifier; it has {', '.join(self.classes_[:9])}"
+            )
+        return self
+
+    def score(
+        self, pictures: Iterable[Picture], y: Sequence[Any] | NDArray[Any], sample_weight: ArrayLike | None = None
+    ) -> float:
+        """Accuracy: the share of pictures whose likeliest label is theirs."""
+        weights = None if sample_weight is None else np.asarray(sample_weight)
+        return float(np.average(self.predict(pictures) == np.asarray(y), weights=weights))
 
     def decision_function(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Logits [N, C]: exp(t) times the cosine similarity of picture and class."""

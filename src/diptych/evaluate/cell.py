@@ -310,6 +310,9 @@ class Cell:
         )
         started = time.monotonic()
         result, arrays = PROTOCOL_SPECS[protocol].measure(task)
+        if "train" in PROTOCOL_SPECS[protocol].splits and (same := count_shared(splits)):
+            said = f"{same:,} of {len(task.test.embedded.kept):,} pictures of test are in train too"
+            result = replace(result, warnings=(said, *result.warnings))
         about = {
             "diptych": diptych.__version__,
             "torch": torch.__version__,
@@ -330,6 +333,14 @@ class Cell:
             save_arrays(path.with_suffix(".npz"), arrays)  # before the result, whose file says that all is there
         save_result(self.config.out, result)
         return load_result(path)
+
+
+def count_shared(splits: Mapping[str, Split]) -> int:
+    """How many pictures of the test split have the very features of one of the training split: they are the same."""
+    if "train" not in splits:
+        return 0
+    train = {row.tobytes() for row in splits["train"].embedded.pooled.numpy()}
+    return sum(row.tobytes() in train for row in splits["test"].embedded.pooled.numpy())
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:

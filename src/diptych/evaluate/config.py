@@ -19,8 +19,8 @@ class EvaluateConfig:
     models: tuple[str, ...]
     """Runs' folders, checkpoints of any layout, hf-hub:owner/name, published names; NAME=SOURCE gives one a name."""
     suite: tuple[str, ...] = ("paper27",)
-    """Suites (paper27, kornblith12, shifts, retrieval, clip_benchmark, made), datasets by id, or TOML files of one's
-    own."""
+    """Suites (paper27, kornblith12, shifts, retrieval, clip_benchmark, made), datasets by id, or one's own: folders,
+    tables, and TOML files that describe them."""
     out: Path = Path("results")
     """The results folder: new, or one to go on with."""
     data: Path = Path("data")
@@ -62,7 +62,9 @@ class EvaluateConfig:
         if not self.models:
             raise UsageError("no model was named; give --model at least once")
         if not self.suite:
-            raise UsageError("no suite was named; give --suite paper27, a dataset's id or a TOML file")
+            raise UsageError(
+                "no suite was named; give --suite paper27, a dataset's id, or a folder or TOML of your own"
+            )
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise unknown_name("protocol", protocol, PROTOCOLS)

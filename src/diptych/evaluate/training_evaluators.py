@@ -23,8 +23,8 @@ from diptych.embed.sources import Row, fetch
 from diptych.embed.stream import encode_stream
 from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.labels import NO_CLASSES, ClassIndex, index_labels
-from diptych.evaluate.datasets.layouts import guess_place, open_samples
-from diptych.evaluate.datasets.registry import OWN, Dataset, DatasetKind, Place, Profile
+from diptych.evaluate.datasets.layouts import open_samples
+from diptych.evaluate.datasets.registry import OWN, Dataset, DatasetKind, Place, Profile, guess_place
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.metrics.measures import accuracy, mean_per_class_recall, retrieval
 from diptych.evaluate.models.features import Gathered, gather_features

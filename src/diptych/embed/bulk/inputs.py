@@ -12,8 +12,9 @@ of a kind that is known or refused; others that a folder or a glob has too are c
 
 import itertools
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +23,23 @@ import pyarrow.parquet as pq
 
 from diptych import files
 from diptych.embed.config import InputKind
-from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource, read_values
+from diptych.embed.sources import (
+    ParquetSource,
+    PictureSource,
+    ShardSource,
+    Source,
+    TextSource,
+    are_base64,
+    first_texts,
+    pictures_of_type,
+)
 from diptych.errors import NotFoundError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
 
 _OTHER_SUFFIXES = frozenset({".tar", ".parquet", ".txt"})
 _KNOWN = f"pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
 _LOOKED_AT = 100
-"""Values of a column, or lines, of text that decide whether it holds paths."""
+"""Lines of text that decide whether they are paths."""
 _LONGEST_PATH = 1 << 14
 
 
@@ -99,11 +109,15 @@ def _open(given: str, kind: InputKind | None) -> list[Source]:
 
 
 def _split(given: str) -> tuple[str, str | None]:
-    """`file.parquet:column` in two; a path that exists is a path, whatever is in its name."""
-    place, colon, column = given.rpartition(":")
-    if not colon or Path(given).exists():
+    """`file.parquet:column` in two; a path that exists is a path, whatever is in its name, and a column's name may have
+    a colon too."""
+    ends = [match.start() for match in re.finditer(":", given)]
+    if not ends or Path(given).exists():
         return given, None
-    return place, column
+    there = [end for end in ends if Path(given[:end]).exists()]
+    tables = [end for end in ends if given[:end].lower().endswith(".parquet")]
+    end = [*there[-1:], *tables[:1], ends[-1]][0]
+    return given[:end], given[end + 1 :]
 
 
 def _open_file(path: Path, column: str | None, kind: InputKind | None) -> Source:
@@ -182,35 +196,29 @@ def open_column(path: Path, column: str | None, kind: InputKind | None) -> Parqu
     try:
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
-            if column not in schema.names:
-                raise UsageError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
-            holds = _what_it_holds(path, column, schema.field(column).type, kind, _first_values(file, column))
+            if (count := schema.names.count(column)) != 1:
+                said = f"{count} columns" if count else "no column"
+                raise UsageError(f"{path} has {said} {column!r}; it has {', '.join(schema.names)}")
+            holds = _what_it_holds(path, column, file, kind)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read as Parquet ({error}); write it again") from None
     return ParquetSource.open(path, column, holds, rows)
 
 
-def _what_it_holds(path: Path, column: str, dtype: pa.DataType, kind: InputKind | None, first: Iterable[str]) -> str:
-    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
-        holds = "bytes"
-    elif pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:  # as Hugging Face datasets keep pictures
-        holds = "struct"
-    elif pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
-        values = list(first)
-        ends = bool(values) and all(os.path.splitext(value)[1].lower() in IMAGE_SUFFIXES for value in values)
-        holds = "paths" if kind == "image" or (kind is None and ends) else "texts"
-    else:
+def _what_it_holds(path: Path, column: str, file: pq.ParquetFile, kind: InputKind | None) -> str:
+    dtype = file.schema_arrow.field(column).type
+    holds = pictures_of_type(dtype)
+    if holds is None:
         raise UsageError(f"column {column!r} of {path} is {dtype}; name one of bytes (pictures) or of strings")
-    if kind == "text" and holds != "texts":
+    if holds == "paths":
+        values = first_texts(file, column)
+        ends = bool(values) and all(os.path.splitext(value)[1].lower() in IMAGE_SUFFIXES for value in values)
+        if kind != "text" and are_base64(values):
+            return "base64"
+        return "paths" if kind == "image" or (kind is None and ends) else "texts"
+    if kind == "text":
         raise UsageError(f"column {column!r} of {path} holds pictures; leave --kind text out, or name one of strings")
     return holds
-
-
-def _first_values(file: pq.ParquetFile, column: str) -> Iterator[str]:
-    if not pa.types.is_string(kind := file.schema_arrow.field(column).type) and not pa.types.is_large_string(kind):
-        return
-    values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in read_values(batch[0]))
-    yield from itertools.islice((value for value in values if value and isinstance(value, str)), _LOOKED_AT)
 
 
 def _name_a_column(path: Path) -> str:

@@ -141,9 +141,9 @@ def _draw_bars(axes: Axes, panel: Bars) -> None:
     axes.grid(visible=False, axis="y")
     if panel.axis == "log":
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(min([1.0, *(0.8 * value for value in values)]), 1.6 * max(values))
+        low, high = min([1.0, *(0.8 * value for value in values)]), 1.6 * max(values)
+        axes.set_xlim(low, high)
+        _set_ticks(axes.xaxis, _log_ticks(low, high), scale=1.0)
     else:
         axes.axvline(0, color="#1c1c1c", linewidth=0.8)
         axes.margins(x=0.14)
@@ -168,9 +168,11 @@ def _draw_plot(axes: Axes, panel: Plot) -> None:
         else:
             family = series.family or series.name
             colour = colours[family] = colours.get(family) or next(palettes[series.whose])
-            shape = "o" if series.whose == "ours" else "^"
+            alone = bool(series.family) and not series.joined  # beside a line of the same colour
+            shape = "*" if alone else "o" if series.whose == "ours" else "^"
             small = not series.labelled and not series.joined
-            look = {"marker": shape, "color": colour, "markersize": 4 if small else 6, "alpha": 0.6 if small else 1.0}
+            size = 12 if alone else 4 if small else 6
+            look = {"marker": shape, "color": colour, "markersize": size, "alpha": 0.6 if small else 1.0}
         _draw_series(axes, panel, series, look)
     _set_axis(axes, "x", panel.x_axis, panel)
     _set_axis(axes, "y", panel.y_axis, panel)
@@ -223,16 +225,25 @@ def _set_axis(axes: Axes, which: Literal["x", "y"], kind: Axis, panel: Plot) -> 
         if kind == "error":
             _set_ticks(axis, [tick for tick in _TICKS if low <= tick <= high] or values[:1])
         else:
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
+            _set_ticks(axis, _log_ticks(low, high), scale=1.0)
     elif kind == "shots":
         shown = sorted(set(values))
         axes.set_xticks([_place("shots", value) for value in shown], [f"{value:g}" for value in shown])
 
 
-def _set_ticks(axis, ticks: Sequence[float]) -> None:
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two ends: decades, or 1, 2 and 5 of each; the middle if none lies there."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        if len(inside := [tick for tick in ticks if low <= tick <= high]) >= 3:
+            return inside
+    return inside if len(inside) > 1 else [float(f"{low * (high / low) ** share:.2g}") for share in (0.25, 0.75)]
+
+
+def _set_ticks(axis, ticks: Sequence[float], scale: float = 100.0) -> None:
     axis.set_major_locator(FixedLocator(list(ticks)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 

@@ -17,7 +17,7 @@ from diptych.evaluate.references import KORNBLITH12, PAPER27, caveats, reference
 from diptych.evaluate.report.captions import count, mean
 from diptych.evaluate.report.charts import Chart, Missing
 from diptych.evaluate.report.figures.build import build_charts
-from diptych.evaluate.report.results_table import Study
+from diptych.evaluate.report.results_table import OF_PAPER, Study
 from diptych.evaluate.report.tables import build_tables
 from diptych.evaluate.results import PROTOCOLS, Result
 
@@ -25,6 +25,10 @@ NEAR = 0.01
 """A difference that counts as reproduced."""
 SHOWN_CLASSES = 5
 """Best and worst classes of a set that are listed."""
+SHOWN_PAIRS = 10
+"""Pairs of classes that are taken for each other most, of a set whose classes are too many for a matrix."""
+MATRIX = 30
+"""Classes of which the whole confusion matrix is shown."""
 SUITES: Mapping[str, Sequence[str]] = {"kornblith12": KORNBLITH12, "paper27": PAPER27}
 NOT_SHOWN = ("source", "data", "seconds", "settings")
 """Details of a result that a report leaves out: places on a machine, clocks and hashes."""
@@ -49,6 +53,8 @@ class ReportFiles:
     drawn: tuple[str, ...]
     """Numbers of the figures."""
     missing: tuple[Missing, ...]
+    own: bool
+    """Whether none of the paper's datasets was measured, so that most of its figures are not to be expected."""
     results: int
 
 
@@ -79,6 +85,7 @@ def write_report(study: Study, out: Path, *, title: str, command: str, figures: 
         figures=tuple(save_charts(charts, figures)) if figures else (),
         drawn=tuple(chart.number for chart in charts),
         missing=tuple(missing),
+        own=study.is_own,
         results=len(study.results),
     )
 
@@ -95,6 +102,7 @@ def describe(
         "sections": list(_sections(study)),
         "tables": build_tables(study),
         "classes": list(_classes(study)),
+        "confusions": list(_confusions(study)),
         "figures": [
             {
                 "number": chart.number,
@@ -106,6 +114,7 @@ def describe(
             for chart in charts
         ],
         "missing": missing,
+        "own": study.is_own,
         "caveats": _caveats(study),
         "environment": _environment(study),
     }
@@ -223,6 +232,28 @@ def _class(one: Mapping[str, Any], measure: str) -> dict[str, str]:
         "value": percent(one[measure]),
         "interval": interval(ends),
     }
+
+
+def _confusions(study: Study) -> Iterator[dict[str, Any]]:
+    """What is taken for what, of datasets of one's own: the matrix, or of many classes the most frequent pairs."""
+    for (model, dataset, protocol), result in sorted(study.results.items()):
+        table, names = result.details.get("confusion"), [str(one["name"]) for one in result.per_class]
+        if table is None or dataset in OF_PAPER:
+            continue
+        wrong = [(n, i, j) for i, row in enumerate(table) for j, n in enumerate(row) if n and i != j]
+        frequent = sorted(wrong, key=lambda pair: (-pair[0], pair[1:]))[:SHOWN_PAIRS]
+        shares = [[n / max(1, sum(row)) for n in row] for row in table] if len(names) <= MATRIX else []
+        yield {
+            "model": model,
+            "dataset": dataset,
+            "protocol": protocol,
+            "names": names,
+            "rows": [
+                [(f"{n:,}" if n else "", f"{share:.2f}") for n, share in zip(*both, strict=True)]
+                for both in zip(table, shares, strict=False)
+            ],
+            "pairs": [] if shares else [(names[i], names[j], f"{n:,} of {sum(table[i]):,}") for n, i, j in frequent],
+        }
 
 
 def _caveats(study: Study) -> list[Any]:
