@@ -11,6 +11,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych import files
 from diptych.curate.queries.wikitext import NAMESPACES, strip_markup
 from diptych.errors import NotFoundError, UsageError
 
@@ -36,6 +37,7 @@ def find_inputs(places: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def open_input(place: str, *, unpack: bool = True) -> Iterator[Any]:
     """Open a file of bytes from wherever it lies; what is wrong with it is said in one line."""
+    files.require_file(place)
     try:
         with fsspec.open(place, "rb", compression="infer" if unpack else None) as file:
             yield file
@@ -65,7 +67,7 @@ def read_documents(place: str) -> Iterator[str]:
         elif name.endswith(".parquet"):
             yield from _read_parquet(file, place)
         else:
-            for line in file:
+            for line in filter(None, files.iter_lines(file)):
                 yield line.decode("utf-8", "replace")
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych import files
 from diptych.embed.config import InputKind
 from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource, read_values
 from diptych.errors import NotFoundError, UsageError
@@ -89,6 +90,7 @@ def _open(given: str, kind: InputKind | None) -> list[Source]:
     path = Path(place)
     if path.is_dir():
         return _open_folder(path, column, kind)
+    files.require_file(path)
     if path.exists():
         return [_open_file(path, column, kind)]
     if not any(sign in place for sign in "*?["):

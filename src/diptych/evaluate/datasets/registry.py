@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych import files
 from diptych.config import from_dict
 from diptych.errors import DatasetError, NotFoundError, UsageError, unknown_name
 from diptych.templates import parse_templates
@@ -206,7 +207,7 @@ def load_own(path: Path) -> Dataset:
     """A user's own entry, a TOML file."""
     if not path.is_file():
         raise NotFoundError(f"no such file: {path} (a TOML that describes a dataset, see docs/evaluate.md)")
-    return _parse(path.stem, path.read_bytes(), str(path), path.parent)
+    return _parse(path.stem, files.read_bytes(path), str(path), path.parent)
 
 
 def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
@@ -223,7 +224,7 @@ def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
 def _load_named(name: str) -> tuple[Dataset, ...]:
     if name.endswith(".toml"):
         path = Path(name)
-        if path.is_file() and "datasets" in (data := _read_toml(path.read_bytes(), name)):
+        if path.is_file() and "datasets" in (data := _read_toml(files.read_bytes(path), name)):
             if set(data) != {"datasets"} or not isinstance(data["datasets"], list):
                 raise UsageError(f"{name}: a suite is a list `datasets` of ids and TOML files, and nothing else")
             members = [str(path.parent / n) if str(n).endswith(".toml") else str(n) for n in data["datasets"]]

@@ -1,6 +1,7 @@
 """Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
 
 import csv
+import io
 import re
 from pathlib import Path
 from typing import cast
@@ -8,11 +9,11 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych import files
 from diptych.embed.sources import ParquetSource, Row, leaves_folder
-from diptych.errors import DatasetError, NotFoundError
+from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.registry import DatasetKind, Place
 from diptych.evaluate.datasets.samples import MAX_DIGITS, ColumnRows, Label, ListedRows, Samples, plain_label
-from diptych.files import parse_json
 
 _SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})")
 
@@ -83,7 +84,7 @@ def _read_schema(file: Path) -> tuple[pa.Schema, int]:
 def _class_label_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Class names as Hugging Face datasets keep them in the schema."""
     try:
-        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = files.parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         feature = features[column]
         names = feature.get("names") or feature.get("feature", {}).get("names")
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -113,13 +114,13 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
             raise NotFoundError(f"{path} has no {split}.csv")
         file = others[0]
     try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
+        with io.StringIO(files.read_text(file, files.MAX_TABLE), newline="") as handle:
             head = handle.readline()
             handle.seek(0)
             reader = csv.DictReader(handle, delimiter=max(",;\t|", key=head.count), skipinitialspace=True)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             header, table = list(reader.fieldnames), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UsageError, csv.Error) as error:
         raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
     label = place.captions if kind == "captions" and place.captions in header else place.label
     for column in (place.image, label):
