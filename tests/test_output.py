@@ -10,7 +10,7 @@ import pytest
 
 from diptych.checkpoint import layouts
 from diptych.cli import describe_os_error, exit_on_error, main, output
-from diptych.cli.output import ProgressBar, list_counts, printable, shorten
+from diptych.cli.output import ProgressBar, list_counts, print_on_first_rank, printable, shorten
 from samples import TINY_VIT, make_loaded, small
 
 HOSTILE = ["a\x1b]0;PWNED\x07b", "\x1b[2J", "a\rb", "a\nb", "\x9b31m", "\u202egpj.exe", "\udcff", "\0", "\x7f"]
@@ -74,6 +74,12 @@ def test_what_the_system_refuses_is_one_line(number, advice, capsys):
     printed = capsys.readouterr().err
     assert printed == f"diptych: {describe_os_error(error)}\n"
     assert printed.startswith("diptych: /somewhere/a.jpg: ")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_line_of_a_job_is_one_line(name, capsys):
+    print_on_first_rank(f"12 pairs; {name}")
+    assert capsys.readouterr().out == f"12 pairs; {printable(name)}\n"
 
 
 def test_a_shortage_of_memory_is_one_line(capsys):
