@@ -25,7 +25,7 @@ READERS: dict[str, tuple[tuple[str, ...], list[str]]] = {
 """Folder -> what else its reader needs, and the reader."""
 
 
-def iter_cases(world: World, values: int = 12, seeds: int = 4) -> Iterator[Case]:
+def iter_cases(world: World, values: int = 6, seeds: int = 3) -> Iterator[Case]:
     for folder, (needs, arguments) in READERS.items():
         for name in iter_files(world, folder):
             data = (world.root / name).read_bytes()
