@@ -20,6 +20,7 @@ from diptych.shards.dataset import load_dataset
 from diptych.shards.loader import Loader
 from diptych.tokenizer import Tokenizer
 from samples import TINY_VIT, draw, encode, make_loaded
+from strangers.pictures import many_scans
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"
 JPEG = encode(draw("red", "circle", 200))
@@ -50,6 +51,7 @@ FILES = {
     "a named pipe": ("a.jpg", "pipe"),
     "a file of 200 GB that is all holes": ("a.jpg", "holes"),
     "a header of 60,000 x 60,000 pixels": ("a.png", BOMB),
+    "a JPEG that goes over its pixels 2,000 times": ("a.jpg", many_scans()),
     "1 x 20,000 pixels": ("a.png", STRIPE),
     "a transparent picture": ("a.png", CLEAR),
     "16-bit grey": ("a.png", png(Image.fromarray(np.full((40, 50), 30_000, np.uint16)))),

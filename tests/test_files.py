@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -218,3 +219,40 @@ def test_names_stand_for_ranges_and_globs_but_for_themselves_if_they_are_there(t
     assert spell("[ab]*.tar") == ["a0.tar", "a1.tar", "b{0..9}.tar"]
     assert spell("b{0..9}.tar") == ["b{0..9}.tar"]
     assert spell("c[1].tar") == ["c[1].tar"]
+
+
+def test_what_never_ends_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        for read in (files.read_bytes, files.read_text, files.read_json, files.require_file):
+            with pytest.raises(UsageError, match="is a pipe, socket or device"):
+                read(tmp_path / name)
+    files.require_file(tmp_path / "nowhere")
+    files.require_file(tmp_path)
+
+
+def test_a_file_is_read_whole_only_if_it_is_small(tmp_path):
+    with open(tmp_path / "holes", "wb") as file:
+        file.truncate(200 << 30)
+    with pytest.raises(UsageError, match="has more than 67,108,864 bytes"):
+        files.read_text(tmp_path / "holes")
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfa")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").touch()
+    assert (files.read_text(tmp_path / "marked"), files.read_text(tmp_path / "empty")) == ("a", "")
+    with pytest.raises(UsageError, match="latin is not UTF-8"):
+        files.read_text(tmp_path / "latin")
+    assert files.read_bytes(tmp_path / "latin", 4) == b"caf\xe9"
+    with pytest.raises(UsageError, match="more than 3 bytes"):
+        files.read_bytes(tmp_path / "latin", 3)
+
+
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_a_line_without_an_end_is_none(monkeypatch, block):
+    monkeypatch.setattr(files, "MAX_LINE", 20)
+    monkeypatch.setattr(files, "_BLOCK", block)
+    data = b"a\n\n" + b"x" * 50 + b"\nb\r\n" + b"y" * 20 + b"\nlast"
+    assert list(files.iter_lines(io.BytesIO(data))) == [b"a\n", b"\n", None, b"b\r\n", None, b"last"]
+    assert list(files.iter_lines(io.BytesIO(b"z" * 99))) == [None]
+    assert list(files.iter_lines(io.BytesIO(b""))) == []

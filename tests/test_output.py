@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from diptych.cli import describe_os_error, exit_on_error, output
-from diptych.cli.output import ProgressBar, list_counts, printable, shorten
+from diptych.checkpoint import layouts
+from diptych.cli import describe_os_error, exit_on_error, main, output
+from diptych.cli.output import ProgressBar, list_counts, print_on_first_rank, printable, shorten
+from samples import TINY_VIT, make_loaded, small
 
 HOSTILE = ["a\x1b]0;PWNED\x07b", "\x1b[2J", "a\rb", "a\nb", "\x9b31m", "\u202egpj.exe", "\udcff", "\0", "\x7f"]
 
@@ -74,6 +76,12 @@ def test_what_the_system_refuses_is_one_line(number, advice, capsys):
     assert printed.startswith("diptych: /somewhere/a.jpg: ")
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_line_of_a_job_is_one_line(name, capsys):
+    print_on_first_rank(f"12 pairs; {name}")
+    assert capsys.readouterr().out == f"12 pairs; {printable(name)}\n"
+
+
 def test_a_shortage_of_memory_is_one_line(capsys):
     with pytest.raises(SystemExit), exit_on_error():
         raise MemoryError
@@ -115,3 +123,18 @@ def test_a_package_of_an_extra_that_is_missing_is_one_line(capsys):
     assert "install diptych with its extra: pip install '.[curate]'" in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError), exit_on_error():
         raise ModuleNotFoundError("No module named 'diptych.nothing'", name="diptych.nothing")
+
+
+def test_a_command_without_stdin_and_stdout_ends_as_it_should():
+    script = "import os, sys; sys.stdout = None; from diptych.cli import main; main(['inspect', 'nowhere'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.parametrize("name", HOSTILE[:6])
+def test_what_a_checkpoint_is_called_does_not_steer_the_terminal(name, tmp_path, capsys):
+    layouts.save(make_loaded(small(TINY_VIT)), folder := tmp_path / name.replace("\0", ""))
+    for command in (["inspect"], ["inspect", "--json"], ["verify"]):
+        with pytest.raises(SystemExit):
+            main([command[0], str(folder), *command[1:]])
+        assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))

@@ -26,8 +26,9 @@ REASONS = (
 
 missing: no such file. unreadable: no permission, or the disk or network fails. not_a_file: a folder, pipe or device.
 too_many_bytes: more than MAX_BYTES. empty: 0 bytes. not_a_picture: no format that is read. truncated: it breaks off or
-is damaged inside. too_many_pixels: more than MAX_PIXELS. too_small: a side of zero after resizing. out_of_memory: there
-was not enough. changed: not the bytes that the shard's index was made of. deleted: taken out of its dataset."""
+is damaged inside. too_many_pixels: more than MAX_PIXELS, or a JPEG that goes over them too often. too_small: a side of
+zero after resizing. out_of_memory: there was not enough. changed: not the bytes that the shard's index was made of.
+deleted: taken out of its dataset."""
 
 FORMATS = (*SUFFIXES, "MPO")
 """What is decoded, as Pillow names it (MPO: a JPEG with more pictures behind it); no other parser sees the bytes.
@@ -35,6 +36,9 @@ Pillow would start another program for some."""
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused from their header alone (decompression bombs)."""
+
+USUAL_SCANS = 32
+"""A JPEG of more scans, each of which is a pass over all pixels, is refused where scans times pixels are too many."""
 
 # Pillow warns of odd metadata and of bombs; both are decided here. Once for all: other threads have their own filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -87,14 +91,17 @@ def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     Image.init()  # without it Pillow knows only its five most common formats
     known = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
     image = Image.open(io.BytesIO(data), formats=known)
-    check_pixels(image.width, image.height, max_pixels)
+    check_pixels(image.width, image.height, data, max_pixels)
     return image
 
 
-def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise PictureError for a size above the limit."""
-    if width * height > max_pixels:
-        raise PictureError("too_many_pixels", f"{width} x {height}, at most {max_pixels:,}")
+def check_pixels(width: int, height: int, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise PictureError for a size above the limit, or for a JPEG that goes over its pixels far too often: some 100 kB
+    of scans would otherwise keep a processor for minutes."""
+    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1
+    if width * height * (scans if scans > USUAL_SCANS else 1) > max_pixels:
+        times = f" in {scans:,} scans" if scans > USUAL_SCANS else ""
+        raise PictureError("too_many_pixels", f"{width} x {height}{times}, at most {max_pixels:,}")
 
 
 @contextlib.contextmanager

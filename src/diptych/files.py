@@ -14,6 +14,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ MAX_JSON = 64 << 20
 """Bytes of a JSON file that are read; whatever needs more is not one of ours."""
 MAX_NESTING = 100
 _TOO_DEEP = "it is nested too deeply"
+MAX_TABLE = 256 << 20
+"""Bytes of a table or a list in text that is read as a whole."""
+MAX_LINE = 1 << 20
+"""Bytes of a line of text; a longer one is none."""
 _BLOCK = 1 << 20
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -156,13 +161,51 @@ def parse_json(data: bytes | str, **options: Any) -> Any:
     return value
 
 
+def require_file(path: str | Path) -> None:
+    """UsageError for a pipe, socket or device, which never end; what is not there is let pass."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(f"{path} is a pipe, socket or device; save what comes out of it as a file, and name that")
+
+
+def read_bytes(path: Path, most: int = MAX_JSON) -> bytes:
+    """A file as a whole; UsageError if it is none or holds more than `most` bytes. OSError as `open` raises it."""
+    require_file(path)
+    with open(path, "rb") as file:
+        data = b"" if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
+        if (not data and file.read(1)) or len(data) > most:
+            raise UsageError(f"{path} has more than {most:,} bytes")
+    return data
+
+
+def read_text(path: Path, most: int = MAX_JSON) -> str:
+    """`read_bytes` as UTF-8, with or without a mark at its beginning; UsageError if it is not."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8; save it as UTF-8") from None
+
+
+def iter_lines(file: Any) -> Iterator[bytes | None]:
+    """Lines of an open file of bytes, with their ends, in bounded memory; None for one of MAX_LINE bytes or more."""
+    kept, too_long = b"", False
+    while block := file.read(_BLOCK):
+        *lines, kept = (kept + block).split(b"\n")
+        for line in lines:
+            yield None if too_long or len(line) >= MAX_LINE else line + b"\n"
+            too_long = False
+        if len(kept) >= MAX_LINE:
+            kept, too_long = b"", True
+    if kept or too_long:
+        yield None if too_long else kept
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; ValueError if it is none, or holds more than MAX_JSON bytes. OSError as `open` raises it."""
-    with open(path, "rb") as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
-        raise ValueError(f"it has more than {MAX_JSON:,} bytes")
-    return parse_json(data)
+    return parse_json(read_bytes(path, MAX_JSON))
 
 
 def _beside(path: Path, ending: str = "") -> Path:

@@ -253,7 +253,7 @@ def _decode_scaled(
     try:
         header = simplejpeg.decode_jpeg_header(data)
         height, width, colorspace = int(header[0]), int(header[1]), header[2]
-        check_pixels(width, height)
+        check_pixels(width, height, data)
         if colorspace in ("CMYK", "YCCK"):
             return None  # Pillow inverts Adobe's CMYK as it should
         least = [round(size * SCALED_DECODE_MARGIN)] * 2

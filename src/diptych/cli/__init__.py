@@ -88,9 +88,10 @@ def exit_on_error() -> Iterator[None]:
         except KeyboardInterrupt:
             sys.exit(130)
         finally:
-            sys.stdout.flush()
+            if sys.stdout:  # there is none if it was closed
+                sys.stdout.flush()
     except BrokenPipeError:
-        gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream.fileno())]
+        gone = [stream for stream in (sys.stdout, sys.stderr) if stream and _has_no_reader(stream.fileno())]
         if not gone:  # it was another pipe, whose end is an error like any other
             raise
         for stream in gone:  # what is still held back would be written, and fail again, when Python ends

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from diptych.checkpoint.config import LayoutName, Resize, WeightsDtype
+from diptych.cli.output import printable
 from diptych.model.config import Activation
 
 
@@ -30,7 +31,7 @@ class Inspect:
 
         found = inspect(self.model, activation=self.activation, preset=self.preset)
         if self.json:
-            print(json.dumps(found, indent=2, ensure_ascii=False))
+            print(json.dumps(found, indent=2))
         else:
             print_inspection(found)
         return 0
@@ -75,7 +76,7 @@ class Convert:
         what = "of the resized model and of what was written" if resized else "before and after"
         for tower, difference in differences.items():
             print(f"{tower} features {what} differ by {difference:.1e} of their length")
-        print(f"written: {self.out} ({self.to}, {self.precision})")
+        print(f"written: {printable(self.out)} ({self.to}, {self.precision})")
         return 0
 
 
@@ -96,7 +97,7 @@ class Verify:
         found = verify(self.model, activation=self.activation, preset=self.preset)
         for name, sha256 in found.sha256.items():
             against = found.checked_against.get(name)
-            print(f"sha256 {sha256}  {name}" + (f"  (agrees with {against})" if against else ""))
+            print(f"sha256 {sha256}  {printable(name)}" + (f"  (agrees with {printable(against)})" if against else ""))
         print(f"{found.tensors} tensors, every number finite; temperature {found.temperature:.4g}")
         print(f"forward pass: {found.features}")
         print("sound" if found.checked_against else "sound, as far as a file without a stored hash can show")
@@ -133,9 +134,9 @@ def print_inspection(found: dict[str, Any]) -> None:
     if "preprocessing" in evidence:
         lines["preprocessing"] += f" ({evidence['preprocessing']})"
     for name, answer in lines.items():
-        print(f"{name + ':':15} {answer}")
+        print(f"{name + ':':15} {printable(answer)}")
     for name, file in found["files"].items():
-        print(f"{'file:':15} {name}  {file['bytes']:,} bytes  sha256 {file['sha256']}")
+        print(f"{'file:':15} {printable(name)}  {file['bytes']:,} bytes  sha256 {file['sha256']}")
 
 
 def _numbers(values: Sequence[float]) -> str:

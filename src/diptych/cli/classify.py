@@ -115,11 +115,9 @@ def read_labels(given: Sequence[str]) -> list[str]:
             labels.append(label)
             continue
         try:
-            text = sys.stdin.read() if label == "@-" else Path(label[1:]).read_text("utf-8-sig")
+            text = sys.stdin.read() if label == "@-" else files.read_text(Path(label[1:]))
         except FileNotFoundError:
             raise NotFoundError(f"no such file of labels: {label[1:]}") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{label[1:]} is not UTF-8; save it as UTF-8, a label on each line") from None
         labels += [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise UsageError("no label was named; give several to choose from")

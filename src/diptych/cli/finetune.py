@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diptych.cli.output import print_on_first_rank
+from diptych.cli.output import print_on_first_rank, printable
 from diptych.cli.training import build_evaluators, describe_evaluator, open_evaluators, run_and_report
 from diptych.errors import UsageError
 from diptych.model.config import Activation
@@ -135,7 +135,7 @@ class WiseFT:
         layouts.save(loaded, self.out / "model")
         files.write_json(self.out / "wise_ft.json", self._describe(points, best))
         print(f"best: alpha {best.alpha:.1f} ({wise_ft.RULE})")
-        print(f"written: {self.out / 'model'} and {self.out / 'wise_ft.json'}")
+        print(printable(f"written: {self.out / 'model'} and {self.out / 'wise_ft.json'}"))
         return 0
 
     def _describe(self, points: "list[Point]", best: "Point") -> dict[str, Any]:

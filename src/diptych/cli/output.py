@@ -57,7 +57,7 @@ def is_first_rank() -> bool:
 def print_on_first_rank(line: str) -> None:
     """One line of a job, said once."""
     if is_first_rank():
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 class ProgressBar:

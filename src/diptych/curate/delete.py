@@ -64,7 +64,7 @@ def run(config: DeleteConfig) -> DeleteReport:
 def _read_list(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise NotFoundError(f"no such file: {path} (a key or an address on each line)")
-    for line in path.read_text("utf-8").splitlines():
+    for line in files.read_text(path, files.MAX_TABLE).splitlines():
         if line.strip():
             yield line.strip()
 

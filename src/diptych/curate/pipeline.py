@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diptych import files
 from diptych.config import from_dict
 from diptych.curate import write
 from diptych.curate.balance import balance, match
@@ -160,7 +161,7 @@ class _Settings:
         if path is None:
             return
         try:
-            self._tables = tomllib.loads(path.read_text("utf-8"))
+            self._tables = tomllib.loads(files.read_text(path))
         except FileNotFoundError:
             raise NotFoundError(f"no such file: {path} (a TOML file with a table for each stage)") from None
         except (ValueError, RecursionError) as error:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from diptych import files
 from diptych.curate.config import WriteConfig
+from diptych.curate.rows import read_queries
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
@@ -249,5 +250,4 @@ def _query_texts(path: Path | None) -> tuple[str, ...]:
     """Texts of a list of queries by their number; none without a list."""
     if path is None:
         return ()
-    table = pq.read_table(path, columns=["id", "text"]).sort_by("id")
-    return tuple(table["text"].to_pylist())
+    return tuple(read_queries(path)["text"].to_pylist())

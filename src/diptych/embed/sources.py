@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from diptych import files
 from diptych.decode import read_file
 from diptych.embed.config import InputKind
 from diptych.errors import DatasetError, PictureError, UsageError
@@ -31,9 +32,6 @@ from diptych.shards.members import Damage, iter_members
 
 _COMPANIONS = frozenset({"txt", "json", "cls"})
 """Suffixes of the other members of a sample."""
-MAX_LINE = 1 << 20
-"""Bytes of a text; a longer line is `text_too_large`."""
-
 READ_ROWS = 64
 """Rows of a Parquet file that are brought into memory at a time."""
 _LOOKED_AT = 100
@@ -327,15 +325,15 @@ class TextSource:
             if head in (b"\xff\xfe", b"\xfe\xff"):
                 raise UsageError(f"{path} is UTF-16; save it as UTF-8")
             file.seek(0)
-            for part in iter(lambda: file.read(MAX_LINE), b""):
+            while part := file.read(files.MAX_LINE):
                 digest.update(part)
             file.seek(0)
-            rows = sum(1 for _ in _iter_lines(file))
+            rows = sum(1 for _ in files.iter_lines(file))
         return cls(path=path, fingerprint=digest.hexdigest(), rows=rows)
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
         with open(self.path, "rb") as file:
-            for number, line in enumerate(_iter_lines(file)):
+            for number, line in enumerate(files.iter_lines(file)):
                 if number >= stop:
                     return
                 if number < start:
@@ -349,17 +347,6 @@ class TextSource:
                     yield Row(str(number), None, "bad_text")
                 else:
                     yield _text_row(number, text.rstrip("\r\n"))
-
-
-def _iter_lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Lines in bounded memory; None for one of more than MAX_LINE bytes."""
-    while line := file.readline(MAX_LINE):
-        if len(line) < MAX_LINE or line.endswith(b"\n"):
-            yield line
-            continue
-        while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-            pass
-        yield None
 
 
 def leaves_folder(path: str | Path) -> bool:
@@ -383,6 +370,6 @@ def stamp(file: Path) -> str:
     """Size and time of change, by which content is known without reading it; both alike is taken for unchanged."""
     try:
         status = file.stat()
-    except (OSError, ValueError):  # a link that leads nowhere is counted when it is read, and a name that is none
+    except (OSError, ValueError):  # a link that leads nowhere, a NUL: counted when it is read
         return "unreadable"
     return f"{status.st_size} {status.st_mtime_ns}"

@@ -23,7 +23,7 @@ import pyarrow as pa
 import xxhash
 
 from diptych import files
-from diptych.errors import NotFoundError, ShardError
+from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES
 from diptych.shards.members import Damage, Member, iter_members
 
@@ -130,11 +130,11 @@ def read_index(shard: Path, path: Path, tar_bytes: int | None = None) -> ShardIn
 
     With `tar_bytes`, the size of the shard, every picture must lie inside of it.
     """
-    with open(path, "rb") as file:
-        data = file.read(MAX_INDEX_BYTES + 1)
     try:
-        if len(data) > MAX_INDEX_BYTES:
-            raise ValueError(f"more than {MAX_INDEX_BYTES:,} bytes")
+        data = files.read_bytes(path, MAX_INDEX_BYTES)
+    except UsageError as error:
+        raise ShardError(f"{error}; delete it and it is built anew") from None
+    try:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
         metadata = table.schema.metadata or {}
         version = int(metadata.get(b"version", 0))

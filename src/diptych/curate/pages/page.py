@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diptych import files
 from diptych.curate.pages.warc import TOO_LARGE, Damage, Readable, Record, read_records
 from diptych.errors import NotFoundError, UsageError
 
@@ -62,6 +63,7 @@ def open_input(path: str) -> Any:
     """A file at a path or fsspec URL, as a stream of its stored bytes."""
     import fsspec  # not in the parser's process, which starts sooner without it
 
+    files.require_file(path)
     try:
         store, place = fsspec.core.url_to_fs(path)
         return store.open(place, "rb")

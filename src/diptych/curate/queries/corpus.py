@@ -38,6 +38,7 @@ def find_inputs(places: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def open_input(place: str, *, unpack: bool = True) -> Iterator[Any]:
     """Open a file of bytes from wherever it lies; what is wrong with it is said in one line."""
+    files.require_file(place)
     try:
         with fsspec.open(place, "rb", compression="infer" if unpack else None) as file:
             yield file
@@ -81,7 +82,7 @@ def read_documents(place: str) -> Iterator[str]:
         elif kind == ".parquet":
             yield from _read_parquet(file, place)
         elif kind == ".txt":
-            for line in file:
+            for line in filter(None, files.iter_lines(file)):
                 yield line.decode("utf-8", "replace")
         else:
             yield from _read_json(file, place)

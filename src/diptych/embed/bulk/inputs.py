@@ -101,6 +101,7 @@ def _open(given: str, kind: InputKind | None) -> list[Source]:
     path = Path(place)
     if path.is_dir():
         return _open_folder(path, column, kind)
+    files.require_file(path)
     if path.exists():
         return [_open_file(path, column, kind)]
     if not files.is_glob(place):

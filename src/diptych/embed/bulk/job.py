@@ -117,12 +117,16 @@ class EmbedJob(Job):
 
     def find_difference(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         """What a folder was begun with and is not run with now: inputs, model, settings."""
-        there, here = _choose_deciding(then["config"]), _choose_deciding(now["config"])
-        if different := _find_other_inputs(there["inputs"], here["inputs"]):
-            return f"other inputs: {different}"
-        for section, words in (("model", "another model"), ("settings", "other settings")):
-            if different := find_difference(there[section], here[section]):
-                return f"{words}: {different}"
+        here = _choose_deciding(now["config"])
+        try:
+            there = _choose_deciding(then["config"])
+            if different := _find_other_inputs(there["inputs"], here["inputs"]):
+                return f"other inputs: {different}"
+            for section, words in (("model", "another model"), ("settings", "other settings")):
+                if different := find_difference(there[section], here[section]):
+                    return f"{words}: {different}"
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return "something that its manifest.json does not say any more: it is damaged"
         return None
 
     def is_final(self, record: TaskRecord) -> bool:

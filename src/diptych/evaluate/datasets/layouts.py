@@ -147,10 +147,7 @@ def _open_wds(path: Path, split: str, place: Place, kind: DatasetKind) -> Sample
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in path.read_text("utf-8").splitlines())
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no text in UTF-8: {error}") from None
+    return tuple(line.strip() for line in files.read_text(path).splitlines())
 
 
 def _wds_shards(folder: Path, samples: Samples) -> list[Path]:

@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych import files
 from diptych.config import from_dict
 from diptych.errors import DatasetError, NotFoundError, UsageError, unknown_name
 from diptych.templates import parse_templates
@@ -233,7 +234,7 @@ def load_own(path: Path) -> Dataset:
     """A user's own entry, a TOML file."""
     if not path.is_file():
         raise NotFoundError(f"no such file: {path} (a TOML that describes a dataset, see docs/evaluate.md)")
-    return _parse(path.stem, path.read_bytes(), str(path), path.parent)
+    return _parse(path.stem, files.read_bytes(path), str(path), path.parent)
 
 
 def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
@@ -250,7 +251,7 @@ def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
 def _load_named(name: str) -> tuple[Dataset, ...]:
     if name.endswith(".toml"):
         path = Path(name)
-        if path.is_file() and "datasets" in (data := _read_toml(path.read_bytes(), name)):
+        if path.is_file() and "datasets" in (data := _read_toml(files.read_bytes(path), name)):
             if set(data) != {"datasets"} or not isinstance(data["datasets"], list):
                 raise UsageError(f"{name}: a suite is a list `datasets` of ids and TOML files, and nothing else")
             beside = {n: str(path.parent / n) for n in map(str, data["datasets"])}

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych import files
 from diptych.embed.sources import (
     ParquetSource,
     Row,
@@ -19,7 +21,7 @@ from diptych.embed.sources import (
     pictures_of_type,
     read_values,
 )
-from diptych.errors import DatasetError, NotFoundError
+from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.registry import DatasetKind, Place
 from diptych.evaluate.datasets.samples import (
     NUMBER,
@@ -30,7 +32,6 @@ from diptych.evaluate.datasets.samples import (
     plain_class,
     plain_label,
 )
-from diptych.files import parse_json
 
 CSV_SUFFIXES = (".csv", ".tsv")
 _NAN = "nan"
@@ -111,7 +112,7 @@ def _read_schema(file: Path) -> tuple[pa.Schema, int]:
 def _class_label_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Class names as Hugging Face datasets keep them in the schema."""
     try:
-        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = files.parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         feature = features[column]
         names = feature.get("names") or feature.get("feature", {}).get("names")
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -194,7 +195,7 @@ def _table_of(path: Path, split: str) -> Path:
 def _read_csv(file: Path) -> tuple[list[str], list[dict[Any, Any]]]:
     """Header and rows; the sign between columns is the one that is most frequent in the first line."""
     try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
+        with io.StringIO(files.read_text(file, files.MAX_TABLE), newline="") as handle:
             head = handle.readline()
             how = {"delimiter": max(",;\t|", key=head.count), "skipinitialspace": True}
             for strict in (True, False):
@@ -206,7 +207,7 @@ def _read_csv(file: Path) -> tuple[list[str], list[dict[Any, Any]]]:
                 except csv.Error as error:  # only a quote that is never closed would swallow rows without a word
                     if not strict or "end of data" in str(error):
                         raise
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
+    except (UsageError, csv.Error, OSError) as error:
         raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
     raise AssertionError
 
@@ -215,7 +216,7 @@ def _several(cell: str, kind: DatasetKind) -> list[str]:
     """What a cell has: one, or where several may be those with | between, or a list in JSON."""
     if kind != "single" and cell.startswith("["):
         with contextlib.suppress(ValueError):
-            listed = parse_json(cell)
+            listed = files.parse_json(cell)
             if isinstance(listed, list) and all(isinstance(one, str | int) for one in listed):
                 return [str(one).strip() for one in listed if str(one).strip()]
     return [one.strip() for one in cell.split("|") if one.strip()] if kind == "multi" else [cell] if cell else []
