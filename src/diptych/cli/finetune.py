@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from diptych.cli.output import print_on_first_rank
-from diptych.cli.training import build_evaluators, describe_evaluator, open_evaluators, run_and_report
+from diptych.cli.training import build_evaluators, describe_evaluator, open_evaluators, run_and_report, write_page
 from diptych.errors import UsageError
 from diptych.model.config import Activation
 from diptych.shards.config import LoaderConfig, SourceConfig
@@ -22,6 +22,7 @@ from diptych.train.config import (
 from diptych.train.recipe import FINETUNE
 
 if TYPE_CHECKING:
+    from diptych.report.page import Example
     from diptych.train.finetune.wise_ft import Point
 
 RISKY_LR = 1e-4
@@ -102,7 +103,7 @@ class WiseFT:
     evaluate: tuple[str, ...]
     """NAME=PATH of sets to be asked about, as in `diptych finetune`."""
     out: Path
-    """New folder: wise_ft.json, the whole curve, and model/, the best model."""
+    """New folder: wise_ft.json, the whole curve; model/, the best model; report.html, to look at."""
     templates: tuple[str, ...] = ("simple",)
     """For zero-shot sets: names of template lists, or templates with a {}."""
     activation: Activation | None = None
@@ -127,7 +128,13 @@ class WiseFT:
             print(describe_evaluator(evaluator))
         names = [name for evaluator in evaluators for name in evaluator.metrics if name.endswith(guard.HEADLINES)]
         print("alpha  score   " + "  ".join(names))
-        points = wise_ft.sweep(start.model, tuned.model, evaluators, on_point=lambda point: _print_point(point, names))
+        shown: dict[float, dict[str, list[Example]]] = {}
+
+        def keep(point: "Point") -> None:
+            _print_point(point, names)
+            shown[point.alpha] = {evaluator.name: evaluator.examples for evaluator in evaluators}
+
+        points = wise_ft.sweep(start.model, tuned.model, evaluators, on_point=keep)
         best = wise_ft.choose(points)
         files.make_folder(self.out)
         loaded = start._replace(model=wise_ft.interpolate(start.model, tuned.model, best.alpha))
@@ -135,6 +142,9 @@ class WiseFT:
         files.write_json(self.out / "wise_ft.json", self._describe(points, best))
         print(f"best: alpha {best.alpha:.1f} ({wise_ft.RULE})")
         print(f"written: {self.out / 'model'} and {self.out / 'wise_ft.json'}")
+        write_page(
+            lambda page: page.write_wise_ft_page(self.out, self.start, self.finetuned, points, best, shown[best.alpha])
+        )
         return 0
 
     def _describe(self, points: "list[Point]", best: "Point") -> dict[str, Any]:

@@ -1,11 +1,21 @@
 """What `train`, `finetune` and `wise-ft` share: evaluation sets, progress, and what is said at the end."""
 
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from diptych.cli.output import ProgressBar, format_time, is_first_rank, list_counts, print_on_first_rank, printable
+from diptych.cli.output import (
+    ProgressBar,
+    format_time,
+    is_first_rank,
+    list_counts,
+    print_on_first_rank,
+    printable,
+    shorten,
+)
 from diptych.errors import UsageError, unknown_name
 from diptych.train.config import RunConfig, TrainConfig
 
@@ -66,11 +76,25 @@ def run_and_report(config: TrainConfig, evaluators: "Sequence[TrainingEvaluator]
         for evaluator in evaluators:
             if evaluator.broken:
                 print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
+        told = report.resumed_from == report.steps and (config.out / "report.html").exists()
+        if not told and report.stopped_by != "SIGTERM":  # whoever sends it waits for seconds only
+            examples = {evaluator.name: evaluator.examples for evaluator in evaluators}
+            write_page(lambda page: page.write_run_page(config, report, examples))
         if report.lost:
             print(f"stopped: more than {config.start.stop_when_lost:g} points lost in {', '.join(report.lost)}")
     if report.lost:
         return LOST_STATUS
     return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
+
+
+def write_page(write: "Callable[[ModuleType], Path]") -> None:
+    """Write the page that a run ends with, and say where. The run is whole whatever becomes of it."""
+    try:
+        from diptych.train import page
+
+        print(f"report: {printable(write(page))}")
+    except Exception as error:
+        print(f"warning: report.html was not written: {shorten(error) or type(error).__name__}", file=sys.stderr)
 
 
 def check_keep_best(name: str | None, evaluators: "Sequence[TrainingEvaluator]") -> None:
