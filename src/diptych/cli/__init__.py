@@ -9,6 +9,7 @@ import io
 import os
 import select
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ from diptych.cli.plan import Plan
 from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets
-from diptych.errors import DiptychError, UsageError, unknown_name
+from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
 
 Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
@@ -70,7 +71,10 @@ def exit_on_error() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", PictureWarning)
+                warnings.showwarning = _show_warning
+                yield
         except DiptychError as error:
             _fail(str(error))
         except ModuleNotFoundError as error:
@@ -94,6 +98,11 @@ def exit_on_error() -> Iterator[None]:
         for stream in gone:  # what is still held back would be written, and fail again, when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(_PIPE_CLOSED)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """One line, without the place in our code."""
+    print(f"warning: {shorten(message)}", file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:

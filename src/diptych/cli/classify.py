@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from diptych.cli.output import counted, list_counts, printable, shorten
+from diptych.cli.output import counted, list_counts, list_others, printable, shorten
 from diptych.errors import NotFoundError, PictureError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
 from diptych.model.config import Activation, Precision
@@ -37,6 +37,8 @@ class Classify:
     """Names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
     precision: Precision | None = None
     """exact, float32, bfloat16, int8 or auto, as of `diptych embed`; by default exact, and auto for many pictures."""
+    turn: bool = False
+    """Turn pictures as their EXIF orientation says; OpenAI's preprocessing leaves them as they are stored."""
     device: str = "auto"
     """`cpu`, `cuda`, ...; auto takes a GPU if there is one."""
     top: int = 5
@@ -59,6 +61,7 @@ class Classify:
         names = names_of_classes([label.split("|") for label in read_labels(self.labels)])
         device = choose_device(self.device)
         loaded = load(self.model or default_model(), device=device, activation=self.activation)
+        loaded = loaded.turned() if self.turn else loaded
         precision = self.precision or ("auto" if len(paths) >= MANY else "exact")
         classifier = ZeroShotClassifier(loaded, names, templates, precision=precision)
         if len(names) == 1:
@@ -76,7 +79,7 @@ class Classify:
         if first.total() > 1 and not self.json:
             print(f"in all: {list_counts(first)}")
         if others:
-            print(f"files that were not taken for pictures: {list_counts(others)}", file=sys.stderr)
+            print(f"files that were not taken for pictures: {list_others(others)}", file=sys.stderr)
         if failed:
             skipped = f"{failed.total():,} of {counted(len(paths), 'picture')}"
             print(f"skipped: {skipped} ({list_counts(failed)})", file=sys.stderr)
@@ -149,7 +152,7 @@ def find_pictures(patterns: Sequence[str]) -> tuple[list[Path], Counter[str]]:
             others.update(one.suffix.lower() for one in files if one.suffix.lower() not in IMAGE_SUFFIXES)
     if not found:
         kinds = f"looked for {' '.join(sorted(IMAGE_SUFFIXES))}"
-        seen = f"; other files: {list_counts(others)}" if others else ""
+        seen = f"; other files: {list_others(others)}" if others else ""
         raise NotFoundError(f"no pictures in {' '.join(patterns)} ({kinds}{seen})")
     return found, others
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diptych.cli.output import ProgressBar, counted, format_time, list_counts, printable
+from diptych.cli.output import ProgressBar, counted, format_time, list_counts, list_others, printable
 from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
 from diptych.errors import PASSING
 from diptych.model.config import Activation
@@ -82,5 +82,5 @@ def print_report(report: "EmbedReport", *, as_json: bool) -> None:
     if report.cut:
         print(f"texts that were longer than the model reads, and cut: {report.cut:,}")
     if report.passed_over:
-        print(f"files that were not taken for pictures: {list_counts(report.passed_over)}")
+        print(f"files that were not taken for pictures: {list_others(report.passed_over)}")
     print(f"features: {printable(report.out / 'features')}")

@@ -49,6 +49,13 @@ def list_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{printable(name) or 'no suffix'} {-count:,}" for count, name in ranked)
 
 
+def list_others(suffixes: Mapping[str, int]) -> str:
+    """Files that were not taken for pictures, by suffix, and what would read the pictures of phones among them."""
+    heic = any(suffix in (".heic", ".heif") for suffix in suffixes)
+    hint = "; HEIC is read with the extra `heic`: pip install '.[heic]'" if heic else ""
+    return list_counts(suffixes) + hint
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for its job (`torchrun` and `srun` start several)."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

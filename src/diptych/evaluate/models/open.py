@@ -74,6 +74,7 @@ def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCac
     if is_baseline(source):
         return _open_baseline(name, source, str(device))
     loaded = load(source, device=device, activation=config.activation, preset=config.preset)
+    loaded = loaded.turned() if config.turn else loaded
     facts = ModelFacts(
         name=name,
         source=source,
