@@ -32,6 +32,7 @@ from diptych.pair import Pair
 from diptych.report.page import Example, pick_rows
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
+from diptych.templates import load_templates
 from diptych.tokenizer import train_bpe
 from diptych.train.config import RunConfig, TrainConfig
 from diptych.train.page import write_run_page
@@ -91,7 +92,7 @@ def main(demo: Demo) -> dict[str, Any]:
         results["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(demo.out / "results.json", results)
     print_results(results)
-    titles = dict(zip(TESTS, examples, strict=True))
+    titles: dict[str, str] = dict(zip(TESTS, examples, strict=True))
     page = write_run_page(config, report, examples, tell_results(results, titles))
     print(f"report: {page}")
     return results
@@ -115,7 +116,7 @@ def train_config(demo: Demo) -> TrainConfig:
         train_bpe(load_dataset(demo.pairs / "training").captions, VOCAB_SIZE, CONTEXT_LENGTH).save(tokenizer)
     preset = get_preset(PRESET)
     text = dataclasses.replace(preset.text, vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH)
-    model: CLIPConfig = dataclasses.replace(preset, text=text)
+    model: CLIPConfig = dataclasses.replace(preset, text=text, templates=load_templates("none"))
     return TrainConfig(
         model=model,
         data=(SourceConfig(path=demo.pairs / "training"),),

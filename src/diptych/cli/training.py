@@ -17,6 +17,8 @@ from diptych.cli.output import (
     shorten,
 )
 from diptych.errors import UsageError, unknown_name
+from diptych.model.config import CLIPConfig
+from diptych.templates import SIMPLE, parse_templates
 from diptych.train.config import RunConfig, TrainConfig
 
 LOST_STATUS = 3
@@ -31,25 +33,32 @@ if TYPE_CHECKING:
 
 
 def build_evaluators(
-    specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
+    specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = SIMPLE
 ) -> "list[TrainingEvaluator]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
     from diptych.evaluate.results import Protocol
     from diptych.evaluate.training_evaluators import KINDS, TrainingEvaluator, open_set
-    from diptych.templates import parse_templates
 
-    prompts = parse_templates(templates)
     evaluators: dict[str, TrainingEvaluator] = {}
     for spec in specs:
         name, equals, place = spec.partition("=")
+        if not equals and Path(spec).exists():  # its own name is as good as any
+            name, equals, place = Path(spec).resolve().stem, "=", spec
         if not (equals and name and place) or "/" in name:
             raise UsageError(f"{spec!r} is not NAME=PATH, NAME=zeroshot:PATH or NAME=retrieval:PATH (no / in the name)")
         if name in evaluators:
             raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
         protocol: Protocol | None = next((one for one in KINDS if place.startswith(f"{one}:")), None)
         exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol)
-        evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
+        evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, templates)
     return list(evaluators.values())
+
+
+def choose_templates(given: tuple[str, ...] | None, config: CLIPConfig) -> tuple[str, ...]:
+    """The templates that are asked for, else those that the model was trained for."""
+    from diptych.zeroshot import suitable_templates
+
+    return suitable_templates(config) if given is None else parse_templates(given)
 
 
 def open_evaluators(
