@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Embed many images or texts into a folder of features. Resumable: rerun the same command to continue."""
+    """Embed many images or texts into a folder of features. Resumable: rerun the same command to continue.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych embed ViT-B-32/openai photos/ --out features
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT ...")]
     """Folders, globs, pictures, shards (.tar, or a folder of them), file.parquet:column, text files of one text a
     line."""
     out: Path
