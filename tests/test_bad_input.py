@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from diptych.checkpoint import layouts
 from diptych.cli import main
+from diptych.image_file import SUFFIXES
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
 from diptych.shards.loader import Loader

@@ -84,7 +84,9 @@ def test_plan_prints_json_for_machines(capsys):
 def test_a_plan_that_cannot_be_says_what_can(capsys):
     assert call("plan", "ViT-L-14", "--devices", 592) == 2
     error = capsys.readouterr().err
-    assert error.startswith("diptych: batch_size 32768 does not split evenly over 592 devices; use --batch-size 32560")
+    assert error.startswith(
+        "diptych: --batch-size 32768 does not split evenly over 592 devices; use --batch-size 32560"
+    )
 
 
 def test_classify_prints_bars_for_people(run, tmp_path, capsys):
