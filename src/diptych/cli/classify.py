@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -15,9 +15,6 @@ from diptych.cli.output import ProgressBar, counted, list_counts, list_others, p
 from diptych.errors import NotFoundError, PictureError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
 from diptych.model.config import Activation, Precision
-
-if TYPE_CHECKING:
-    from diptych.embed.sources import Row
 
 DEFAULT_MODEL = Path("runs/demo")
 MANY = 64
@@ -76,7 +73,6 @@ class Classify:
     def __call__(self) -> int:
         labels = read_labels(self.labels, self.images)
         from diptych.checkpoint.layouts import load
-        from diptych.embed.sources import fetch
         from diptych.model.device import choose_device
         from diptych.templates import parse_templates
         from diptych.zeroshot import ZeroShotClassifier, names_of_classes
@@ -87,7 +83,7 @@ class Classify:
         device = choose_device(self.device)
         loaded = load(self.model or default_model(), device=device, activation=self.activation)
         loaded = loaded.turned() if self.turn else loaded
-        rows, lost, in_tars = list_rows(paths)
+        rows, lost, in_tars = list_items(paths)
         others += in_tars
         precision = self.precision or ("auto" if len(rows) >= MANY else "exact")
         classifier = ZeroShotClassifier(loaded, names, templates, precision=precision)
@@ -98,19 +94,19 @@ class Classify:
             failed[reason] += 1
             print(f"{printable(name)}: skipped, {reason}", file=sys.stderr)
         show = self._choose_format(several=len(rows) > 1)
-        first: dict[str, list[tuple[Row, float]]] = {}
+        first: dict[str, list[tuple[Item, float]]] = {}
         with ProgressBar("classifying") as bar:
-            for number, (row, scores) in enumerate(zip(rows, classifier.score_each(rows, fetch), strict=True), 1):
+            for number, (row, scores) in enumerate(zip(rows, classifier.score_each(rows, fetch_item), strict=True), 1):
                 if len(rows) >= MANY and not sys.stdout.isatty():
                     bar.update(number, len(rows))
                 if isinstance(scores, PictureError):
                     failed[scores.reason] += 1
-                    print(f"{printable(row.id)}: skipped, {shorten(scores)}", file=sys.stderr)
+                    print(f"{printable(row.name)}: skipped, {shorten(scores)}", file=sys.stderr)
                     continue
                 order = scores.probability.argsort()[::-1][: self.top or (1 if len(rows) > 1 else 5)]
                 answers = [Answer.of(scores, str(classifier.classes_[i]), int(i), extra=self.scores) for i in order]
                 first.setdefault(answers[0].label, []).append((row, answers[0].probability))
-                show(row.id, answers)
+                show(row.name, answers)
         counts = {label: len(some) for label, some in first.items()}
         if sum(counts.values()) > 1 and not self.json:
             print(f"in all: {list_counts(counts)}", file=sys.stderr)
@@ -184,14 +180,30 @@ def print_bars(name: str, answers: Sequence[Answer]) -> None:
         print(f" {one.probability:6.1%}{one.describe()}  {printable(one.label):{width}}  {bar}".rstrip())
 
 
-def write_sheet(path: Path, first: "dict[str, list[tuple[Row, float]]]") -> Path:
+class Item(NamedTuple):
+    """A picture and what it is called."""
+
+    name: str
+    content: Any
+    """Its path, or the row of a tar."""
+
+
+def fetch_item(item: Item) -> Path | bytes:
+    """The picture of an item; PictureError if there is none."""
+    if isinstance(item.content, Path):
+        return item.content
+    from diptych.embed.sources import fetch  # it needs pyarrow, which takes as long to import as to answer
+
+    return fetch(item.content)  # type: ignore[return-value]
+
+
+def write_sheet(path: Path, first: dict[str, list[tuple[Item, float]]]) -> Path:
     """A page of the pictures of each label, the surest first."""
-    from diptych.embed.sources import fetch
     from diptych.report.page import Section, write_page
 
-    def show(rows: "list[tuple[Row, float]]") -> "Iterator[tuple[Any, str]]":
+    def show(rows: list[tuple[Item, float]]) -> Iterator[tuple[Any, str]]:
         for row, probability in sorted(rows, key=lambda one: -one[1])[:ON_A_SHEET]:
-            yield fetch(row), f"{probability:.1%} {row.id}"
+            yield fetch_item(row), f"{probability:.1%} {row.name}"
 
     def describe(count: int) -> str:
         return f"The surest {ON_A_SHEET} of them." if count > ON_A_SHEET else ""
@@ -204,17 +216,17 @@ def write_sheet(path: Path, first: "dict[str, list[tuple[Row, float]]]") -> Path
     return write_page(path, "Pictures by label", f"{total}, each under its likeliest label.", sections)
 
 
-def list_rows(paths: Sequence[Path]) -> "tuple[list[Row], list[tuple[str, str]], Counter[str]]":
+def list_items(paths: Sequence[Path]) -> tuple[list[Item], list[tuple[str, str]], Counter[str]]:
     """The pictures, those in tars as `tar:key`; what the tars have lost, with reasons; other members by suffix."""
-    from diptych.embed.sources import Row, ShardSource
-
-    rows, lost, others = list[Row](), list[tuple[str, str]](), Counter[str]()
+    rows, lost, others = list[Item](), list[tuple[str, str]](), Counter[str]()
     for path in paths:
         if path.suffix.lower() != ".tar":
-            rows.append(Row(str(path), path))
+            rows.append(Item(str(path), path))
             continue
+        from diptych.embed.sources import ShardSource
+
         source = ShardSource.open(path, "image")
-        rows += [row._replace(id=f"{path}:{row.id}") for row in source.read(0, source.rows)]
+        rows += [Item(f"{path}:{row.id}", row) for row in source.read(0, source.rows)]
         lost += [(f"{path}:{key}", reason) for key, reason in source.lost]
         others.update(source.passed_over)
     if not rows and not lost:
