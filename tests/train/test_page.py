@@ -77,7 +77,7 @@ def test_a_run_ends_with_a_page_that_needs_nothing_else(material, tmp_path, caps
             "< script > a ",
             "The diagonal",
             "optim.lr",
-            "5e-06",
+            "1e-05",
         ),
     ):
         assert part in page.text, part
