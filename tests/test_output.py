@@ -92,10 +92,9 @@ def test_a_shortage_of_memory_is_one_line(capsys):
 def test_any_terminal_can_show_any_name(encoding, tmp_path):
     script = """
 from diptych.cli import exit_on_error
-from diptych.cli.classify import print_answers
-from pathlib import Path
+from diptych.cli.classify import Answer, print_bars
 with exit_on_error():
-    print_answers(Path("犬\\udcff [final].png"), [("[bold]cat", 0.75), ("犬", 0.25)], as_json=False)
+    print_bars("犬\\udcff [final].png", [Answer("[bold]cat", 0.75, None, None), Answer("犬", 0.25, None, None)])
 """
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env)
@@ -108,9 +107,8 @@ with exit_on_error():
 
 def test_json_is_what_machines_read_whatever_the_names_are():
     script = """
-from diptych.cli.classify import print_answers
-from pathlib import Path
-print_answers(Path("a\\x1b.png"), [("[/INST]", 0.5)], as_json=True)
+from diptych.cli.classify import Answer, print_json
+print_json("a\\x1b.png", [Answer("[/INST]", 0.5, None, None)])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert json.loads(done.stdout) == {"image": "a\x1b.png", "labels": [{"label": "[/INST]", "probability": 0.5}]}

@@ -122,11 +122,6 @@ def test_no_format_that_is_read_starts_a_program(tmp_path, monkeypatch):
     assert "EPS" not in FORMATS
 
 
-def test_heic_is_called_by_its_name():
-    with pytest.raises(PictureError, match="HEIC is not read; convert it"):
-        decode(b"\0\0\0\x18ftypheic" + bytes(200))
-
-
 # --- transparency ----------------------------------------------------------------------------------------------------
 
 

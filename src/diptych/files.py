@@ -122,6 +122,7 @@ def hold_folder(folder: Path, *, flag: str = "--out") -> Iterator[None]:
     The lock ends with the process, however it ends. Where the file system knows no locks, that is an OSError: a lock
     file that outlives a killed process would shut its owner out.
     """
+    is_new = not folder.exists()
     make_folder(folder, flag=flag)
     path = folder / ".lock"
     try:
@@ -134,6 +135,10 @@ def hold_folder(folder: Path, *, flag: str = "--out") -> Iterator[None]:
         raise RunLockedError(
             f"{folder} is in use by another process ({holder}); wait for it, stop it, or name another {flag}"
         ) from None
+    finally:
+        if is_new and [*folder.iterdir()] == [path]:  # what was refused leaves nothing behind
+            path.unlink()
+            folder.rmdir()
 
 
 def _sign(lock: int) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from diptych.embed.images import ImageTower, embed_images, encode_each, remember
 from diptych.embed.texts import BATCH_SIZE, embed_texts
 from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
-from diptych.model.config import Precision
-from diptych.templates import fill_template, parse_templates
+from diptych.model.config import CLIPConfig, Precision
+from diptych.templates import SIMPLE, fill_template, parse_templates
 from diptych.tokenizer import Tokenizer
 
 Classnames = Sequence[str | Sequence[str]]
@@ -47,6 +47,11 @@ def names_of_classes(classnames: Classnames) -> tuple[tuple[str, ...], ...]:
             given = "|".join(entry)
             raise UsageError(f"class {given!r} has an empty name; a name is text, so write one or drop it")
     return names
+
+
+def suitable_templates(config: CLIPConfig) -> tuple[str, ...]:
+    """The templates that a model was trained for, if its checkpoint says so; else a photo of a {}."""
+    return config.templates or SIMPLE
 
 
 def build_classifier(
@@ -99,6 +104,18 @@ def _require_distinct(tokenizer: Tokenizer, classnames: Sequence[tuple[str, ...]
                 f"{tokenizer.context_length} tokens: one of them is named twice, or differs too late"
             )
         seen[tokens] = entry[0]
+
+
+class Scores(NamedTuple):
+    """What a classifier says of a picture [C], or of several [N, C]."""
+
+    probability: NDArray[np.float32]
+    """Softmax over the classes: shares of 1, which one class takes from the others."""
+    cosine: NDArray[np.float32]
+    """Similarity of picture and class, each for itself; what is high depends on the model."""
+    sigmoid: NDArray[np.float32] | None
+    """Probability that picture and class are a pair, each for itself; None where the model was not trained for it (its
+    logits have no bias)."""
 
 
 class _Estimator:
@@ -169,20 +186,22 @@ class ZeroShotClassifier(_Estimator):
 
     Words and pictures are embedded in `precision`; "auto" is several times as fast where bfloat16 is.
     `classnames` may give several names for a class: [["happy", "smiling"], "sad"]; the first is its label.
+    `templates` are those that the checkpoint names, else "a photo of a {}.".
     """
 
     def __init__(
         self,
         loaded: Loaded,
         classnames: Classnames,
-        templates: Sequence[str] = ("a photo of a {}.",),
+        templates: Sequence[str] | None = None,
         *,
         precision: Precision = "exact",
     ) -> None:
         self._given = {"loaded": loaded, "classnames": classnames, "templates": templates, "precision": precision}
         self.loaded = loaded
         self.classnames = names_of_classes(classnames)
-        self.templates = parse_templates([templates] if isinstance(templates, str) else templates)
+        given = [templates] if isinstance(templates, str) else templates
+        self.templates = suitable_templates(loaded.model.config) if given is None else parse_templates(given)
         labels = [names[0] for names in self.classnames]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
@@ -224,19 +243,39 @@ class ZeroShotClassifier(_Estimator):
     def predict_proba(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Softmax of the logits over the classes [N, C]; raises PictureError, which names it, for a picture that cannot
         be used (`predict_each` goes on with the others)."""
-        rows, names = [], list[str]()
-        for row in self.predict_each(remember_names(pictures, names)):
+        return self.predict_scores(pictures).probability
+
+    def predict_scores(self, pictures: Iterable[Picture]) -> Scores:
+        """All scores of all pictures [N, C]; raises PictureError as `predict_proba` does."""
+        rows, names = list[Scores](), list[str]()
+        for row in self.score_each(remember_names(pictures, names)):
             if isinstance(row, PictureError):
                 raise row.of(names[len(rows)])
             rows.append(row)
-        return np.stack(rows) if rows else np.empty((0, len(self.classes_)), np.float32)
+        nothing = np.empty((0, len(self.classes_)), np.float32)
+        if not rows:
+            return Scores(nothing, nothing, None if self.loaded.model.logit_bias is None else nothing)
+        probability, cosine, sigmoid = zip(*rows, strict=True)
+        return Scores(np.stack(probability), np.stack(cosine), None if sigmoid[0] is None else np.stack(sigmoid))
 
     def predict_each(self, pictures: Iterable[Picture]) -> Iterator[NDArray[np.float32] | PictureError]:
         """`predict_proba` of any number of pictures one after the other [C], or why one cannot be used."""
-        with closing(encode_each(ImageTower(self.loaded, self.precision), pictures)) as features:
+        for scores in self.score_each(pictures):
+            yield scores if isinstance(scores, PictureError) else scores.probability
+
+    def score_each(
+        self, pictures: Iterable[Any], fetch: Callable[[Any], Picture] | None = None
+    ) -> Iterator[Scores | PictureError]:
+        """Scores [C] of any number of pictures one after the other, or why one cannot be used. `fetch` brings the
+        picture of each item, in the threads that decode."""
+        with closing(encode_each(ImageTower(self.loaded, self.precision), pictures, fetch=fetch)) as features:
             for feature in features:
-                usable = not isinstance(feature, PictureError)
-                yield self._logits(require_finite(feature)).softmax(dim=-1).numpy() if usable else feature
+                yield feature if isinstance(feature, PictureError) else self._score(require_finite(feature))
+
+    def _score(self, feature: Float[Tensor, " E"]) -> Scores:
+        logits, bias = self._logits(feature), self.loaded.model.logit_bias
+        sigmoid = None if bias is None else (logits + bias.detach().cpu()).sigmoid().numpy()
+        return Scores(logits.softmax(dim=-1).numpy(), (feature @ self.weights_).numpy(), sigmoid)
 
     def _logits(self, features: Float[Tensor, "*N E"]) -> Float[Tensor, "*N C"]:
         return self.loaded.model.logit_scale.detach().exp().cpu() * features @ self.weights_

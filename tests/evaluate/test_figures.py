@@ -12,11 +12,11 @@ from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate.metrics.robustness import effective_robustness, fit_shift, read_table
 from diptych.evaluate.references import KORNBLITH12, PAPER27, SHIFTS, reference
 from diptych.evaluate.report.captions import evaluate_command
-from diptych.evaluate.report.charts import Bars, Chart, Missing, Plot
 from diptych.evaluate.report.figures.build import FIGURES, build_charts
 from diptych.evaluate.report.figures.transfer import PAPER_EFFICIENCY
 from diptych.evaluate.report.results_table import Study, load_study
 from diptych.evaluate.results import save_model
+from diptych.report.charts import Bars, Chart, Missing, Plot
 
 pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
 
@@ -355,7 +355,7 @@ def test_a_published_name_can_be_given_and_is_checked(folder):
 
 
 def test_pictures_are_drawn_the_same_every_time(study, tmp_path):
-    from diptych.evaluate.report.draw import draw_svg, save_charts
+    from diptych.report.draw import draw_svg, save_charts
 
     some = [chart(study, "8"), chart(study, "14")]
     paths = save_charts(some, tmp_path)
@@ -370,7 +370,7 @@ def test_pictures_are_drawn_the_same_every_time(study, tmp_path):
 
 
 def test_a_picture_shows_every_mark_its_name_and_hollow_published_ones(study):
-    from diptych.evaluate.report.draw import draw_svg
+    from diptych.report.draw import draw_svg
 
     svg = draw_svg(chart(study, "8")).decode()
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)

@@ -15,9 +15,12 @@ from diptych.model.config import Activation
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Say what a checkpoint is: architecture, activation and what shows it, preprocessing, tokenizer, types, hashes."""
+    """Say what a checkpoint is: architecture, activation and what shows it, preprocessing, tokenizer, types, hashes.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych inspect ViT-B-32.pt
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     activation: Activation | None = None
     """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
@@ -39,11 +42,14 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a checkpoint in another layout; features before and after must agree, or nothing is written."""
+    """Write a checkpoint in another layout; features before and after must agree, or nothing is written.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych convert ViT-B-32.pt out --to open_clip
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The new folder, or file (openai)."""
     to: LayoutName
     """The layout: our own folder, OpenCLIP's, transformers' (ViT only), OpenAI's state dict, or ONNX (no way back)."""
@@ -82,9 +88,12 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read a checkpoint to its last byte: hashes, finite numbers, one forward pass."""
+    """Read a checkpoint to its last byte: hashes, finite numbers, one forward pass.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych verify runs/mine
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     activation: Activation | None = None
     """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make a report of a results folder: one HTML file with all numbers and the paper's figures inside."""
+    """Make a report of a results folder: one HTML file with all numbers and the paper's figures inside.
 
-    results: Annotated[Path, tyro.conf.Positional]
+    Example: diptych report results --figures figures
+    """
+
+    results: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The folder that `diptych evaluate` wrote."""
     out: Path | None = None
     """The file to write; by default report.html in the results folder."""

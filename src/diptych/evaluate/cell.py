@@ -128,6 +128,8 @@ class Cell:
         if "test" in problems:
             return CellReport(refused=(self._refuse("", problems["test"]),))
         used = self.entry.resolve(self.config.profile)
+        if self.model.templates and not used.has_templates:
+            used = replace(used, templates=self.model.templates)
         settings: dict[Protocol, dict[str, Any]] = {one: self._settings(one, used, opened) for one in wanted}
         done = self._find_done(settings)
         pending: list[Protocol] = [one for one in wanted if one not in done]

@@ -35,6 +35,8 @@ class EvaluateConfig:
     """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
+    turn: bool = False
+    """Turn pictures as their EXIF orientation says; OpenAI's preprocessing leaves them as they are stored."""
     device: str = "auto"
     """`cpu`, `cuda`, ...; auto takes a GPU if there is one."""
     batch_size: int = 64

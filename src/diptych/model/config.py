@@ -7,7 +7,9 @@ ones that others trained since, and small ones for small machines.
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from diptych.config import LATER, MAY_CHANGE
 from diptych.errors import UsageError, unknown_name
+from diptych.templates import fill_template
 
 Activation = Literal["quick_gelu", "gelu"]
 Precision = Literal["auto", "exact", "float32", "bfloat16", "int8"]
@@ -139,9 +141,13 @@ class CLIPConfig:
     """Activation of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
     logit_bias: bool = False
     """Whether logits have a bias: what the sigmoid loss (SigLIP) needs, and the paper's loss has no use for."""
+    templates: tuple[str, ...] = field(default=(), compare=False, metadata=MAY_CHANGE | LATER)
+    """Prompt templates that suit its captions, for whoever names none; empty: a photo of a {}."""
 
     def __post_init__(self) -> None:
         _check_positive(self)
+        for template in self.templates:
+            fill_template(template, "")
 
 
 def check_activation(name: str) -> Activation:

@@ -3,10 +3,8 @@
 load_study -> describe (plain values, tested) -> the template -> report.html
 """
 
-import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ from diptych.errors import UsageError
 from diptych.evaluate.metrics.measures import wilson_interval
 from diptych.evaluate.references import KORNBLITH12, PAPER27, caveats, reference
 from diptych.evaluate.report.captions import count, mean
-from diptych.evaluate.report.charts import Chart, Missing
 from diptych.evaluate.report.figures.build import build_charts
 from diptych.evaluate.report.results_table import OF_PAPER, Study
 from diptych.evaluate.report.tables import build_tables
 from diptych.evaluate.results import PROTOCOLS, Result
+from diptych.report.charts import Chart, Missing
+from diptych.report.page import data_url, render
 
 NEAR = 0.01
 """A difference that counts as reproduced."""
@@ -64,18 +63,14 @@ def write_report(study: Study, out: Path, *, title: str, command: str, figures: 
     Raises UsageError if the extra `report` is not installed.
     """
     try:
-        import jinja2
-
-        from diptych.evaluate.report.draw import draw_svg, save_charts
+        from diptych.report.draw import draw_svg, save_charts
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the report needs {error.name}, which is not installed; pip install 'diptych[report]'"
         ) from None
     charts, missing = build_charts(study)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    source = resources.files("diptych.assets").joinpath("report.html.j2").read_text("utf-8")
     shown = describe(study, charts, missing, draw_svg)
-    html = environment.from_string(source).render(title=title, command=command, **shown)
+    html = render("report.html.j2", title=title, command=command, **shown)
     if out.is_dir():
         raise UsageError(f"{out} is a folder; the report is one file: name it in --out, such as {out / 'report.html'}")
     files.make_folder(out.parent)
@@ -109,7 +104,7 @@ def describe(
                 "title": chart.title,
                 "caption": chart.caption,
                 "command": chart.command,
-                "picture": "data:image/svg+xml;base64," + base64.b64encode(draw(chart)).decode(),
+                "picture": data_url(draw(chart), "image/svg+xml"),
             }
             for chart in charts
         ],

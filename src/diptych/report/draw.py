@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from diptych import files
-from diptych.evaluate.report.charts import Axis, Bars, Chart, Guide, Plot, Series, Whose
+from diptych.report.charts import Axis, Bars, Chart, Guide, Plot, Series, Whose
 
 OURS = ("#2457a6", "#2d7a3e", "#7b3fa0", "#00838f", "#c2185b", "#5d4037", "#455a64", "#827717", "#e65100")
 BASELINES = ("#b5541c", "#a1887f", "#d4a017", "#8d6e63", "#bf8f6f")
@@ -26,6 +26,8 @@ WIDTH, HEIGHT = 6.4, 4.8
 """Inches of a panel."""
 MANY = 10
 """From so many panels on they stand four in a row, half as large, under one legend."""
+MANY_MARKS = 40
+"""Marks from which a line has none."""
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -38,6 +40,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "legend.framealpha": 0.85,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a name is a $
 }
 _DASHES = ((5.0, 3.0), (1.0, 1.5))
 """Dashes of the first and the second guide."""
@@ -184,6 +187,8 @@ def _draw_series(axes: Axes, panel: Plot, series: Series, look: dict) -> None:
     x = [_place(panel.x_axis, mark.x) for mark in series.marks]
     y = [_place(panel.y_axis, mark.y) for mark in series.marks]
     style = "-" if series.joined else "none"
+    if series.joined and len(x) > MANY_MARKS:
+        look = look | {"marker": "none"}
     axes.plot(x, y, label=series.name, linestyle=style, linewidth=1.4, **look)
     for at, mark in zip(x, series.marks, strict=True):
         if mark.low is not None and mark.high is not None:
