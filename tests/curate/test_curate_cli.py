@@ -1,10 +1,9 @@
-import os
-
 import pytest
 import website
 
 from diptych.cli import main
 from diptych.cli.curate import COMMANDS, ClipScore
+from diptych.machine import count_cores
 from diptych.shards.dataset import load_dataset
 from samples import TINY_VIT, encode, make_loaded, noise
 
@@ -131,5 +130,5 @@ def test_the_engine_of_the_command_line_is_the_one_that_stages_take():
 
     engine = Engine.open(EngineConfig(processes=3, redo=True))
     assert (engine.kind, engine.processes, engine.redo) == ("local", 3, True)
-    assert Engine.open(EngineConfig()).processes == os.cpu_count()
+    assert Engine.open(EngineConfig()).processes == count_cores()
     assert Engine.open(EngineConfig(engine="ray")).processes == 0

@@ -53,7 +53,7 @@ def read_known(paths: Iterable[Path], max_distance: int, max_pixels: int = MAX_P
     for path in paths:
         if not path.is_file():
             raise NotFoundError(f"no such list of hashes: {path}")
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             text = line.partition("#")[0].strip().lower()
             if not text:
                 continue
