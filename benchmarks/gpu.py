@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             **prepare_packages(packages, options.wheels),
             "sections": {},
         }
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(packages)])}
+        paths = [str(ROOT / "src"), str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         for place, name in enumerate(wanted):
             left = 60 * options.minutes - (time.monotonic() - began)
             seconds = left * SECTIONS[name] / sum(SECTIONS[other] for other in wanted[place:])
@@ -107,8 +109,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def follow(command: list[str], env: dict[str, str], seconds: float, section: dict[str, Any]) -> Iterator[Row]:
     """Rows of a section as they come; how it failed, if it did, is noted in `section`."""
     lines: queue.Queue[str | None] = queue.Queue()
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, start_new_session=True
+        ) as process,
+    ):
 
         def read() -> None:
             assert process.stdout is not None
@@ -116,20 +122,21 @@ def follow(command: list[str], env: dict[str, str], seconds: float, section: dic
                 lines.put(line)
             lines.put(None)
 
-        threading.Thread(target=read, daemon=True).start()
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
         end = time.monotonic() + seconds
         while True:
             try:
                 line = lines.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 section["error"] = f"its {seconds:.0f} s were over"
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
                 break
             if line is None:
                 break
             if line.startswith(_MARK):
                 yield json.loads(line.removeprefix(_MARK))
-        if section["error"]:
-            process.kill()
+        reader.join()
         if code := process.wait():
             errors.seek(0)
             said = [line for line in errors.read().splitlines() if line.strip()]
