@@ -104,7 +104,7 @@ class ShardCache:
                     break
                 if remove_unshared(tar):
                     used -= size
-            _reserve_file(shard).write_text(str(wanted))
+            _reserve_file(shard).write_text(str(wanted), "ascii")
             return used + wanted <= self.limit
 
     def _tars(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -116,7 +116,7 @@ class ShardCache:
         """Bytes that downloads under way will take; what a killed process had reserved is forgotten."""
         found: dict[Path, int] = {}
         for reserve in self.folder.glob("*/*.reserve"):
-            with contextlib.suppress(FileNotFoundError, ValueError), open(reserve.with_suffix(".lock"), "a") as lock:
+            with contextlib.suppress(FileNotFoundError, ValueError), open(reserve.with_suffix(".lock"), "ab") as lock:
                 if filelock.lock_descriptor(lock.fileno(), blocking=False):
                     reserve.unlink()
                 else:
@@ -293,7 +293,7 @@ class Fetcher:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as lock:
+    with open(path, "ab") as lock:
         filelock.lock_descriptor(lock.fileno())
         yield
 
