@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diptych.checkpoint.layouts import load
 from diptych.errors import UsageError
 from diptych.model import device
 from diptych.model.clip import CLIP
@@ -28,6 +29,12 @@ def test_a_gpu_is_not_there_where_pytorch_finds_none():
     with pytest.raises(UsageError, match="no device 'cuda' here; PyTorch finds cpu on this machine"):
         choose_device("cuda")
     assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", torch.device("cuda:99")])
+def test_loading_onto_a_device_that_is_not_there_is_the_same_line(name):
+    with pytest.raises(UsageError, match="no device 'cuda:99' here; PyTorch finds cpu"):
+        load("no such model: the device is looked at first", device=name)
 
 
 def test_every_rank_takes_its_own_gpu_of_those_that_are_there(monkeypatch):

@@ -24,6 +24,7 @@ from diptych.checkpoint.weights.tensors import read_json
 from diptych.config import to_dict
 from diptych.errors import CheckpointError, NotFoundError, UsageError, unknown_name
 from diptych.model.config import Activation, check_activation
+from diptych.model.device import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,11 @@ def load(
 
     `activation` ("quick_gelu" or "gelu") is needed for a bare file that does not show which one it was trained with;
     `preset` names the architecture where shapes alone do not tell the number of heads. Raises NotFoundError for what is
-    not there, UsageError for what must be said, CheckpointError for what is damaged or of another family.
+    not there, UsageError for what must be said or a device that is not here, CheckpointError for what is damaged or of another family.
     """
-    opened = open_checkpoint(source, activation=activation, preset=preset)
-    loaded = build(opened, dtype)
-    return loaded._replace(model=loaded.model.to(device))
+    chosen = choose_device(str(device))
+    loaded = build(open_checkpoint(source, activation=activation, preset=preset), dtype)
+    return loaded._replace(model=loaded.model.to(chosen))
 
 
 def open_checkpoint(source: str | Path, *, activation: Activation | None = None, preset: str | None = None) -> Opened:
