@@ -63,7 +63,8 @@ def load(
 
     `activation` ("quick_gelu" or "gelu") is needed for a bare file that does not show which one it was trained with;
     `preset` names the architecture where shapes alone do not tell the number of heads. Raises NotFoundError for what is
-    not there, UsageError for what must be said or a device that is not here, CheckpointError for what is damaged or of another family.
+    not there, UsageError for what must be said or a device that is not here, CheckpointError for what is damaged or of
+    another family.
     """
     chosen = choose_device(str(device))
     loaded = build(open_checkpoint(source, activation=activation, preset=preset), dtype)
