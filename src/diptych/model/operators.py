@@ -6,8 +6,8 @@ against each other and names the versions of PyTorch that were tried.
 """
 
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -132,8 +132,16 @@ def mark_rows(tensor: Tensor) -> None:
     torch._dynamo.mark_dynamic(tensor, 0)
 
 
-def with_threads_as_they_are() -> AbstractContextManager[object]:
-    """Code compiled in here asks how many threads there are whenever it runs, not once."""
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Let functions be compiled ahead and kept (2.11 has that switched off), to code that asks how many threads there
+    are whenever it runs."""
     from torch._inductor import config  # a slow import that only compiling needs
 
-    return config.patch({"cpp.dynamic_threads": True}) if hasattr(config.cpp, "dynamic_threads") else nullcontext()
+    dynamo = torch._dynamo.config
+    with ExitStack() as stack:
+        if hasattr(dynamo, "enable_aot_compile"):
+            stack.enter_context(dynamo.patch({"enable_aot_compile": True}))
+        if hasattr(config.cpp, "dynamic_threads"):
+            stack.enter_context(config.patch({"cpp.dynamic_threads": True}))
+        yield

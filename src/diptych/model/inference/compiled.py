@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diptych import files
-from diptych.model.operators import mark_rows, with_threads_as_they_are
+from diptych.model.operators import compiling_ahead, mark_rows
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -50,7 +50,7 @@ def _compile(
     for tensor in rows:
         if isinstance(tensor, Tensor) and tensor.ndim > 1:
             mark_rows(tensor)
-    with with_threads_as_they_are():
+    with compiling_ahead():
         compiled = torch.compile(function, fullgraph=True).aot_compile((tuple(rows), {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_file(path) as temporary:
