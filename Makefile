@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo curate-demo test test-slow check fix bench parity hostile kill-test peers docs golden clean help
+.PHONY: demo curate-demo test test-slow test-oldest check fix bench gpu parity hostile kill-test peers docs golden clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -21,6 +21,9 @@ test: .venv/demo .venv/dev ## run the quick tests (under 8 minutes on 2 cores)
 test-slow: .venv/demo .venv/dev ## run the tests that are long by nature: compiling, many ranks, kills (under 20 minutes)
 	$(PYTEST) -m slow $(ARGS)
 
+test-oldest: .venv-oldest/done ## run the quick tests with the oldest PyTorch that we take (5 GB: its build for GPUs)
+	$(subst $(VENV),.venv-oldest/bin,$(PYTEST)) -m 'not slow' $(ARGS)
+
 check: .venv/demo .venv/dev ## ruff, pyright, import-linter
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
@@ -32,8 +35,11 @@ fix: .venv/dev   ## let ruff mend and format
 	$(VENV)/ruff format .
 
 bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenizer
-	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/checkouts.py benchmarks/parity.py benchmarks/hostile.py benchmarks/kill.py,$(wildcard benchmarks/*.py))); do \
+	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/checkouts.py benchmarks/parity.py benchmarks/hostile.py benchmarks/kill.py benchmarks/gpu.py,$(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(VENV)/python $$file $(ARGS); done
+
+gpu:             ## hold a GPU against the processor and measure it (8 minutes; needs PyTorch alone)
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)
 	$(VENV)/python benchmarks/parity.py $(ARGS)
@@ -57,7 +63,7 @@ golden: peers    ## write the golden values of the tests anew, from the peers
 	PYTHONPATH=src .venv-peers/bin/python tests/golden/make_tokenizer_fixture.py
 
 clean:           ## delete environments and runs
-	rm -rf .venv .venv-peers runs
+	rm -rf .venv .venv-peers .venv-oldest runs
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -75,6 +81,13 @@ clean:           ## delete environments and runs
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-oldest/done: pyproject.toml constraints.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	sed 's/^torch==.*/torch==2.11.0/' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[demo,dev]'
 	@touch $@
 
 .venv-peers/done: constraints-peers.txt

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from diptych.errors import PictureError
 from diptych.image_file import MAX_BYTES, SUFFIXES, is_heic
+from diptych.machine import open_file
 
 REASONS = (
     *("missing", "unreadable", "not_a_file", "too_many_bytes", "empty"),
@@ -57,7 +58,7 @@ def read_file(path: Path) -> bytes:
     """The bytes of an image's file; raises PictureError for what is no file, has no end or cannot be read."""
     try:
         # without O_NONBLOCK, opening a pipe waits for whoever writes into it
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        with open(open_file(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise PictureError("not_a_file", f"{path} is a folder, pipe or device")

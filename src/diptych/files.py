@@ -25,6 +25,7 @@ import filelock
 import xxhash
 
 from diptych.errors import RunLockedError, UsageError
+from diptych.machine import open_file
 
 MAX_JSON = 64 << 20
 """Bytes of a JSON file that are read; whatever needs more is not one of ours."""
@@ -131,7 +132,7 @@ def hold_folder(folder: Path, *, flag: str = "--out") -> Iterator[None]:
     except filelock.Timeout:
         holder = "unknown"
         with contextlib.suppress(OSError):  # Windows lets nobody else read a locked file
-            holder = path.read_text().strip() or holder
+            holder = path.read_text("utf-8", "replace").strip() or holder
         raise RunLockedError(
             f"{folder} is in use by another process ({holder}); wait for it, stop it, or name another {flag}"
         ) from None
@@ -227,8 +228,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _beside(path)
     try:
         yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -261,8 +261,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+                sync_file(file)
         sync_folder(temporary)
         _replace_folder(temporary, path)
     except BaseException:
@@ -314,9 +313,24 @@ def remove_leftovers(folder: Path, name: str = "", *, older_than: float = 0) -> 
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    try:
+        descriptor = open_file(path, os.O_RDWR)  # Windows wants it open for writing
+    except PermissionError:
+        descriptor = open_file(path)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename inside `folder` durable, where the system opens folders."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ import datetime
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class Ranks:
             rows = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
         everyone = rows.new_empty(self.world_size * longest, *rows.shape[1:])
         self._count("all_gather", everyone, 1)
-        dist.all_gather_single(everyone, rows.contiguous())
+        _exchange("all_gather")(everyone, rows.contiguous())
         if min(counts) == longest:
             return everyone
         parts = everyone.split(longest)
@@ -73,7 +73,7 @@ class Ranks:
             rows = padded.flatten(0, 1)
         mine = rows.new_empty(longest, *rows.shape[1:])
         self._count("reduce_scatter", rows, 1)
-        dist.reduce_scatter_single(mine, rows.contiguous())
+        _exchange("reduce_scatter")(mine, rows.contiguous())
         return mine[: counts[self.rank]]
 
     def sum(self, value: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Ranks:
             return [mine]
         everyone = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
         self._count("all_gather", everyone, 1)
-        dist.all_gather_single(everyone, torch.tensor([mine], device=self._device))
+        _exchange("all_gather")(everyone, torch.tensor([mine], device=self._device))
         return everyone.tolist()
 
     def broadcast(self, value: Any = None) -> Any:
@@ -136,6 +136,14 @@ class Ranks:
 
     def _count(self, kind: str, tensor: Tensor, ways: int) -> None:
         self.sent[kind] += ways * tensor.nbytes * (self.world_size - 1) // self.world_size
+
+
+def _exchange(kind: str) -> Callable[..., object]:
+    """An exchange of one tensor each, whose names PyTorch 2.13 changed."""
+    return getattr(dist, f"{kind}_single", None) or getattr(dist, _BEFORE_2_13[kind])
+
+
+_BEFORE_2_13 = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
 
 
 def connect(timeout: float = TIMEOUT, device: str = "auto") -> Ranks:

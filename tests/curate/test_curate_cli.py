@@ -1,5 +1,3 @@
-import os
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -7,6 +5,7 @@ import website
 
 from diptych.cli import main
 from diptych.cli.curate import COMMANDS, ClipScore
+from diptych.machine import count_cores
 from diptych.shards.dataset import load_dataset
 from samples import TINY_VIT, encode, make_loaded, noise
 
@@ -158,7 +157,7 @@ def test_the_engine_of_the_command_line_is_the_one_that_stages_take():
 
     engine = Engine.open(EngineConfig(processes=3, redo=True))
     assert (engine.kind, engine.processes, engine.redo) == ("local", 3, True)
-    assert Engine.open(EngineConfig()).processes == os.cpu_count()
+    assert Engine.open(EngineConfig()).processes == count_cores()
     assert Engine.open(EngineConfig(engine="ray")).processes == 0
 
 

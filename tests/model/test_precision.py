@@ -86,11 +86,14 @@ def test_what_was_made_ready_goes_with_its_model():
         ("cpu", {"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
         ("cpu", {"avx512_bf16": False}, "float32"),
         ("cpu", {}, "float32"),
-        ("cuda", {}, "bfloat16"),
+        ("cuda", {"bfloat16": True}, "bfloat16"),
+        ("cuda", {}, "float32"),  # before Ampere it is emulated
+        ("mps", {}, "float32"),
     ],
 )
 def test_auto_asks_the_processor(monkeypatch, device, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: "bfloat16" in capabilities)
     assert choose_precision("auto", torch.device(device)) == expected
     assert choose_precision("exact", torch.device(device)) == "exact"
 

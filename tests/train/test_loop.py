@@ -208,7 +208,8 @@ def test_a_warmup_longer_than_the_run_is_refused(data, tmp_path):
         loop.run(train_config(data, tmp_path / "run", warmup=2000))
 
 
-def test_auto_precision_depends_on_the_processor_not_on_the_clock():
+def test_auto_precision_depends_on_the_processor_not_on_the_clock(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     run = train_config(Path(), Path()).run
     auto = dataclasses.replace(run, precision="auto")
     assert step.choose_dtype(auto, torch.device("cuda")) == torch.bfloat16

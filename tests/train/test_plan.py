@@ -138,16 +138,16 @@ from diptych.train.step import Step
 torch.set_num_threads(1)
 config, ranks, sent = samples.{model}, jobs.connect(device="cpu"), Counter()
 
-def count(kind):  # what FSDP2 and the loss call
+def count(kind, name):  # what FSDP2 and the loss call
     exchange = getattr(dist, kind)
     def counted(*tensors, **named):
         whole = max((t for t in (*tensors, *named.values()) if isinstance(t, torch.Tensor)), key=torch.numel)
-        sent[kind] += whole.nbytes * (ranks.world_size - 1) // ranks.world_size
+        sent[name] += whole.nbytes * (ranks.world_size - 1) // ranks.world_size
         return exchange(*tensors, **named)
     setattr(dist, kind, counted)
 
-count("all_gather_single")
-count("reduce_scatter_single")
+for kinds in (("all_gather_single", "all_gather_into_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor")):
+    count(next(kind for kind in kinds if hasattr(dist, kind)), kinds[0])  # the second: before PyTorch 2.13
 model = CLIP(config)
 engine = parallel.wrap(model, ranks, {sharding!r})
 batch = types.SimpleNamespace(

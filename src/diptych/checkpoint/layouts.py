@@ -65,13 +65,14 @@ def load(
 
     `activation` ("quick_gelu" or "gelu") is needed for a bare file that does not show which one it was trained with;
     `preset` names the architecture where shapes alone do not tell the number of heads. Raises NotFoundError for what is
-    not there, UsageError for what must be said, CheckpointError for what is damaged or of another family.
+    not there, UsageError for what must be said or a device that is not here, CheckpointError for what is damaged or of
+    another family.
     """
-    device = choose_device(device) if isinstance(device, str) else device
+    chosen = choose_device(str(device))
     opened = open_checkpoint(source, activation=activation, preset=preset)
     with sources.explain_damage(opened.path):
         loaded = build(opened, dtype)
-    return loaded._replace(model=loaded.model.to(device))
+    return loaded._replace(model=loaded.model.to(chosen))
 
 
 def open_checkpoint(source: str | Path, *, activation: Activation | None = None, preset: str | None = None) -> Opened:

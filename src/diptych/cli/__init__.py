@@ -32,6 +32,7 @@ from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets
 from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
+from diptych.machine import share_cores
 
 Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
@@ -133,7 +134,9 @@ def describe_os_error(error: OSError) -> str:
 
 
 def _has_no_reader(descriptor: int) -> bool:
-    """Whether it is a pipe whose other end was closed."""
+    """Whether it is a pipe whose other end was closed; where nobody can tell, it is."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
@@ -141,6 +144,7 @@ def _has_no_reader(descriptor: int) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
+    share_cores()
     arguments = sys.argv[1:] if arguments is None else arguments
     with exit_on_error():
         if arguments[:1] == ["--version"]:

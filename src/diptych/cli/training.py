@@ -1,5 +1,6 @@
 """What `train`, `finetune` and `wise-ft` share: evaluation sets, progress, and what is said at the end."""
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from diptych import machine
 from diptych.cli.output import (
     ProgressBar,
     format_time,
@@ -23,6 +25,8 @@ from diptych.train.config import TrainConfig
 
 LOST_STATUS = 3
 """Exit status of a run that the guard ended."""
+COLLAPSE = 4.0
+"""Share of its speed, inverted, that a run has lost when something is said."""
 
 if TYPE_CHECKING:
     from diptych.evaluate.training_evaluators import TrainingEvaluator
@@ -128,19 +132,45 @@ def describe_evaluator(evaluator: "TrainingEvaluator") -> str:
     return f"evaluation {printable(evaluator.name)}: {exam.protocol} on {len(exam.samples)} pictures{classes}{end}"
 
 
+class Pace:
+    """Pairs a second over the last steps, of which one alone says little; tells once that other programs took them."""
+
+    def __init__(self) -> None:
+        self._seconds = self._least = math.inf  # a pair
+        self._told = False
+
+    @property
+    def speed(self) -> float:
+        """Pairs a second."""
+        return 1 / self._seconds
+
+    def take(self, pairs_per_second: float) -> str | None:
+        """Note the speed of a step; what there is to say about it."""
+        now = 1 / pairs_per_second
+        self._seconds = now if self._seconds == math.inf else 0.9 * self._seconds + 0.1 * now
+        self._least = min(self._least, self._seconds)
+        if self._told or self._seconds < COLLAPSE * self._least or machine.busy_cores() < 1.5 * machine.count_cores():
+            return None
+        self._told = True
+        return (
+            f"{self.speed:.0f} pairs/s, {1 / self._least:.0f} before: other programs use these cores. Ctrl-C and the "
+            "same command again goes on from here with threads that sleep while they wait"
+        )
+
+
 def train_with_progress(config: TrainConfig, *, evaluators: "Sequence[Evaluator]" = ()) -> "TrainReport":
     """Run training under a progress bar: loss, pairs/s, share of time spent waiting for data, time left."""
     from diptych.train import loop
 
-    pace = 0.0  # seconds a pair, of the last steps; one step alone says little
+    pace = Pace()
     with ProgressBar("training") as bar:
 
         def show(report: "StepReport") -> None:
-            nonlocal pace
-            pace = 0.9 * pace + 0.1 / report.pairs_per_second if pace else 1 / report.pairs_per_second
+            if note := pace.take(report.pairs_per_second):
+                print_on_first_rank(note)
             left, wait = format_time(report.seconds_left), f"data wait {report.data_wait:.0%}"
             bar.update(
-                report.step, report.steps, f"loss {report.loss:.3f}  {1 / pace:.0f} pairs/s  {wait}  {left} left"
+                report.step, report.steps, f"loss {report.loss:.3f}  {pace.speed:.0f} pairs/s  {wait}  {left} left"
             )
 
         return loop.run(

@@ -13,7 +13,6 @@ Whatever goes wrong with the store costs time, never an answer.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import xxhash
@@ -191,8 +191,7 @@ class FeatureCache:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """While a store is opened or removed, no other process does either."""
-        with open(self.folder / "lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with filelock.FileLock(self.folder / "lock", fallback_to_soft=False):
             yield
 
 

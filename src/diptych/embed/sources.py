@@ -27,6 +27,7 @@ from diptych.decode import read_file
 from diptych.embed.config import InputKind
 from diptych.errors import DatasetError, PictureError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES, find_format
+from diptych.machine import read_at
 from diptych.shards.index import is_metadata_of_macos, load_index, split_name
 from diptych.shards.members import Damage, iter_members
 
@@ -77,7 +78,7 @@ def _read_extent(file: Path, offset: int, size: int) -> bytes:
         raise PictureError("too_many_bytes", f"{size:,} bytes at {offset} of {file}, at most {MAX_BYTES:,}")
     try:
         with open(file, "rb") as handle:
-            return os.pread(handle.fileno(), size, offset)
+            return read_at(handle.fileno(), size, offset)
     except FileNotFoundError:
         raise PictureError("missing", f"no such file: {file}") from None
     except OSError as error:

@@ -4,7 +4,6 @@ A batch holds up to so many *usable* inputs of one group, in order, and every in
 is computed together with depends on the inputs alone, not on how quick the threads are.
 """
 
-import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import chain, islice
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from diptych.errors import PictureError
 from diptych.image import Picture
+from diptych.machine import count_cores
 from diptych.prefetch import map_ahead
 
 Batch = TypeVar("Batch")
@@ -170,11 +170,3 @@ def use_one_thread() -> None:
 def best_streams(device: torch.device) -> int:
     """Batches that are best computed at the same time on a device."""
     return count_cores() if device.type == "cpu" else 1
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # it is Linux's
-        return os.cpu_count() or 1

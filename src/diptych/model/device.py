@@ -22,6 +22,11 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
     return device
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating point of a device: Apple's has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _count_devices() -> dict[str, int]:
     """Kind -> how many of it this machine has."""
     counts = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "xpu": torch.xpu.device_count()}

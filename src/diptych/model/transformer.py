@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diptych.model.config import Activation, TextConfig, ViTConfig
+from diptych.model.operators import silu_backward, softmax_backward
 
 
 class QuickGELU(nn.Module):
@@ -41,7 +42,7 @@ class _QuickGELU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, derivative: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scaled,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(derivative, scaled)
+        return silu_backward(derivative, scaled)
 
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -111,9 +112,7 @@ class _KeptAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, derivative: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, p = ctx.saved_tensors
-        by_scores = (
-            torch.ops.aten._softmax_backward_data(derivative @ v.transpose(2, 3), p, -1, p.dtype) * q.shape[3] ** -0.5
-        )
+        by_scores = softmax_backward(derivative @ v.transpose(2, 3), p) * q.shape[3] ** -0.5
         return by_scores @ k, by_scores.transpose(2, 3) @ q, p.transpose(2, 3) @ derivative, None
 
 

@@ -8,7 +8,6 @@ once; a shared one on the tar itself while someone may read it, so that no one r
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -19,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import xxhash
 
 from diptych import files
 from diptych.config import hide_secrets
 from diptych.errors import NotFoundError, ShardError
+from diptych.machine import open_file, read_at, remove_unshared, share
 from diptych.shards.index import ShardIndex
 from diptych.shards.order import SourceOrder
 
@@ -82,8 +83,7 @@ class ShardCache:
         def fetch() -> None:
             shard.files.get_file(shard.place, str(part))
             check_shard(part, shard, index)
-            with open(part, "rb") as handle:
-                os.fsync(handle.fileno())
+            files.sync_file(part)
             os.replace(part, shard.local)
             files.sync_folder(part.parent)
 
@@ -102,9 +102,9 @@ class ShardCache:
             for _, tar, size in here:
                 if used + wanted <= self.limit:
                     break
-                if _remove_unused(tar):
+                if remove_unshared(tar):
                     used -= size
-            _reserve_file(shard).write_text(str(wanted))
+            _reserve_file(shard).write_text(str(wanted), "ascii")
             return used + wanted <= self.limit
 
     def _tars(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -116,13 +116,11 @@ class ShardCache:
         """Bytes that downloads under way will take; what a killed process had reserved is forgotten."""
         found: dict[Path, int] = {}
         for reserve in self.folder.glob("*/*.reserve"):
-            with contextlib.suppress(FileNotFoundError, ValueError), open(reserve.with_suffix(".lock"), "a") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    found[reserve.with_suffix(".tar")] = int(reserve.read_text())
-                else:
+            with contextlib.suppress(FileNotFoundError, ValueError), open(reserve.with_suffix(".lock"), "ab") as lock:
+                if filelock.lock_descriptor(lock.fileno(), blocking=False):
                     reserve.unlink()
+                else:
+                    found[reserve.with_suffix(".tar")] = int(reserve.read_text("ascii"))
         return found
 
 
@@ -157,7 +155,7 @@ def check_shard(path: Path, shard: RemoteShard, index: ShardIndex | None) -> Non
         return
     with open(path, "rb") as tar:
         for row in index.table.select(["key", "offset", "size", "xxh3"]).to_pylist():
-            data = os.pread(tar.fileno(), row["size"], row["offset"])
+            data = read_at(tar.fileno(), row["size"], row["offset"])
             if xxhash.xxh3_64_intdigest(data) != row["xxh3"]:
                 raise ShardError(f"sample {row['key']} is not the bytes that were indexed")
 
@@ -295,42 +293,27 @@ class Fetcher:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(path, "ab") as lock:
+        filelock.lock_descriptor(lock.fileno())
         yield
 
 
 def _open_here(shard: RemoteShard) -> int | None:
     """Open a shard that is here and hold it; one of another size is not what was fetched, and removed."""
     try:
-        descriptor = os.open(shard.local, os.O_RDONLY)
+        descriptor = open_file(shard.local)
     except FileNotFoundError:
         return None
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    share(descriptor)
     status = os.fstat(descriptor)
     if status.st_nlink and shard.size in (None, status.st_size):
-        os.utime(descriptor)
+        os.utime(shard.local)
         return descriptor
     if status.st_nlink:
-        shard.local.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows; what is fetched now replaces it
+            shard.local.unlink(missing_ok=True)
     os.close(descriptor)
     return None
-
-
-def _remove_unused(tar: Path) -> bool:
-    """Remove a shard that no process holds."""
-    try:
-        descriptor = os.open(tar, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        tar.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _reserve_file(shard: RemoteShard) -> Path:

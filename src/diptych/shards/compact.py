@@ -6,7 +6,6 @@ tombstones stay, so that the same samples do not come back with a later delivery
 """
 
 import io
-import os
 import re
 import tarfile
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from diptych import files
 from diptych.errors import UsageError
+from diptych.machine import read_at
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe, load_dataset
 from diptych.shards.index import ShardIndex, build_index, load_index, split_name, write_index
 from diptych.shards.members import Member, iter_members
@@ -74,7 +74,7 @@ def _rewrite(shard: Path, gone: frozenset[str]) -> ShardIndex | None:
         for member in members:
             info = tarfile.TarInfo(member.name)
             info.size = member.size
-            tar.addfile(info, io.BytesIO(os.pread(source.fileno(), member.size, member.offset)))
+            tar.addfile(info, io.BytesIO(read_at(source.fileno(), member.size, member.offset)))
     path = shard.with_name(next_name(shard.name))
     files.write_bytes(path, buffer.getvalue())
     index = build_index(path)

@@ -11,7 +11,6 @@ was touched after its index, that names and texts are those of the tar. Pictures
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ import xxhash
 from diptych import files
 from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES
+from diptych.machine import read_at
 from diptych.shards.members import Damage, Member, iter_members
 
 INDEX_VERSION = 2
@@ -172,7 +172,7 @@ def build_index(shard: Path, *, captionless: bool = False) -> ShardIndex:
     with open(shard, "rb") as tar:
         rows, skipped = _scan(tar, shard, captionless)
         for row in rows:
-            row["xxh3"] = xxhash.xxh3_64_intdigest(os.pread(tar.fileno(), row["size"], row["offset"]))
+            row["xxh3"] = xxhash.xxh3_64_intdigest(read_at(tar.fileno(), row["size"], row["offset"]))
     return ShardIndex(shard, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), tuple(skipped))
 
 
@@ -281,7 +281,7 @@ def _read_sample(tar: BinaryIO, key: str, members: dict[str, Member], captionles
 
 
 def _read(tar: BinaryIO, member: Member | None) -> bytes | None:
-    return None if member is None else os.pread(tar.fileno(), member.size, member.offset)
+    return None if member is None else read_at(tar.fileno(), member.size, member.offset)
 
 
 def split_name(name: str) -> tuple[str, str]:

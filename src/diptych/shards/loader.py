@@ -28,6 +28,7 @@ from torch import Tensor
 from diptych import files
 from diptych.errors import PictureError, ShardError, UsageError
 from diptych.image import Crop, read_crop
+from diptych.machine import open_file, read_at
 from diptych.prefetch import map_ahead
 from diptych.shards.cache import Fetcher, ShardCache
 from diptych.shards.config import LoaderConfig, SourceConfig
@@ -331,20 +332,20 @@ class _Source:
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         if self.fetcher is not None:
-            return os.pread(self.fetcher.descriptor(shard), size, offset)
+            return read_at(self.fetcher.descriptor(shard), size, offset)
         with self._lock:
             file = self._files.pop(shard, None) or _OpenFile(self.dataset.shards[shard].path)
             self._files[shard] = file  # last: the one that was read most lately
             if len(self._files) > MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)
-        return os.pread(file.descriptor, size, offset)
+        return read_at(file.descriptor, size, offset)
 
 
 class _OpenFile:
     """A descriptor that is closed when nobody reads from it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_file(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

@@ -15,7 +15,6 @@ own (`diptych.embed.bulk.job`).
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ import pyarrow as pa
 
 from diptych import files
 from diptych.errors import NotFoundError, UsageError
+from diptych.machine import count_cores
 from diptych.stage import folder as parts
 from diptych.stage.config import EngineConfig, EngineKind
 from diptych.stage.engines import LocalWorker, RayWorker, WorkerPool, connect_ray
@@ -94,7 +94,7 @@ class Engine:
     @classmethod
     def open(cls, config: EngineConfig, on_task: OnTask | None = None) -> "Engine":
         """The engine that settings describe."""
-        processes = config.processes or ((os.cpu_count() or 1) if config.engine == "local" else 0)
+        processes = config.processes or (count_cores() if config.engine == "local" else 0)
         return cls(kind=config.engine, processes=processes, redo=config.redo, on_task=on_task)
 
     def __enter__(self) -> "Engine":
@@ -223,7 +223,7 @@ def _find_done(job: Job, tasks: Sequence[Task], redo: bool) -> dict[str, TaskRec
         for path in (f"done/{name}.json", *(old.files if old is not None else ())):
             (job.folder / path).unlink(missing_ok=True)
     current = {name: done for name, done in recorded.items() if done is not None and name not in stale}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         whole = list(pool.map(lambda done: parts.is_whole(job.folder, done), current.values()))
     return {
         name: done for (name, done), good in zip(current.items(), whole, strict=True) if good and job.is_final(done)

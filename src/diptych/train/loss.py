@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from diptych.model.device import widest_dtype
 from diptych.ranks import Ranks
 
 Loss = Callable[..., Tensor]
@@ -148,14 +149,14 @@ class _TiledLoss(torch.autograd.Function):
         image_features, text_features = ctx.saved_tensors
         x, y = image_features.float(), text_features.float()
         d_image, d_text = torch.zeros_like(x), torch.zeros_like(y)
-        d_scale, d_bias = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
+        d_scale, d_bias = x.new_zeros((), dtype=tiles.wide), x.new_zeros((), dtype=tiles.wide)
         for rows, columns in tiles.each():
             logits = _logits(x[rows], y[columns], tiles)
             slope = tiles.slope(rows, columns, logits)  # of the loss by each logit
             d_image[rows].addmm_(slope, y[columns])
             d_text[columns].addmm_(slope.T, x[rows])
-            d_scale += logits.sub_(tiles.bias).mul_(slope).sum(dtype=torch.float64)
-            d_bias += slope.sum(dtype=torch.float64)
+            d_scale += logits.sub_(tiles.bias).mul_(slope).sum(dtype=tiles.wide)
+            d_bias += slope.sum(dtype=tiles.wide)
         by_loss = outputs[0].float()
         d_scale = (d_scale * by_loss / tiles.scale).float()
         d_image.mul_(tiles.scale * by_loss)
@@ -188,6 +189,11 @@ class _Tiles:
     m: int
     device: torch.device
 
+    @property
+    def wide(self) -> torch.dtype:
+        """What many numbers are added in."""
+        return widest_dtype(self.device)
+
     def each(self) -> Iterator[tuple[slice, slice]]:
         """Every tile, row by row."""
         side = TILE.get(self.device.type, TILE["cuda"])
@@ -203,13 +209,13 @@ class _SoftmaxTiles(_Tiles):
     def __post_init__(self) -> None:
         self.rows = _LogSumExp(self.n, self.device)
         self.columns = _LogSumExp(self.m, self.device)
-        self.right = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.right = torch.zeros((), dtype=self.wide, device=self.device)
 
     def see(self, rows: slice, columns: slice, logits: Tensor) -> None:
         """Add a tile to the sums. What is right is taken off on the way, so that small losses keep their digits."""
         weights = self.targets.weights(rows, columns)
         if weights is not None:
-            self.right += (weights * logits).sum(dtype=torch.float64)
+            self.right += (weights * logits).sum(dtype=self.wide)
         self.rows.add(rows, logits, dim=1)
         self.columns.add(columns, logits, dim=0)
 
@@ -218,8 +224,8 @@ class _SoftmaxTiles(_Tiles):
         if self.ranks.world_size > 1:
             every = self.ranks.gather(self.columns.value()[None])  # [ranks, M]
             self.columns.set(every.logsumexp(dim=0))
-        of_rows = self.rows.value().double().sum()
-        of_columns = self.columns.value().double().sum()  # the same on every rank
+        of_rows = self.rows.value().sum(dtype=self.wide)
+        of_columns = self.columns.value().sum(dtype=self.wide)  # the same on every rank
         mine = self.ranks.sum(torch.stack([of_rows, self.right]))
         return ((mine[0] + of_columns - 2 * mine[1]) / (2 * self.m)).float()
 
@@ -238,13 +244,13 @@ class _SigmoidTiles(_Tiles):
     """One logistic regression for every similarity."""
 
     def __post_init__(self) -> None:
-        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.total = torch.zeros((), dtype=self.wide, device=self.device)
 
     def see(self, rows: slice, columns: slice, logits: Tensor) -> None:
         """Add a tile to the sum."""
         yes = self._yes(rows, columns)
         signed = logits if yes is None else torch.where(yes, -logits, logits)
-        self.total += F.softplus(signed).sum(dtype=torch.float64)
+        self.total += F.softplus(signed).sum(dtype=self.wide)
 
     def finish(self) -> Tensor:
         """The loss."""

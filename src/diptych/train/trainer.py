@@ -24,6 +24,7 @@ from diptych.errors import NonFiniteLossError, UsageError
 from diptych.image import Preprocess, open_picture
 from diptych.model.clip import CLIP, MAX_LOGIT_SCALE
 from diptych.model.device import choose_device
+from diptych.model.operators import allow_shapes, scale_all
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Loader, Position, StoredFeatures
 from diptych.train.config import OptimConfig, TrainConfig
@@ -210,10 +211,10 @@ class Trainer:
         self._is_compiled = True
         self.model.visual.compile(dynamic=False)
         self.model.text.transformer.compile(dynamic=False)
-        # Every length of text is a shape of its own; without this PyTorch would give up after eight and run eagerly.
+        # Every length of text is a shape of its own.
         multiple = self.model.text.length_multiple = 8
         lengths = -(-self.config.model.text.context_length // multiple) + 1
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * lengths)
+        allow_shapes(4 * lengths)
 
     # --- resume -------------------------------------------------------------------------------------------------
 
@@ -307,9 +308,7 @@ class Trainer:
         norms = torch.stack(towers).sqrt()
         if (longest := self.config.optim.max_grad_norm) is not None:
             shorten = (longest / (norms.norm() + 1e-6)).clamp(max=1)
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
-                [p.grad for p in self.model.parameters() if p.grad is not None], shorten
-            )
+            scale_all([p.grad for p in self.model.parameters() if p.grad is not None], shorten)
         image, text = norms.tolist()
         return image, text
 

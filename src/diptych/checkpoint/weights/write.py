@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from diptych.checkpoint.weights.tensors import Entry, read_safetensors
 from diptych.errors import CheckpointError, DiptychError
+from diptych.machine import open_file, write_at
 from diptych.ranks import Ranks
 
 Result = TypeVar("Result")
@@ -65,7 +66,7 @@ def write_parts(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE)
     if not parts:
         return
     entries = read_safetensors(path).entries
-    descriptor = os.open(path, os.O_WRONLY)  # not for reading too: no byte but our own may go out with a page
+    descriptor = open_file(path, os.O_WRONLY)  # not for reading too: no byte but our own may go out with a page
     try:
         for name, tensor in parts.items():
             _write_at(descriptor, *_locate(tensor, entries[name], ranks))
@@ -109,6 +110,4 @@ def _locate(tensor: Tensor, entry: Entry, ranks: Ranks) -> tuple[int, Tensor]:
 
 def _write_at(descriptor: int, start: int, tensor: Tensor) -> None:
     data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-    while len(data):
-        written = os.pwrite(descriptor, data, start)
-        data, start = data[written:], start + written
+    write_at(descriptor, data, start)

@@ -25,6 +25,7 @@ from diptych import files
 from diptych.curate.fetch.outcomes import DELETED, OK, TRANSIENT
 from diptych.curate.fetch.schedule import host_of
 from diptych.errors import ShardError
+from diptych.machine import open_file, read_at, write_at
 
 PACK_BYTES = 1 << 30
 """A pack is closed when it is this long."""
@@ -115,9 +116,7 @@ class Ledger:
         if self._file is None or self._end >= PACK_BYTES:
             self._begin_pack()
         assert self._file is not None
-        written = 0
-        while written < len(data):
-            written += os.pwrite(self._file, memoryview(data)[written:], self._end + written)
+        write_at(self._file, data, self._end)
         self._db.execute(
             "UPDATE urls SET outcome = ?, detail = NULL, final_url = ?, sha256 = ?, pack = ?, start = ?, size = ?,"
             " tries = tries + ?, again_at = NULL WHERE id = ?",
@@ -183,7 +182,7 @@ class Ledger:
         self.sync()
         self._close_pack()
         self._pack, self._end = self._pack + 1, 0
-        self._file = os.open(self.folder / f"{self._pack:05d}.pack", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._file = open_file(self.folder / f"{self._pack:05d}.pack", os.O_RDWR | os.O_CREAT | os.O_EXCL)
         files.sync_folder(self.folder)
 
     def _close_pack(self) -> None:
@@ -241,10 +240,10 @@ class Reader:
         place = partition_of(url, len(self._folders)), entry.pack
         if place not in self._packs:
             try:
-                self._packs[place] = os.open(self._folders[place[0]] / f"{entry.pack:05d}.pack", os.O_RDONLY)
+                self._packs[place] = open_file(self._folders[place[0]] / f"{entry.pack:05d}.pack")
             except FileNotFoundError:
                 return None
-        data = os.pread(self._packs[place], entry.size, entry.start)
+        data = read_at(self._packs[place], entry.size, entry.start)
         return data if hashlib.sha256(data).hexdigest() == entry.sha256 else None
 
 

@@ -7,13 +7,10 @@ from a page of shared memory which page that was, starts another process, and se
     python -m diptych.curate.pages.sandbox     is that process: it is given its end of the talk by `Parser`
 """
 
-import contextlib
-import fcntl
 import io
 import mmap
 import os
 import pickle
-import resource
 import selectors
 import signal
 import struct
@@ -27,8 +24,9 @@ from typing import IO, Any
 
 import orjson
 
+from diptych import machine
 from diptych.curate.pages.page import Page
-from diptych.errors import DiptychError
+from diptych.errors import DiptychError, UsageError
 
 PAGE_TIME = "page_time"
 PAGE_MEMORY = "page_memory"
@@ -59,6 +57,8 @@ class Parser:
     """Calls `extract` (picklable) on pages, in a process that is replaced whenever a page ends it."""
 
     def __init__(self, extract: Callable[[Page], Any], *, page_seconds: float, memory: int) -> None:
+        if not machine.HAS_LIMITS:
+            raise UsageError("web pages are read on Linux and macOS: this system sets no limits to a harmful page")
         self._setup = pickle.dumps((extract, page_seconds, memory))
         self._still = max(_STILL_SECONDS, 10 * page_seconds)
         self._process: subprocess.Popen[bytes] | None = None
@@ -132,8 +132,7 @@ class Parser:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # fewer turns for a batch, where the system grants it
-            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE)
+        machine.widen_pipe(self._process.stdin, _PIPE)
         try:
             _write(self._process.stdin, self._setup)
         except BrokenPipeError:
@@ -211,8 +210,7 @@ def serve(shared: mmap.mmap, source: io.FileIO, target: IO[bytes]) -> None:
     """The process: batches in, answers out, until nobody asks any more."""
     extract: Callable[[Page], Sequence[Sequence[Any]] | str]
     extract, page_seconds, memory = _receive(source)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    machine.limit_memory(memory)
     while True:
         try:
             batch = _receive(source)

@@ -21,10 +21,11 @@ from torch import Tensor
 from diptych.embed.cache import FeatureCache, content_key
 from diptych.embed.images import ImageTower
 from diptych.embed.sources import Row, fetch
-from diptych.embed.stream import ImageEncoder, Tower, count_cores, encode_stream
+from diptych.embed.stream import ImageEncoder, Tower, encode_stream
 from diptych.errors import DatasetError, PictureError
 from diptych.evaluate.datasets.samples import Samples
 from diptych.image import Picture, open_picture
+from diptych.machine import count_cores
 from diptych.prefetch import map_ahead
 from diptych.ranks import Ranks
 

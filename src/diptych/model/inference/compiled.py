@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diptych import files
+from diptych.model.operators import compiling_ahead, mark_rows
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -48,10 +49,8 @@ def _compile(
     rows = [example.clone() if isinstance(example, Tensor) else example for example in examples]
     for tensor in rows:
         if isinstance(tensor, Tensor) and tensor.ndim > 1:
-            torch._dynamo.mark_dynamic(tensor, 0)
-    from torch._inductor import config as inductor  # a slow import that only compiling needs
-
-    with inductor.patch({"cpp.dynamic_threads": True}):
+            mark_rows(tensor)
+    with compiling_ahead():
         compiled = torch.compile(function, fullgraph=True).aot_compile((tuple(rows), {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_file(path) as temporary:

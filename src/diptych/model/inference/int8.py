@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diptych.errors import UsageError
+from diptych.model import operators
 from diptych.model.inference.compiled import compile_rows
 from diptych.model.transformer import QuickGELU, ResidualAttentionBlock
 
@@ -23,8 +24,6 @@ _ZERO = 128
 """What stands for zero: oneDNN multiplies unsigned rows by signed weights."""
 _TINY = 1e-12
 """Keeps the scale of a token of zeros from being zero."""
-_ROWS = 1600
-"""Rows that the order of packed weights is chosen for."""
 
 Rows = tuple[UInt8[Tensor, "R K"], Float[Tensor, "R 1"]]
 """Quantised rows and the scale of each."""
@@ -36,6 +35,10 @@ def check_processor(device: torch.device) -> None:
     if device.type != "cpu" or not (has.get("avx512_vnni") or has.get("amx_int8") or has.get("avx_vnni")):
         raise UsageError(
             f"int8 needs a processor with VNNI or AMX, which {device} is not; choose bfloat16 or float32, or auto"
+        )
+    if not operators.HAS_INT8:
+        raise UsageError(
+            f"PyTorch {torch.__version__} has no int8 that is known here; choose bfloat16, float32 or auto"
         )
 
 
@@ -50,9 +53,7 @@ class Int8Linear(NamedTuple):
 
     def multiply(self, rows: UInt8[Tensor, "R K"], dtype: torch.dtype) -> Float[Tensor, "R M"]:
         """The product without the scale of each row and without the bias, which the next function adds."""
-        return torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, _ZERO, self.packed, self.scale, self.zero, None, 1.0, 0, dtype, "none", [], ""
-        )
+        return operators.multiply_int8(rows, _ZERO, self.packed, self.scale, self.zero, dtype)
 
 
 class Int8Block(NamedTuple):
@@ -82,7 +83,7 @@ def quantize(linear: nn.Linear) -> Int8Linear:
     weight = linear.weight.detach().float()
     scale = weight.abs().amax(dim=1).clamp(min=_TINY) / LEVELS
     rounded = (weight / scale[:, None]).round().to(torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(rounded, [_ROWS, weight.shape[1]])
+    packed = operators.pack_int8(rounded)
     return Int8Linear(packed, scale, torch.zeros(len(scale), dtype=torch.int64), linear.bias.detach().float().clone())
 
 

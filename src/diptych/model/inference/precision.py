@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diptych.errors import unknown_name
+from diptych.model import operators
 from diptych.model.config import PRECISIONS, Precision
 from diptych.model.transformer import MLP, QuickGELU, ResidualAttentionBlock, Transformer
 
@@ -23,17 +24,17 @@ Resolved = Literal["exact", "float32", "bfloat16", "int8"]
 
 _State = tuple[tuple[int, int, int], ...]
 _MADE: WeakKeyDictionary[nn.Module, dict[object, tuple[_State, Any]]] = WeakKeyDictionary()
-_ROWS = 1600
-"""Rows that the order of packed weights is chosen for: a batch of pictures, a trie of texts."""
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is multiplied faster than float32: by a GPU, by a CPU with instructions for it.
+    """Whether bfloat16 is multiplied faster than float32: by a GPU or a CPU with instructions for it.
 
     The processor is asked, not the clock, so the answer is the same every time.
     """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
-        return True
+        return device.type == "xpu"
     has = torch.cpu.get_capabilities()
     return has.get("amx_bf16", False) or has.get("avx512_bf16", False)
 
@@ -131,24 +132,16 @@ class PackedLinear(nn.Module):
         activation: str = "none",
     ) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), _ROWS)
+        self.packed = operators.pack(weight.detach().to(dtype))
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        algorithm = "none" if self.activation == "gelu" else ""  # the exact one, by the error function
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation, [], algorithm)
+        return operators.multiply_packed(x, self.packed, self.bias, self.activation)
 
 
 def lower(linear: nn.Linear, dtype: torch.dtype, activation: str = "none") -> nn.Module:
     """A linear layer of a type: packed where oneDNN has it (which then also computes the activation)."""
-    if linear.weight.device.type == "cpu" and can_pack(dtype):
+    if linear.weight.device.type == "cpu" and operators.can_pack(dtype):
         return PackedLinear(linear.weight, linear.bias, dtype, activation)
     return linear.to(dtype)
-
-
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there, on a processor that it multiplies that type on."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -18,11 +18,11 @@ from diptych.model.inference.int8 import Int8Transformer, check_processor
 from diptych.model.inference.precision import (
     PackedLinear,
     Resolved,
-    can_pack,
     has_fast_bfloat16,
     lower_block,
     make_once,
 )
+from diptych.model.operators import can_pack
 from diptych.model.resnet import ModifiedResNet
 from diptych.model.vision import VisionTransformer
 

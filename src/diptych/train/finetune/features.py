@@ -10,7 +10,6 @@ with the same tower find what is done and do the rest, and no result depends on 
 memory map; a damaged one is rebuilt.
 """
 
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from diptych import files
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
 from diptych.embed.fingerprint import hash_tower, name_space
-from diptych.embed.stream import count_cores, encode_stream
+from diptych.embed.stream import encode_stream
 from diptych.errors import PictureError, UsageError
 from diptych.image import open_picture
+from diptych.machine import count_cores, read_at
 from diptych.ranks import Ranks
 from diptych.shards.index import ShardIndex
 from diptych.shards.loader import Loader, StoredFeatures
@@ -103,7 +103,7 @@ class LockedTower:
         if not self.image:
             return self.loaded.tokenizer([sample["caption"]])[0]
         with open(sample["path"], "rb") as tar:
-            data = os.pread(tar.fileno(), sample["size"], sample["offset"])
+            data = read_at(tar.fileno(), sample["size"], sample["offset"])
         if xxhash.xxh3_64_intdigest(data) != sample["xxh3"]:
             raise PictureError("changed", f"not the bytes that {sample['path'].name} was indexed with")
         return torch.from_numpy(self.loaded.preprocess.pixels(open_picture(data)))

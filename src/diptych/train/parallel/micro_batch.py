@@ -1,11 +1,11 @@
 """The number of pairs that fit into memory at once."""
 
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from diptych import machine
 from diptych.errors import UsageError
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch
@@ -58,15 +58,10 @@ def kept_bytes(step: Step, batch: Batch, size: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take: of the GPU, or of the machine and its control group."""
+    """Bytes that this process may still take, of the GPU or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free
+    return machine.free_memory()
 
 
 def ranks_here(ranks: Ranks) -> int:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from diptych.model.clip import CLIP
+from diptych.model.operators import norms
 from diptych.model.transformer import ResidualAttentionBlock
 from diptych.ranks import Ranks
 from diptych.train.config import Sharding
@@ -29,7 +30,8 @@ def wrap(model: CLIP, ranks: Ranks, sharding: Sharding) -> nn.Module:
         return model
     if sharding == "fsdp":
         return _shard(model, ranks)
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # in forward; the argument has another name from PyTorch 2.13 on
     wrapped.register_comm_hook(ranks, _sum_bucket)
     return wrapped
 
@@ -136,5 +138,4 @@ def _recomputed(method: Any) -> Any:
 
 def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
     """Sum of the squares of all numbers in these tensors; of the whole ones, if they are sharded."""
-    norms = torch._foreach_norm(list(gradients))  # pyright: ignore[reportPrivateImportUsage]
-    return torch.stack([full(norm).float() for norm in norms]).square().sum()
+    return torch.stack([full(norm).float() for norm in norms(list(gradients))]).square().sum()

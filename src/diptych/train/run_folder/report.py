@@ -1,7 +1,6 @@
 """Reports of a run: after a step, after an evaluation, at its end; and how fast it goes."""
 
 import math
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from diptych import machine
 from diptych.model.clip import CLIP
 from diptych.shards.loader import Batch
 
@@ -133,4 +133,4 @@ def peak_memory(device: torch.device) -> int:
     """Most memory held so far, bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return machine.peak_memory()
