@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import pickle
 import tracemalloc
 import zlib
@@ -72,7 +73,7 @@ def test_every_encoding_of_a_response_is_undone(tmp_path):
     assert [row["page_url"] for row in rows] == [f"http://a.example/{i}" for i in range(10)]
     assert {row["image_url"] for row in rows} == {"http://a.example/i.jpg"}
     assert [row["caption"] for row in rows] == ["cat"] * 7 + ["кот"] + ["cat"] * 2
-    assert dict(rows[0]["details"]) == {"from": "alt", "crawl": "a.warc.gz"}
+    assert json.loads(rows[0]["details"]) == {"from": "alt", "crawl": "a.warc.gz"}
     assert rows[0]["key"] == key_of("http://a.example/i.jpg", "cat")
 
 
@@ -95,7 +96,7 @@ def test_what_gives_nothing_has_a_reason(tmp_path):
         "0page_no_pair", "1page_no_pair", "2opt_out", "3opt_out", "4page_too_large", "5page_too_large",
         "6page_encoding", "7page_time", "record_truncated",
     ]  # fmt: skip
-    assert dict(rows[-1]["details"])["crawl"] == "a.warc.gz"
+    assert json.loads(rows[-1]["details"])["crawl"] == "a.warc.gz"
     assert summary(crawl(write(tmp_path / "b.warc.gz", whole)))[-1] == (
         "http://a.example/8", "http://a.example/i.jpg", None,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 import json
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -31,6 +32,28 @@ def test_the_same_pairs_give_the_same_bytes(tmp_path):
         write_samples(tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_numbers_and_lists_of_details_are_numbers_and_lists(tmp_path):
+    details = {"width": 800, "captions": ["a red dot", "ein roter Punkt"], "draw": 0.25, "label": None}
+    bad = [{"number": float("nan")}, {"object": object()}, {"half": "\ud83d"}]
+    pairs = [Pair(key=str(i), caption="a red dot", image=JPEG, details=one) for i, one in enumerate([details, *bad])]
+    report = write_shards(pairs, tmp_path / "data")
+    assert report.dropped == {"bad_details": 2, "bad_text": 1}
+    (pair,) = load_dataset(tmp_path / "data").pairs
+    assert pair.details == {"caption": "a red dot", **details}
+
+
+def test_pictures_do_not_wait_in_memory(tmp_path):
+    def make():
+        for i in range(40):
+            yield Pair(key=str(i), caption="large", image=JPEG + bytes(1 << 20))
+
+    tracemalloc.start()
+    write_shards(make(), tmp_path / "data")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_shards_are_plain_tars_with_neighbouring_members(tmp_path):

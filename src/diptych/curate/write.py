@@ -220,12 +220,12 @@ class Gather(Job):
         if "queries" in batch.schema.names:
             texts = _query_texts(self.config.queries)
             ids = batch.column("queries")[row].as_py() or []
-            details["queries"] = json.dumps([texts[i] if texts else i for i in ids], ensure_ascii=False)
+            details["queries"] = [texts[i] if texts else i for i in ids]
         if "query" in batch.schema.names and (query := batch.column("query")[row].as_py()) is not None:
             texts = _query_texts(self.config.queries)
-            details["query"] = texts[query] if texts else str(query)
+            details["query"] = texts[query] if texts else query
         if "draw" in batch.schema.names and (draw := batch.column("draw")[row].as_py()) is not None:
-            details["draw"] = repr(draw)
+            details["draw"] = draw
         return replace(pair, details=details)
 
 
@@ -240,7 +240,7 @@ def _read_group(path: Path, bucket: int) -> Iterator[pa.RecordBatch]:
 def _row(batch: pa.RecordBatch, row: int) -> Pair:
     names = ("key", "caption", "image", "image_url", "page_url", "details")
     values = {name: batch.column(name)[row].as_py() for name in names}
-    return Pair(**{**values, "details": dict(values["details"] or ())})
+    return Pair(**{**values, "details": files.parse_json(values["details"])})
 
 
 @lru_cache(maxsize=1)

@@ -81,7 +81,7 @@ class Dataset:
                     if row["key"] in self.deleted:
                         continue
                     tar.seek(row["offset"])
-                    details = {key: str(value) for key, value in files.parse_json(row["details"]).items()}
+                    details = files.parse_json(row["details"])
                     image = tar.read(row["size"])
                     yield Pair(key=row["key"], caption=row["caption"], image=image, details=details)
 

@@ -22,7 +22,7 @@ from diptych.errors import NotFoundError, ShardError, UsageError
 REASON = pa.field("reason", pa.string())
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 """Version of the folder's layout and of what stages make of their rows; other versions are rebuilt."""
 HEADER: dict[str, Any] = {"format": "diptych stage", "version": MANIFEST_VERSION}
 """How every manifest begins."""

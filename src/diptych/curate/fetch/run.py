@@ -35,6 +35,7 @@ from diptych.curate.images.blocklist import KnownHashes, read_known
 from diptych.curate.images.prepare import prepare
 from diptych.curate.rows import with_reason
 from diptych.errors import PictureError, ShardError, UsageError
+from diptych.pair import format_details
 from diptych.stage.engines import end_with_parent
 from diptych.stage.folder import MANIFEST_FILE, read_manifest, read_part
 from diptych.stage.job import Task
@@ -248,7 +249,7 @@ class Build:
                 continue
             image, facts = found
             images.append(image)
-            details.append(list((dict(known) | facts).items()))
+            details.append(format_details(files.parse_json(known) | facts))
             reasons.append(None)
         for name, values in (("image", images), ("details", details)):
             place = batch.schema.get_field_index(name)
@@ -256,7 +257,7 @@ class Build:
             batch = batch.set_column(place, column, pa.array(values, column.type))
         return with_reason(batch, reasons)
 
-    def _picture(self, url: str | None, reader: Reader) -> tuple[bytes, dict[str, str]] | str:
+    def _picture(self, url: str | None, reader: Reader) -> tuple[bytes, dict[str, Any]] | str:
         """A picture and what is noted of it, or the reason why there is none."""
         entry = reader.find(url) if url else None
         if url is None or entry is None:
@@ -282,9 +283,9 @@ class Build:
             return error.reason
         facts = {
             "sha256": entry.sha256 or "",
-            "width": str(made.width),
-            "height": str(made.height),
-            "original_width": str(made.original_width),
-            "original_height": str(made.original_height),
+            "width": made.width,
+            "height": made.height,
+            "original_width": made.original_width,
+            "original_height": made.original_height,
         }
         return made.data, facts | ({"final_url": entry.final_url} if entry.final_url else {})
