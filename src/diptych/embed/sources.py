@@ -8,9 +8,10 @@ as the rows are the same, the samples that were `lost` on opening with their rea
 What cannot be used is a row with a reason, so that every row is accounted for.
 """
 
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -25,6 +26,7 @@ from diptych.errors import PictureError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES
 from diptych.shards.index import is_metadata_of_macos, load_index, split_name
 from diptych.shards.members import Damage, iter_members
+from diptych.stage.job import Task
 
 _COMPANIONS = frozenset({"txt", "json", "cls"})
 """Suffixes of the other members of a sample."""
@@ -33,6 +35,15 @@ MAX_LINE = 1 << 20
 
 READ_ROWS = 64
 """Rows of a Parquet file that are brought into memory at a time."""
+
+
+@dataclass(frozen=True)
+class Part(Task):
+    """Rows [start, stop) of one source."""
+
+    source: int = 0
+    start: int = 0
+    stop: int = 0
 
 
 class Extent(NamedTuple):
@@ -222,19 +233,39 @@ class ParquetSource:
                     return
 
     def _row(self, number: int, value: object) -> Row:
-        if isinstance(value, dict):
-            value = value["bytes"] if value["bytes"] is not None else Path(str(value.get("path")))
-        if value is None or isinstance(value, UnicodeDecodeError):
-            return Row(str(number), None, "null" if value is None else "bad_text")
-        if self.holds == "texts":
-            return _text_row(number, str(value))
-        if not isinstance(value, str | Path):
-            return Row(str(number), value)  # type: ignore[arg-type]
-        if "://" in str(value):
-            return Row(str(number), None, "url")  # nothing is fetched here; `diptych curate fetch` does that
-        if leaves_folder(value):
-            return Row(str(number), None, "outside_folder")
-        return Row(str(number), self.path.parent / value)
+        if self.holds == "texts" and isinstance(value, str):
+            return _text_row(number, value)
+        return locate_picture(str(number), value, self.path.parent)
+
+
+def locate_picture(row_id: str, value: object, folder: Path) -> Row:
+    """Where a picture lies that a table names: its bytes, a path relative to `folder`, or a struct of both."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None or isinstance(value, UnicodeDecodeError):
+        return Row(row_id, None, "null" if value is None else "bad_text")
+    if isinstance(value, bytes):
+        return Row(row_id, value)
+    if not isinstance(value, str) or not value:
+        return Row(row_id, None, "no_image")
+    if "://" in value:
+        return Row(row_id, None, "url")  # nothing is fetched here; `diptych curate fetch` does that
+    if leaves_folder(value):
+        return Row(row_id, None, "outside_folder")
+    return Row(row_id, folder / value)
+
+
+def find_content(dtype: pa.DataType) -> Literal["bytes", "struct", "strings"] | None:
+    """What values of a type may be: encoded pictures, Hugging Face's {bytes, path}, or strings."""
+    if pa.types.is_dictionary(dtype):
+        return find_content(dtype.value_type)
+    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype):
+        return "bytes"
+    if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:
+        return "struct"
+    if pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype):
+        return "strings"
+    return None
 
 
 def read_values(column: pa.Array) -> Iterator[object]:
@@ -275,12 +306,12 @@ class TextSource:
             for part in iter(lambda: file.read(MAX_LINE), b""):
                 digest.update(part)
             file.seek(0)
-            rows = sum(1 for _ in _iter_lines(file))
+            rows = sum(1 for _ in iter_lines(file))
         return cls(path=path, fingerprint=digest.hexdigest(), rows=rows)
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
         with open(self.path, "rb") as file:
-            for number, line in enumerate(_iter_lines(file)):
+            for number, line in enumerate(iter_lines(file)):
                 if number >= stop:
                     return
                 if number < start:
@@ -296,7 +327,7 @@ class TextSource:
                     yield _text_row(number, text.rstrip("\r\n"))
 
 
-def _iter_lines(file: BinaryIO) -> Iterator[bytes | None]:
+def iter_lines(file: BinaryIO) -> Iterator[bytes | None]:
     """Lines in bounded memory; None for one of more than MAX_LINE bytes."""
     while line := file.readline(MAX_LINE):
         if len(line) < MAX_LINE or line.endswith(b"\n"):
@@ -313,6 +344,12 @@ def leaves_folder(path: str | Path) -> bool:
 
 
 Source = PictureSource | ShardSource | ParquetSource | TextSource
+
+
+def format_dropped(source: str, dropped: Iterable[tuple[str, str]]) -> bytes:
+    """Lines of JSON that name what was left out and why."""
+    entries = ({"source": source, "id": row_id, "reason": reason} for row_id, reason in dropped)
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
 
 
 def _text_row(number: int, text: str) -> Row:

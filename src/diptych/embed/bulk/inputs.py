@@ -22,7 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych.embed.config import InputKind
-from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource, read_values
+from diptych.embed.sources import (
+    ParquetSource,
+    PictureSource,
+    ShardSource,
+    Source,
+    TextSource,
+    find_content,
+    read_values,
+)
 from diptych.errors import NotFoundError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
 
@@ -175,15 +183,12 @@ def open_column(path: Path, column: str | None, kind: InputKind | None) -> Parqu
 
 
 def _what_it_holds(path: Path, column: str, dtype: pa.DataType, kind: InputKind | None, first: Iterable[str]) -> str:
-    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
-        holds = "bytes"
-    elif pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:  # as Hugging Face datasets keep pictures
-        holds = "struct"
-    elif pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
+    holds = find_content(dtype)
+    if holds == "strings":
         values = list(first)
         ends = bool(values) and all(os.path.splitext(value)[1].lower() in IMAGE_SUFFIXES for value in values)
         holds = "paths" if kind == "image" or (kind is None and ends) else "texts"
-    else:
+    elif holds is None:
         raise UsageError(f"column {column!r} of {path} is {dtype}; name one of bytes (pictures) or of strings")
     if kind == "text" and holds != "texts":
         raise UsageError(f"column {column!r} of {path} holds pictures; leave --kind text out, or name one of strings")
@@ -191,7 +196,7 @@ def _what_it_holds(path: Path, column: str, dtype: pa.DataType, kind: InputKind 
 
 
 def _first_values(file: pq.ParquetFile, column: str) -> Iterator[str]:
-    if not pa.types.is_string(kind := file.schema_arrow.field(column).type) and not pa.types.is_large_string(kind):
+    if find_content(file.schema_arrow.field(column).type) != "strings":
         return
     values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in read_values(batch[0]))
     yield from itertools.islice((value for value in values if value and isinstance(value, str)), _LOOKED_AT)

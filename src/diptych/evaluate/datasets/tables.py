@@ -8,7 +8,7 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diptych.embed.sources import ParquetSource, Row, leaves_folder
+from diptych.embed.sources import ParquetSource, Row, find_content, leaves_folder
 from diptych.errors import DatasetError, NotFoundError
 from diptych.evaluate.datasets.registry import DatasetKind, Place
 from diptych.evaluate.datasets.samples import MAX_DIGITS, ColumnRows, Label, ListedRows, Samples, plain_label
@@ -93,13 +93,12 @@ def _class_label_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None
 
 def _holds(schema: pa.Schema, column: str, file: Path) -> str:
     kind = schema.field(column).type
-    if pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
-        return "struct"
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return "bytes"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return "paths"
-    raise DatasetError(f"{file}: column {column} of type {kind} holds no pictures (bytes, paths, or a struct of both)")
+    holds = find_content(kind)
+    if holds is None:
+        raise DatasetError(
+            f"{file}: column {column} of type {kind} holds no pictures (bytes, paths, or a struct of both)"
+        )
+    return "paths" if holds == "strings" else holds
 
 
 # --- CSV ---
