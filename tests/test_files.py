@@ -180,3 +180,32 @@ def test_everything_that_can_be_made_again_lies_in_one_cache(monkeypatch, enviro
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert files.cache_folder("index") == Path(folder)
+
+
+def test_globs_go_around_no_circle_of_links(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "a" / name).symlink_to(tmp_path, target_is_directory=True)
+    for name in ("a/x.jpg", "y.jpg", ".hidden/z.jpg", "a/.w.jpg"):
+        (tmp_path / name).touch()
+    expected = [f"{tmp_path}/a/x.jpg", f"{tmp_path}/y.jpg"]
+    assert files.expand_glob(f"{tmp_path}/**/*.jpg") == expected
+    assert files.expand_glob(f"{tmp_path}/**/[xy]*") == files.expand_glob(f"{tmp_path}/**/**/*.jpg") == expected
+    assert files.expand_glob(f"{tmp_path}/**") == expected
+    monkeypatch.chdir(tmp_path)
+    assert files.expand_glob("**/*.jpg") == ["a/x.jpg", "y.jpg"]
+    assert files.expand_glob("*/one/*.jpg") == ["a/one/y.jpg"]
+
+
+def test_names_stand_for_ranges_and_globs_but_for_themselves_if_they_are_there(tmp_path):
+    for name in ("a0.tar", "a1.tar", "b{0..9}.tar", "c[1].tar"):
+        (tmp_path / name).touch()
+
+    def spell(name: str) -> list[str]:
+        return [one.removeprefix(f"{tmp_path}/") for one in files.spell_out(f"{tmp_path}/{name}")]
+
+    assert spell("a{0..2}.tar") == ["a0.tar", "a1.tar", "a2.tar"]
+    assert spell("[ab]*.tar") == ["a0.tar", "a1.tar", "b{0..9}.tar"]
+    assert spell("b{0..9}.tar") == ["b{0..9}.tar"]
+    assert spell("c[1].tar") == ["c[1].tar"]

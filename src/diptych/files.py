@@ -1,4 +1,5 @@
-"""Folders held by one process, and bytes to disk, all or nothing: write beside, fsync, rename.
+"""Folders held by one process, names that stand for several files, and bytes to disk, all or nothing: write beside,
+fsync, rename.
 
 A reader sees the old file or the new one, never half of one, also when the machine stops in between.
 """
@@ -6,6 +7,7 @@ A reader sees the old file or the new one, never half of one, also when the mach
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -26,6 +28,58 @@ from diptych.errors import RunLockedError, UsageError
 MAX_JSON = 64 << 20
 """Bytes of a JSON file that are read; whatever needs more is not one of ours."""
 _BLOCK = 1 << 20
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def spell_out(place: str) -> list[str]:
+    """The files that a name stands for: those of its ranges, in their order, and those that globs match, sorted.
+
+    A file that is there stands for itself, whatever signs are in its name.
+    """
+    found: list[str] = []
+    for name in [place] if os.path.exists(place) else expand_range(place):
+        found += expand_glob(name) if not os.path.exists(name) and is_glob(name) else [name]
+    return list(dict.fromkeys(found))
+
+
+def expand_range(place: str) -> list[str]:
+    """`a/{00..02}.tar` -> a/00.tar, a/01.tar, a/02.tar; any number of ranges."""
+    parts = _RANGE.split(place)
+    choices = [[f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+               for first, last in zip(parts[1::3], parts[2::3], strict=True)]  # fmt: skip
+    if not all(choices):
+        raise UsageError(f"the range in {place} is empty; the smaller number comes first")
+    return ["".join(x for pair in itertools.zip_longest(parts[::3], some, fillvalue="") for x in pair)
+            for some in itertools.product(*choices)]  # fmt: skip
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name has signs that match others."""
+    return any(sign in name for sign in "*?[")
+
+
+def expand_glob(pattern: str) -> list[str]:
+    """Files that a pattern matches, sorted, without hidden ones.
+
+    `**` is any depth of folders, without those that links lead to: links may lead in circles. OSError for a folder
+    that cannot be listed, whose files would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return sorted(name for name in glob.glob(pattern) if not os.path.isdir(name))
+    depth = parts.index("**")
+    behind = "/".join(parts[depth + 1 :]) or "*"
+    found: set[str] = set()
+    for root in glob.glob("/".join(parts[:depth]) or "/") if depth else [""]:
+        for folder, folders, _ in os.walk(root or os.curdir, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            place = glob.escape(os.path.relpath(folder, root) if not root else folder).removeprefix("./")
+            found.update(expand_glob(behind if place == os.curdir else os.path.join(place, behind)))
+    return sorted(found)
 
 
 def make_folder(path: Path, *, flag: str = "--out") -> None:

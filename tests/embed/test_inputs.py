@@ -251,3 +251,14 @@ def test_columns_of_categories_and_of_large_texts_are_columns_of_texts(tmp_path)
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
     assert contents(*open_inputs([f"{tmp_path}/t.parquet:names"])) == [RED, RED, "null"]
     assert contents(*open_inputs([f"{tmp_path}/t.parquet:captions"])) == captions
+
+
+def test_ranges_are_spelled_out_and_what_they_lack_is_named(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        write_tar(tmp_path / name, [("a.jpg", RED)])
+    pq.write_table(pa.table({"caption": ["a", "b"]}), tmp_path / "t0.parquet")
+    named = open_inputs([f"{tmp_path}/{{0..1}}.tar"])
+    assert [source.name for source in named] == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
+    assert [source.rows for source in open_inputs([f"{tmp_path}/t{{0..0}}.parquet:caption"])] == [2]
+    with pytest.raises(NotFoundError, match=r"no such input: .*2\.tar"):
+        open_inputs([f"{tmp_path}/{{0..2}}.tar"])

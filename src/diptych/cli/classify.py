@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from diptych import files
 from diptych.cli.output import counted, list_counts, printable, shorten
 from diptych.errors import NotFoundError, PictureError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
@@ -137,16 +138,14 @@ def find_pictures(patterns: Sequence[str]) -> tuple[list[Path], Counter[str]]:
             names, passed_over = find_images(path)
             found += [path / name for name in names]
             others += passed_over
-        elif path.exists() or not any(sign in pattern for sign in "*?["):
+        elif path.exists() or not files.is_glob(pattern):
             if not path.exists():
                 raise NotFoundError(f"no such picture: {path}")
             found.append(path)
         else:
-            anchor = Path(path.anchor) if path.is_absolute() else Path()
-            matched = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
-            files = [one for one in matched if not one.is_dir()]
-            found += [one for one in files if one.suffix.lower() in IMAGE_SUFFIXES]
-            others.update(one.suffix.lower() for one in files if one.suffix.lower() not in IMAGE_SUFFIXES)
+            matched = [Path(one) for one in files.expand_glob(pattern)]
+            found += [one for one in matched if one.suffix.lower() in IMAGE_SUFFIXES]
+            others.update(one.suffix.lower() for one in matched if one.suffix.lower() not in IMAGE_SUFFIXES)
     if not found:
         kinds = f"looked for {' '.join(sorted(IMAGE_SUFFIXES))}"
         seen = f"; other files: {list_counts(others)}" if others else ""

@@ -38,7 +38,8 @@ class Finetune:
     model: Annotated[str, tyro.conf.Positional]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     data: tuple[str, ...]
-    """Folders of shards or tars, here or at a URL; PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
+    """Folders of shards, tars, or ranges of them, here or at a URL; PATH@0.5 sees half of it in an epoch, PATH@2 all
+    of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config; with LoRA also adapter/, which peft reads."""
     evaluate: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class Finetune:
             start=self.start,
         )
         preprocess, tokenizer = opened.preprocess, opened.tokenizer
-        evaluators = open_evaluators(self.evaluate, lambda: tokenizer, preprocess, self.templates, self.run)
+        evaluators = open_evaluators(self.evaluate, lambda: tokenizer, preprocess, self.templates, config)
         return run_and_report(config, evaluators)
 
     def _refuse_early(self) -> None:

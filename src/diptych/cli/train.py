@@ -27,8 +27,8 @@ class Train:
     preset: Annotated[str, tyro.conf.Positional]
     """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
     data: tuple[str, ...]
-    """Folders of shards or tars, here or at a URL (s3://bucket/shards, https://host/{00000..00099}.tar); PATH@0.5 sees
-    half of it in an epoch, PATH@2 all of it twice."""
+    """Folders of shards, tars, or ranges of them, here or at a URL (s3://bucket/shards, shards/{00000..00099}.tar);
+    PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config."""
     recipe: str | None = None
@@ -77,7 +77,7 @@ class Train:
         from diptych.train.setup import load_tokenizer
 
         preprocess = Preprocess(image_size=config.model.vision.image_size)
-        return open_evaluators(self.evaluate, lambda: load_tokenizer(config), preprocess, self.templates, config.run)
+        return open_evaluators(self.evaluate, lambda: load_tokenizer(config), preprocess, self.templates, config)
 
 
 def with_recipe(arguments: Sequence[str]) -> type[Train]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from diptych.cli.output import ProgressBar, format_time, is_first_rank, list_counts, print_on_first_rank, printable
 from diptych.errors import UsageError, unknown_name
-from diptych.train.config import RunConfig, TrainConfig
+from diptych.train.config import TrainConfig
 
 LOST_STATUS = 3
 """Exit status of a run that the guard ended."""
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def build_evaluators(
-    specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
+    specs: tuple[str, ...],
+    tokenizer: "Tokenizer",
+    preprocess: "Preprocess",
+    templates: tuple[str, ...] = ("simple",),
+    caption_key: str | None = None,
 ) -> "list[TrainingEvaluator]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
     from diptych.evaluate.results import Protocol
@@ -37,7 +41,7 @@ def build_evaluators(
         if name in evaluators:
             raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
         protocol: Protocol | None = next((one for one in KINDS if place.startswith(f"{one}:")), None)
-        exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol)
+        exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol, caption_key)
         evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
     return list(evaluators.values())
 
@@ -47,12 +51,13 @@ def open_evaluators(
     load_tokenizer: "Callable[[], Tokenizer]",
     preprocess: "Preprocess",
     templates: tuple[str, ...],
-    run: RunConfig,
+    config: TrainConfig,
 ) -> "list[TrainingEvaluator]":
     """Open what `--evaluate` names before training and say so: a set that is not there, or a misspelled metric, must
     not be found out at its end."""
-    evaluators = build_evaluators(specs, load_tokenizer(), preprocess, templates) if specs else []
-    check_keep_best(run.keep_best, evaluators)
+    key = config.loader.caption_key
+    evaluators = build_evaluators(specs, load_tokenizer(), preprocess, templates, key) if specs else []
+    check_keep_best(config.run.keep_best, evaluators)
     for evaluator in evaluators:
         print_on_first_rank(describe_evaluator(evaluator))
     return evaluators

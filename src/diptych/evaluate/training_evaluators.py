@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -54,14 +54,16 @@ class EvalSet:
         return tuple(names[0] for names in self.classes.names)
 
 
-def open_set(path: Path, protocol: Protocol | None = None) -> EvalSet:
-    """Open a set; without a protocol it is zero-shot if anything carries a label, else retrieval.
+def open_set(path: Path, protocol: Protocol | None = None, caption_key: str | None = None) -> EvalSet:
+    """Open a set; without a protocol it is zero-shot if anything carries a label, else retrieval. `caption_key` names
+    captions in the JSON of shards; all of a picture count.
 
     Raises NotFoundError for a path that is not there and UsageError for a set that cannot be evaluated.
     """
     if not path.exists():
         raise NotFoundError(f"no such evaluation set: {path} (class folders with pictures, a folder of shards, a .tar)")
     place, problems = guess_place(path), []
+    place = place if caption_key is None else replace(place, captions=caption_key)
     for one in (protocol,) if protocol else KINDS:
         try:
             samples = open_samples(place, path, "test", KINDS[one], on_damage="count")

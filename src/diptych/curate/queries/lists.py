@@ -28,7 +28,7 @@ def count_views(
 
     A line of an hourly file is `en Title views bytes`, where the mobile site `en.m` counts as well; of a daily one
     `en.wikipedia Title page device views hours`. Titles of other namespaces hold a colon without a space behind it and
-    are left out.
+    are left out. UsageError for a file without any line about the project.
     """
     total = Runs(scratch / "all", memory)
     for number, place in enumerate(places):
@@ -36,11 +36,17 @@ def count_views(
             seen = total
         else:
             seen = Runs(scratch / f"file-{number:06d}", memory)
+        found = False
         with open_input(place) as file:
             for line in file:
                 title, views = _read_views(line, project)
                 if title:
+                    found = True
                     seen.add(title, views)
+        if not found:
+            raise UsageError(
+                f"{place} holds no views of articles of the project {project}; a line is `{project} Title 12 0`"
+            )
         if seen is not total:
             for title, views in seen.items():
                 if views >= least_a_file:

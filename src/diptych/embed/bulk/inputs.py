@@ -1,7 +1,7 @@
 """What is to be embedded, as sources: lists of rows with a fixed order, of which any range can be read anywhere.
 
     photos/  'photos/**/*.png'  a.jpg   pictures; the id is the path relative to the folder, or where the glob begins
-    shards/  00000.tar                  the pictures of shards, or with kind text their captions; the id is the key
+    shards/  00000.tar  {00..99}.tar    the pictures of shards, or with kind text their captions; the id is the key
     pairs.parquet:image                 a column of encoded pictures, paths or captions; the id is the row number
     prompts.txt                         one text a line; the id is the line number
 
@@ -10,7 +10,6 @@ unique. A source is a plain value that travels to other machines; what it lists 
 of a kind that is known or refused; others that a folder or a glob has too are counted as passed over.
 """
 
-import glob
 import itertools
 import os
 from collections import Counter
@@ -21,6 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych import files
 from diptych.embed.config import InputKind
 from diptych.embed.sources import (
     ParquetSource,
@@ -47,8 +47,9 @@ def open_inputs(inputs: Sequence[str], kind: InputKind | None = None) -> list[So
     """
     if not all(inputs) or not inputs:
         raise UsageError("no input was named; give folders, globs, shards, file.parquet:column or text files")
-    pictures = [given for given in inputs if _is_picture(given)]
-    others = [given for given in inputs if not _is_picture(given)]
+    named = [one for given in inputs for one in ([given] if Path(given).exists() else files.expand_range(given))]
+    pictures = [given for given in named if _is_picture(given)]
+    others = [given for given in named if not _is_picture(given)]
     sources = [source for given in others for source in _open(given, kind)]
     if pictures:
         sources.append(_open_pictures([Path(picture) for picture in pictures]))
@@ -99,7 +100,7 @@ def _open(given: str, kind: InputKind | None) -> list[Source]:
         return _open_folder(path, column, kind)
     if path.exists():
         return [_open_file(path, column, kind)]
-    if not any(sign in place for sign in "*?["):
+    if not files.is_glob(place):
         raise NotFoundError(f"no such input: {given} (a folder, glob, picture, .tar, file.parquet:column or .txt)")
     return _open_glob(place, column, kind)
 
@@ -145,7 +146,7 @@ def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> li
 
 def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list[Source]:
     """Shards, Parquet and text files are a source each, the pictures one; other files are passed over."""
-    found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    found = [Path(path) for path in files.expand_glob(pattern)]
     if not found:
         raise NotFoundError(f"nothing matches {pattern}")
     special = [path for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
@@ -159,7 +160,7 @@ def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list
     if not pictures and not special:
         raise UsageError(f"{pattern} matches {found[0]}, and no file that can be embedded; known are {_KNOWN}")
     if pictures:
-        fixed = itertools.takewhile(lambda part: not any(sign in part for sign in "*?["), Path(pattern).parts[:-1])
+        fixed = itertools.takewhile(lambda part: not files.is_glob(part), Path(pattern).parts[:-1])
         root = Path(*fixed)
         names = tuple(str(path.relative_to(root)) for path in pictures)
         sources.append(PictureSource.open(pattern, root, names))

@@ -274,7 +274,7 @@ def _open_shards(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
     elif split != "test":
         raise NotFoundError(f"{path} has no split {split}")
     try:
-        dataset = load_dataset(path)
+        dataset = load_dataset(path, captionless=True)
     except ShardError as error:
         raise DatasetError(str(error)) from None
     samples, rows = Samples(path, "shards"), []
@@ -289,10 +289,10 @@ def _open_shards(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
                 samples.skipped["deleted"] += 1
                 continue
             details = files.parse_json(row["details"])
-            value = (details.get("captions") or row["caption"]) if kind == "captions" else details.get(place.label)
+            value = (details.get(place.captions) or row["caption"]) if kind == "captions" else details.get(place.label)
             parsed = plain_label(value, kind, 0)
             if parsed is None:
-                samples.skipped["no_label"] += 1
+                samples.skipped["no_caption" if kind == "captions" else "no_label"] += 1
                 continue
             samples.keys.append(row["key"])
             samples.labels.append(parsed)
