@@ -1,6 +1,5 @@
 """Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
 
-import csv
 import re
 from pathlib import Path
 from typing import cast
@@ -8,8 +7,9 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych.collect.tables import CsvTable
 from diptych.embed.sources import ParquetSource, Row, find_content, leaves_folder
-from diptych.errors import DatasetError, NotFoundError
+from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.registry import DatasetKind, Place
 from diptych.evaluate.datasets.samples import MAX_DIGITS, ColumnRows, Label, ListedRows, Samples, plain_label
 from diptych.files import parse_json
@@ -112,14 +112,11 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
             raise NotFoundError(f"{path} has no {split}.csv")
         file = others[0]
     try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            head = handle.readline()
-            handle.seek(0)
-            reader = csv.DictReader(handle, delimiter=max(",;\t|", key=head.count), skipinitialspace=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            header, table = list(reader.fieldnames), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
+        opened = CsvTable.open(file)
+    except UsageError as error:
+        raise DatasetError(str(error)) from None
+    header, records = opened.columns, list(opened.read())
+    table = [record.values for record in records if record.values is not None]
     label = place.captions if kind == "captions" and place.captions in header else place.label
     for column in (place.image, label):
         if column not in header:
@@ -129,6 +126,7 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
     if ("split" in header and not table) or ("split" not in header and split != "test" and file.stem != split):
         raise NotFoundError(f"{file} has no split {split}")
     samples, rows = Samples(path, "csv"), []
+    samples.skipped.update(record.reason for record in records if record.values is None)
     places: dict[str, int] = {}
     for row in table:
         picture, value = row[place.image] or "", (row[label] or "").strip()
