@@ -24,16 +24,32 @@ from diptych.cli.finetune import Finetune, WiseFT
 from diptych.cli.output import shorten
 from diptych.cli.plan import Plan
 from diptych.cli.report import Report
+from diptych.cli.shards import Shards
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets
 from diptych.errors import DiptychError, UsageError, unknown_name
 
-Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
+Command = (
+    Train
+    | Finetune
+    | WiseFT
+    | Plan
+    | Shards
+    | Curate
+    | Classify
+    | Embed
+    | Evaluate
+    | Report
+    | Inspect
+    | Convert
+    | Verify
+)
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "finetune": Finetune,
     "wise-ft": WiseFT,
     "plan": Plan,
+    "shards": Shards,
     "curate": Curate,
     "classify": Classify,
     "embed": Embed,

@@ -29,11 +29,10 @@ from diptych import files
 from diptych.curate.config import WriteConfig
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair
-from diptych.shards.dataset import DATASET_FILE, Dataset, describe
-from diptych.shards.index import load_index
+from diptych.shards.dataset import DATASET_FILE
 from diptych.shards.order import hash_positions
 from diptych.shards.tombstones import DELETED, read_tombstones
-from diptych.shards.write import shard_name, why_not, write_shard
+from diptych.shards.write import shard_name, why_not, write_description, write_shard
 from diptych.stage import folder as parts
 from diptych.stage.folder import DROPPED, Manifest, TaskRecord
 from diptych.stage.job import Job, Task
@@ -78,8 +77,7 @@ def run(config: WriteConfig, *, engine: Engine) -> StageReport:
     names = [name for name in parts.read_manifest(config.out).files if name.endswith(".tar")]
     if not names:
         raise UsageError(f"no pair was left to write into {config.out}; dropped: {report.dropped or 'none came'}")
-    dataset = Dataset.from_indexes(config.out, [load_index(config.out / name) for name in sorted(names)])
-    files.write_json(config.out / DATASET_FILE, describe(dataset))
+    write_description(config.out, [config.out / name for name in sorted(names)])
     shutil.rmtree(scatter.folder, ignore_errors=True)
     return report
 

@@ -13,7 +13,7 @@ from diptych.errors import UsageError
 from diptych.image_file import SUFFIXES, find_format
 from diptych.pair import Pair, format_details
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
-from diptych.shards.index import ShardIndex, build_index, write_index
+from diptych.shards.index import MAX_TEXT_BYTES, ShardIndex, build_index, load_index, write_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def write_shards(pairs: Iterable[Pair], folder: Path | str, *, samples_per_shard
 
     The same pairs give the same bytes. A folder that already holds a dataset is refused. Pairs that cannot be written
     are dropped and counted: `bad_key` (empty, or with a dot, slash, backslash or NUL), `duplicate_key`, `bad_text` (no
-    valid Unicode), `bad_details` (no JSON), `empty_image`, `not_a_picture`, `empty_caption`.
+    valid Unicode), `bad_details` (no JSON), `text_too_large`, `empty_image`, `not_a_picture`, `empty_caption`.
     """
     folder = Path(folder)
     if (folder / DATASET_FILE).exists():
@@ -70,6 +70,13 @@ def iter_shards(pairs: Iterable[Pair], paths: Iterable[Path], samples_per_shard:
         yield write_shard(itertools.chain([first], itertools.islice(waiting, samples_per_shard - 1)), path)
 
 
+def write_description(folder: Path, shards: Iterable[Path]) -> Dataset:
+    """Write dataset.json for shards that are there with their indexes."""
+    dataset = Dataset.from_indexes(folder, [load_index(shard) for shard in shards])
+    files.write_json(folder / DATASET_FILE, describe(dataset))
+    return dataset
+
+
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"{number:05d}.tar"
@@ -82,11 +89,13 @@ def why_not(pair: Pair, keys: Container[str]) -> str:
     if pair.key in keys:
         return "duplicate_key"
     try:
-        details = format_details(pair.details)
+        details = format_details({"caption": pair.caption, **pair.details})
     except (TypeError, ValueError, RecursionError):
         return "bad_details"
     if not all(map(_is_unicode, (pair.key, pair.caption, details))):
         return "bad_text"
+    if max(len(text.encode()) for text in (pair.caption, details)) > MAX_TEXT_BYTES:
+        return "text_too_large"
     if not pair.image:
         return "empty_image"
     if not _suffix(pair.image):
