@@ -27,6 +27,7 @@ FLAGS = {
     "verify": 2,
     "curate queries": 14,
     "curate crawl": 15,
+    "curate links": 9,
     "curate filter": 15,
     "curate distinct": 11,
     "curate match": 7,

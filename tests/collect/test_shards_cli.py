@@ -23,6 +23,7 @@ def call(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_newcomer_needs_two_commands(tmp_path, capsys):
     write_pictures(tmp_path)
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *(f"{c}.jpg,a {c} dot" for c in COLOURS)]))

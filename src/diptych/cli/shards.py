@@ -75,6 +75,8 @@ def build(config: BuildConfig, sources: "Sequence[AnySource]", engine: EngineCon
             bar.update(done, total, f"tasks  {seen:,} samples")
 
         with Engine.open(engine, show) as opened:
+            if opened.kind == "local" and sum(len(source.ranges) for source in sources) == 1:
+                opened.processes = 0  # another process would take longer to start than the work
             return run(config, sources, engine=opened)
 
 

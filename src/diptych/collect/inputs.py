@@ -49,12 +49,15 @@ _LOOKED_AT = 20
 _KNOWN = "a folder, CSV, JSON (lines, COCO's), Parquet, Arrow, or a tar (.tar, .tar.gz, .tar.zst)"
 
 
-def open_sources(given: Sequence[str], read: ReadConfig, step: int, *, stamps: bool = False) -> list[AnySource]:
+def open_sources(
+    given: Sequence[str], read: ReadConfig, step: int, *, stamps: bool = False, links: bool = False
+) -> list[AnySource]:
     """Find and list what the names stand for, in pieces of about `step` samples.
 
+    With `stamps` a changed picture changes the fingerprint; with `links` tables have addresses of pictures.
     Raises NotFoundError for what is not there and UsageError for what holds no pairs, or more than one choice of them.
     """
-    opener = _Opener(read, step, stamps)
+    opener = _Opener(read, step, stamps, links)
     found = [source for name in given for source in opener.open_named(name)]
     if not found:
         raise UsageError(f"no source was named; give {_KNOWN}")
@@ -65,8 +68,8 @@ def open_sources(given: Sequence[str], read: ReadConfig, step: int, *, stamps: b
 
 
 class _Opener:
-    def __init__(self, read: ReadConfig, step: int, stamps: bool) -> None:
-        self.read, self.step, self.stamps = read, step, stamps
+    def __init__(self, read: ReadConfig, step: int, stamps: bool, links: bool) -> None:
+        self.read, self.step, self.stamps, self.links = read, step, stamps, links
 
     def open_named(self, given: str) -> Iterator[AnySource]:
         if "://" in given:
@@ -126,7 +129,13 @@ class _Opener:
         fingerprint = self._fingerprint(path, columns)
         root = self._root(path, columns, first)
         return ParquetPairs(
-            path=path, columns=columns, folder=root, groups=ends, step=self.step, fingerprint=fingerprint
+            path=path,
+            columns=columns,
+            folder=root,
+            groups=ends,
+            step=self.step,
+            fingerprint=fingerprint,
+            cut=self.links,
         )
 
     def _open_arrow(self, path: Path) -> AnySource:
@@ -140,7 +149,8 @@ class _Opener:
         return ArrowPairs(path=path, columns=columns, folder=root, fingerprint=self._fingerprint(path, columns))
 
     def _choose(self, name: str, columns: Sequence[str], first: Sequence[Mapping[str, Any]]) -> Columns:
-        return choose_columns(name, columns, first, self.read.image_column, self.read.caption_column)
+        image, captions = self.read.image_column, self.read.caption_column
+        return choose_columns(name, columns, first, image, captions, links=self.links)
 
     def _root(self, table: Path, columns: Columns, first: Sequence[Mapping[str, Any]]) -> Path:
         """What paths are relative to: what was named, or the table's folder, or where none is there, this one."""

@@ -26,6 +26,7 @@ from diptych.files import parse_json
 from diptych.image_file import IMAGE_SUFFIXES
 from diptych.shards.index import MAX_TEXT_BYTES, build_index
 from diptych.shards.tombstones import DELETED, read_tombstones
+from diptych.shards.write import is_unicode
 
 CAPTION_NAMES = frozenset(
     {"caption", "captions", "text", "texts", "title", "description", "sentence", "sentences", "txt", "prompt", "alt"}
@@ -85,11 +86,17 @@ class Columns:
 
 
 def choose_columns(
-    name: str, columns: Sequence[str], first: Sequence[Mapping[str, Any]], image: str | None, captions: tuple[str, ...]
+    name: str,
+    columns: Sequence[str],
+    first: Sequence[Mapping[str, Any]],
+    image: str | None,
+    captions: tuple[str, ...],
+    *,
+    links: bool = False,
 ) -> Columns:
     """The columns that were named, or the only ones that can be meant, by their first values and their names.
 
-    Raises UsageError if there is none, or more than one choice.
+    With `links` the pictures are addresses. Raises UsageError if there is none, or more than one choice.
     """
     for given in (*captions, *([image] if image else [])):
         if given not in columns:
@@ -99,12 +106,18 @@ def choose_columns(
         found = [one for one in free if _are(_is_encoded, first, one)] or [
             one for one in free if _are(_is_path, first, one)
         ]
-        if not found and (links := [one for one in columns if _are(_is_link, first, one)]):
+        addresses = [one for one in free if _are(_is_link, first, one)]
+        if links:
+            found = _named(addresses, _LINK_NAMES) or addresses
+            if not found:
+                raise UsageError(f"{name} has no column of addresses; it has {', '.join(columns)}")
+        elif addresses and not found:
             raise UsageError(
-                f"{name} has addresses in {links[0]} and no pictures; `diptych curate links {name}` makes candidates "
-                "of such a list, `diptych curate fetch` fetches them"
+                f"{name} has addresses in {addresses[0]} and no pictures; `diptych curate links --inputs {name}` makes "
+                "candidates of such a list, `diptych curate fetch` fetches them"
             )
-        image = _choose_one(name, "pictures", found or _named(columns, _PICTURE_NAMES), columns, "--image-column")
+        flag = "--url-column" if links else "--image-column"
+        image = _choose_one(name, "pictures", found or _named(columns, _PICTURE_NAMES), columns, flag)
     if not captions:
         others = [one for one in columns if one != image]
         found = _named(others, CAPTION_NAMES) or [one for one in others if len(others) == 1]
@@ -118,6 +131,9 @@ def choose_columns(
 _PICTURE_NAMES = frozenset(
     {"image", "img", "picture", "filepath", "file_name", "filename", "image_path", "path", "file"}
 )
+
+
+_LINK_NAMES = frozenset({"url", "image_url", "img_url", "imageurl"})
 
 
 def _choose_one(name: str, what: str, found: Sequence[str], columns: Sequence[str], flag: str) -> str:
@@ -167,11 +183,11 @@ def make_sample(
 def add_text(row: Row, values: Sequence[Any], details: Mapping[str, Any]) -> Sample:
     """A picture with its captions, each a text or a list of texts; the reason if none can be used."""
     given = [one for value in values for one in (value if isinstance(value, list) else [value])]
-    texts = [one.strip() for one in given if isinstance(one, str)]
+    texts = [one.strip() for one in given if isinstance(one, str) and is_unicode(one)]
     captions = tuple(dict.fromkeys(text for text in texts if text))
     if row.reason or captions:
         return Sample(row, captions, details)
-    bad = any(isinstance(one, UnicodeDecodeError) for one in given)
+    bad = any(isinstance(one, UnicodeDecodeError) or (isinstance(one, str) and not is_unicode(one)) for one in given)
     return Sample(Row(row.id, None, "bad_text" if bad else "empty_caption" if texts else "no_caption"))
 
 
@@ -350,6 +366,8 @@ class ParquetPairs:
     """Rows before each row group, and of all."""
     step: int
     fingerprint: str
+    cut: bool = False
+    """Whether a row group may be cut: what is before a piece in it is read too."""
 
     @property
     def name(self) -> str:
@@ -361,6 +379,8 @@ class ParquetPairs:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
+        if self.cut:
+            return [(start, min(start + self.step, self.groups[-1])) for start in range(0, self.groups[-1], self.step)]
         ends = [0]
         for end in self.groups[1:]:
             if end - ends[-1] >= self.step or end == self.groups[-1]:
@@ -369,10 +389,23 @@ class ParquetPairs:
 
     def read(self, start: int, stop: int) -> Iterator[Sample]:
         with pq.ParquetFile(self.path) as file:
-            wanted = [number for number, first in enumerate(self.groups[:-1]) if start <= first < stop]
+            spans = list(itertools.pairwise(self.groups))
+            wanted = [number for number, (first, end) in enumerate(spans) if first < stop and end > start]
             names = wanted_columns(file.schema_arrow, self.columns)
             batches = file.iter_batches(READ_ROWS, row_groups=wanted, columns=names)
-            yield from read_batches(batches, start, self.columns, self.folder)
+            piece = _slice(batches, spans[wanted[0]][0], start, stop)
+            yield from read_batches(piece, start, self.columns, self.folder)
+
+
+def _slice(batches: Iterable[pa.RecordBatch], row: int, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """The rows [start, stop) of batches that begin at `row`."""
+    for batch in batches:
+        first, end = max(start - row, 0), min(stop - row, batch.num_rows)
+        if first < end:
+            yield batch.slice(first, end - first)
+        row += batch.num_rows
+        if row >= stop:
+            return
 
 
 @dataclass(frozen=True, kw_only=True)

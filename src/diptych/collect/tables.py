@@ -15,6 +15,7 @@ from diptych.embed.sources import MAX_LINE, iter_lines
 from diptych.errors import UsageError
 from diptych.files import parse_json
 from diptych.image_file import IMAGE_SUFFIXES
+from diptych.shards.write import is_unicode
 
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
 _LOOKED_AT = 100
@@ -57,6 +58,8 @@ class CsvTable:
         columns = tuple(
             name.strip() for name in next(csv.reader([line], delimiter=separator, skipinitialspace=True), ())
         )
+        if any(name.startswith(("http://", "https://")) for name in columns):  # CC3M and CC12M have no header
+            return cls(path, tuple(str(number) for number in range(1, len(columns) + 1)), separator, 0)
         if not any(columns) or not line.replace("\t", "").isprintable():
             raise UsageError(f"{path} has no header: its first line names no column")
         if any(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in columns):
@@ -94,7 +97,8 @@ class CsvTable:
     def _record(self, place: int, fields: list[str] | tuple[str, ...]) -> Record:
         if len(fields) != len(self.columns):
             return Record(place, None, "bad_row")
-        return Record(place, dict(zip(self.columns, fields, strict=True)))
+        values = dict(zip(self.columns, fields, strict=True))
+        return Record(place, values) if is_unicode("".join(fields)) else Record(place, None, "bad_text")
 
     def _holds_together(self, lines: list[str]) -> bool:
         """Whether several lines are one record, and not some behind a quote that was left open."""
@@ -166,7 +170,10 @@ def _parse(place: int, line: bytes | None) -> Record:
         values = parse_json(line.decode("utf-8-sig"))
     except ValueError:
         return Record(place, None, "bad_row")
-    return Record(place, values) if isinstance(values, dict) else Record(place, None, "bad_row")
+    if not isinstance(values, dict):
+        return Record(place, None, "bad_row")
+    half = b"\\u" in line and not is_unicode(json.dumps(values, ensure_ascii=False))
+    return Record(place, None, "bad_text") if half else Record(place, values)
 
 
 Table = CsvTable | JsonLines

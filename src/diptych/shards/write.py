@@ -92,7 +92,7 @@ def why_not(pair: Pair, keys: Container[str]) -> str:
         details = format_details({"caption": pair.caption, **pair.details})
     except (TypeError, ValueError, RecursionError):
         return "bad_details"
-    if not all(map(_is_unicode, (pair.key, pair.caption, details))):
+    if not all(map(is_unicode, (pair.key, pair.caption, details))):
         return "bad_text"
     if max(len(text.encode()) for text in (pair.caption, details)) > MAX_TEXT_BYTES:
         return "text_too_large"
@@ -124,7 +124,7 @@ def write_shard(pairs: Iterable[Pair], path: Path) -> ShardIndex:
     return index
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether there is no half of a surrogate pair in it, which no file can hold."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
