@@ -126,7 +126,11 @@ def write_shard(pairs: Iterable[Pair], path: Path) -> ShardIndex:
 
 def is_unicode(text: str) -> bool:
     """Whether there is no half of a surrogate pair in it, which no file can hold."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suffix(image: bytes) -> str:
