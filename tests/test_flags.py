@@ -28,7 +28,7 @@ FLAGS = {
     "curate queries": 14,
     "curate crawl": 15,
     "curate links": 9,
-    "curate filter": 15,
+    "curate filter": 17,
     "curate distinct": 11,
     "curate match": 7,
     "curate balance": 10,

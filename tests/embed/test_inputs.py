@@ -262,3 +262,13 @@ def test_ranges_are_spelled_out_and_what_they_lack_is_named(tmp_path):
     assert [source.rows for source in open_inputs([f"{tmp_path}/t{{0..0}}.parquet:caption"])] == [2]
     with pytest.raises(NotFoundError, match=r"no such input: .*2\.tar"):
         open_inputs([f"{tmp_path}/{{0..2}}.tar"])
+
+
+@pytest.mark.parametrize("lines", ["a.jpg\n\nb/c.PNG\n", "https://a.example/1?x=y\nhttp://b.example/c.jpg\n"])
+def test_a_list_of_pictures_is_not_taken_for_captions(tmp_path, lines):
+    (tmp_path / "list.txt").write_text(lines)
+    with pytest.raises(UsageError, match=r"list\.txt lists pictures, like .*--kind text"):
+        open_inputs([str(tmp_path / "list.txt")])
+    assert open_inputs([str(tmp_path / "list.txt")], "text")[0].rows == lines.count("\n")
+    (tmp_path / "list.txt").write_text(f"{lines}a dog\n")
+    assert open_inputs([str(tmp_path / "list.txt")])[0].kind == "text"

@@ -6,7 +6,9 @@ One file a group of commands. Only these print, and only these and `recipes/` co
 import contextlib
 import errno
 import io
+import itertools
 import os
+import re
 import select
 import sys
 from collections.abc import Iterator, Sequence
@@ -171,7 +173,15 @@ def _parse(arguments: Sequence[str]) -> Command:
             raise error from None
         raise
     finally:
-        sys.stderr.write(told.getvalue())
+        sys.stderr.write(_name_command(told.getvalue(), arguments))
+
+
+def _name_command(told: str, arguments: Sequence[str]) -> str:
+    """Tyro's box with the help of the command that was called, where it points to that of all."""
+    depth = 2 if arguments[:1] in (["curate"], ["shards"]) else 1
+    called = itertools.takewhile(lambda one: not one.startswith("-"), arguments[:depth])
+    helped = " ".join(["run diptych", *called, "--help"])
+    return re.sub(r"run diptych --help *", lambda found: helped.ljust(len(found[0])), told)
 
 
 def _find_usage_error(ended: SystemExit) -> UsageError | None:

@@ -19,6 +19,7 @@ from diptych.curate.images.config import ContaminationConfig, PicturesConfig
 from diptych.curate.pages.config import CrawlConfig
 from diptych.curate.queries.config import QueriesConfig
 from diptych.curate.text.config import FilterConfig, NearTextConfig
+from diptych.errors import UsageError
 from diptych.stage.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -246,6 +247,8 @@ class Run:
             report = pipeline.run(self.pipeline, engine=engine, scorer=ClipScore)
         print(report.funnel)
         print(f"report: {report.html}")
+        if report.left_nothing:
+            raise UsageError(report.left_nothing)
         print(f"shards: {report.folder}  (manifest {report.hash})")
         return 0
 

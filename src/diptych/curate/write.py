@@ -76,7 +76,8 @@ def run(config: WriteConfig, *, engine: Engine) -> StageReport:
     report = engine.run_job(gather, buckets, prepare=prepare)
     names = [name for name in parts.read_manifest(config.out).files if name.endswith(".tar")]
     if not names:
-        raise UsageError(f"no pair was left to write into {config.out}; dropped: {report.dropped or 'none came'}")
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in report.dropped.items())
+        raise UsageError(f"no pair was left to write into {config.out}; dropped: {counts or 'none came'}")
     write_description(config.out, [config.out / name for name in sorted(names)])
     shutil.rmtree(scatter.folder, ignore_errors=True)
     return report

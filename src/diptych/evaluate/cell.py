@@ -238,7 +238,8 @@ class Cell:
             if embedded.kept:
                 splits[name] = replace(split, embedded=embedded)
             else:
-                problems[name] = f"no picture can be used ({dict(embedded.skipped)})"
+                counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(embedded.skipped.items()))
+                problems[name] = f"no picture can be used ({counts})"
         return splits, problems
 
     def _tell(self, split: str, total: int) -> Callable[[int], None]:

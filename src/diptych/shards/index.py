@@ -30,7 +30,7 @@ from diptych.shards.members import Damage, Member, iter_members
 INDEX_VERSION = 2
 READ_VERSIONS = (1, INDEX_VERSION)
 """Version 1 has no checksum."""
-SCAN_VERSION = 3
+SCAN_VERSION = 4
 """Version of the rules by which a foreign tar is read: a cached index by other rules is rebuilt."""
 MAX_TEXT_BYTES = 1 << 20
 """Bytes of a caption, or of a sample's JSON."""

@@ -37,7 +37,8 @@ from diptych.image_file import IMAGE_SUFFIXES, find_images
 _OTHER_SUFFIXES = frozenset({".tar", ".parquet", ".txt"})
 _KNOWN = f"pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
 _LOOKED_AT = 100
-"""Values of a column of text that decide whether it holds paths."""
+"""Values of a column, or lines, of text that decide whether it holds paths."""
+_LONGEST_PATH = 1 << 14
 
 
 def open_inputs(inputs: Sequence[str], kind: InputKind | None = None) -> list[Source]:
@@ -122,8 +123,22 @@ def _open_file(path: Path, column: str | None, kind: InputKind | None) -> Source
     if suffix == ".tar":
         return ShardSource.open(path, kind or "image")
     if suffix == ".txt":
+        if kind is None:
+            _refuse_list(path)
         return TextSource.open(path)
     raise UsageError(f"{path} is of no kind that can be embedded; known are {_KNOWN}: convert or rename it")
+
+
+def _refuse_list(path: Path) -> None:
+    """Raise UsageError for lines that all name pictures: as texts, nobody means them."""
+    with open(path, "rb") as file:
+        read = itertools.islice(iter(lambda: file.readline(_LONGEST_PATH), b""), _LOOKED_AT)
+        named = [text for line in read if (text := line.decode("utf-8-sig", "replace").strip())]
+    if named and all("://" in line or os.path.splitext(line)[1].lower() in IMAGE_SUFFIXES for line in named):
+        raise UsageError(
+            f"{path} lists pictures, like {named[0][:80]}; name the pictures, their folder or a column of paths in a "
+            ".parquet (URLs are not fetched), or add --kind text to embed its lines as texts"
+        )
 
 
 def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> list[Source]:
