@@ -200,6 +200,27 @@ def test_annotations_without_captions_say_which_have_them(tmp_path):
         build(tmp_path / "out", tmp_path / "instances.json")
 
 
+def test_a_label_that_is_the_caption_stays_and_nonsense_costs_only_itself(tmp_path):
+    write_pictures(tmp_path)
+    deep = json.loads("[" * 400 + "]" * 400)
+    records = [
+        {"image": "red.jpg", "caption": "red", "label": "red", "deep": deep},
+        {"image": ["blue.jpg"], "caption": "blue"},
+        {"image": {"path": 7}, "caption": "blue"},
+        {"image": "blue.jpg", "caption": {"a": 1}},
+        {"image": "gray\0.jpg", "caption": "x"},
+        "no object",
+    ]
+    lines = "\n".join(map(json.dumps, records))
+    for name, text in (("list.json", json.dumps(records)), ("lines.jsonl", lines)):
+        (tmp_path / name).write_text(text)
+        report, _ = build(tmp_path / f"{name}-out", tmp_path / name, image_column="image")
+        (pair,) = load_dataset(tmp_path / f"{name}-out").pairs
+        assert (pair.caption, pair.details["label"]) == ("red", "red")
+        assert report.stage.dropped["no_caption"] == 1
+        assert report.stage.rows == 5 + (name == "lines.jsonl")
+
+
 # --- folders ---
 
 

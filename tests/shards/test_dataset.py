@@ -159,6 +159,15 @@ def test_a_dataset_has_the_same_hash_wherever_it_lies(tmp_path):
     assert load_dataset(tmp_path / "a").content_hash == load_dataset(tmp_path / "b").content_hash
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", b"image,caption\n"), ("a.parquet", b"PAR1"), ("a", b"\x1f\x8b")]
+)
+def test_what_is_no_tar_is_told_with_the_command_that_makes_shards_of_it(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content + bytes(600))
+    with pytest.raises(ShardError, match=f"diptych shards build {tmp_path / name} --out shards"):
+        load_dataset(tmp_path / name)
+
+
 def test_a_single_tar_is_a_dataset(tmp_path):
     assert len(load_dataset(foreign(tmp_path))) == 2
 

@@ -195,7 +195,11 @@ class _Opener:
         columns = self._choose(str(path), list(dict.fromkeys(itertools.chain(*records))), records[:_LOOKED_AT])
         root = self._root(path, columns, records[:_LOOKED_AT])
         listed = [
-            (str(record.get(columns.image) or ""), tuple(record.get(name) for name in columns.captions), record)
+            (
+                str(record.get(columns.image) or ""),
+                tuple(record.get(name) for name in columns.captions),
+                {name: value for name, value in record.items() if name not in columns.captions},
+            )
             for record in records
         ]
         return ListedSource.open(str(path), f"JSON; {columns}", root, listed, self.step)

@@ -193,7 +193,10 @@ def add_text(row: Row, values: Sequence[Any], details: Mapping[str, Any]) -> Sam
 
 def _details(values: Mapping[str, Any]) -> dict[str, Any]:
     """What else is known, as far as JSON has words for it."""
-    plain = {name: _plain(value) for name, value in values.items()}
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        with contextlib.suppress(RecursionError):  # of lists in lists in lists
+            plain[name] = _plain(value)
     return {name: value for name, value in plain.items() if value is not None and value != "" and name != "caption"}
 
 
@@ -330,8 +333,7 @@ class ListedSource:
         for path, captions, details in self.listed[start:stop]:
             row = locate_picture(path, path, self.folder)
             texts = self._read_text(path) if captions is None else captions
-            known = {name: value for name, value in details.items() if value not in texts}
-            yield Sample(Row(path, None, texts)) if isinstance(texts, str) else add_text(row, texts, _details(known))
+            yield Sample(Row(path, None, texts)) if isinstance(texts, str) else add_text(row, texts, _details(details))
 
     def _read_text(self, path: str) -> tuple[str, ...] | str:
         """The captions beside a picture, or the reason why there is none."""

@@ -365,6 +365,6 @@ def stamp(file: Path) -> str:
     """Size and time of change: another content has another stamp."""
     try:
         status = file.stat()
-    except OSError:  # a link that leads nowhere is counted when it is read
+    except (OSError, ValueError):  # a link that leads nowhere, a NUL: counted when it is read
         return "unreadable"
     return f"{status.st_size} {status.st_mtime_ns}"
