@@ -13,12 +13,14 @@ import pytest
 from diptych.collect.config import BuildConfig, ReadConfig
 from diptych.collect.inputs import open_sources
 from diptych.collect.run import run
+from diptych.decode import decode
 from diptych.errors import NotFoundError, UsageError
 from diptych.shards.dataset import load_dataset
 from diptych.shards.tombstones import write_tombstones
 from diptych.stage.run import Engine
 from samples import COLOURS, draw, encode, make_pairs, noise, write_samples, write_tar
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 PICTURES = {f"{colour}.jpg": encode(draw(colour, "dot")) for colour in COLOURS}
 RED, BLUE = PICTURES["red.jpg"], PICTURES["blue.jpg"]
 
@@ -332,6 +334,17 @@ def test_datasets_that_were_saved_to_disk(tmp_path, format):
     assert read_back(tmp_path / "out") == ALL
     build(tmp_path / "one", tmp_path / "in/test")
     assert read_back(tmp_path / "one").keys() == {"red"}
+
+
+def test_what_datasets_really_leaves_is_read(tmp_path):
+    """Three pictures with lists of captions, one of them empty, saved by `save_to_disk` of datasets 5.2.0."""
+    report, (source,) = build(tmp_path / "out", FIXTURES / "saved_by_datasets")
+    assert source.said == "Arrow file; pictures: image, captions: caption"
+    assert report.stage.dropped == {"no_caption": 1}
+    pairs = list(load_dataset(tmp_path / "out").pairs)
+    assert [pair.details["captions"] for pair in pairs] == [["x", "y"], ["z"]]
+    assert [(pair.details["image"], pair.details["label"]) for pair in pairs] == [("red.jpg", 0), ("green.jpg", 1)]
+    assert all(decode(pair.image).size == (40, 40) for pair in pairs)
 
 
 # --- tars ---

@@ -2,6 +2,8 @@ import csv
 import io
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from diptych.collect.tables import CsvTable, JsonLines, open_table
 from diptych.errors import UsageError
@@ -31,6 +33,18 @@ def test_what_python_writes_is_read_back_with_any_separator(tmp_path, separator)
     table = CsvTable.open(write(tmp_path / "t", text.getvalue(), "utf-8-sig"))
     assert (table.columns, table.separator) == (("image", "caption"), separator)
     assert values(table) == rows
+
+
+TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0\t"), max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), max_size=8), separator=st.sampled_from("\t,;|"))
+def test_whatever_is_in_the_texts_is_read_back(tmp_path, rows, separator):
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=separator).writerows([["image", "caption"], *rows])
+    found = values(CsvTable.open(write(tmp_path / "t", text.getvalue())))
+    assert [[one.lstrip(" ") for one in row] for row in found] == [[one.lstrip(" ") for one in row] for row in rows]
 
 
 def test_any_record_is_a_place_to_begin(tmp_path):

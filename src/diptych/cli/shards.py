@@ -50,10 +50,11 @@ class Build:
         if stage.found:
             print(f"tasks: {stage.done:,} done, {stage.found:,} had been done before")
         print_dropped(report)
-        if report.captions > 1:
-            print("some pictures have several captions; train with --caption-key captions to draw one at each visit")
         print(f"shards: {printable(self.out)}")
-        print(f"train on them: diptych train ViT-B-32 --data {printable(self.out)} --out runs/mine")
+        key = " --caption-key captions" if report.captions > 1 else ""
+        print(f"train on them: diptych train ViT-B-32 --data {printable(self.out)} --out runs/mine{key}")
+        if key:
+            print("(some pictures have several captions: --caption-key draws one at each visit)")
         return 1 if stage.dropped else 0
 
 
