@@ -1,6 +1,7 @@
 import json
 import tarfile
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,8 @@ def test_numbers_and_lists_of_details_are_numbers_and_lists(tmp_path):
     assert report.dropped == {"bad_details": 2, "bad_text": 1}
     (pair,) = load_dataset(tmp_path / "data").pairs
     assert pair.details == {"caption": "a red dot", **details}
+    write_shards([replace(pair, caption="another")], tmp_path / "changed")
+    assert next(load_dataset(tmp_path / "changed").pairs).details["caption"] == "another"
 
 
 def test_pictures_do_not_wait_in_memory(tmp_path):

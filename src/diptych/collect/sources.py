@@ -197,7 +197,11 @@ def _details(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         with contextlib.suppress(RecursionError):  # of lists in lists in lists
             plain[name] = _plain(value)
-    return {name: value for name, value in plain.items() if value is not None and value != "" and name != "caption"}
+    return {
+        name: value
+        for name, value in plain.items()
+        if value is not None and value != "" and name not in ("", "caption")
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -95,9 +95,10 @@ class CsvTable:
                 begin = file.tell()
 
     def _record(self, place: int, fields: list[str] | tuple[str, ...]) -> Record:
-        if len(fields) != len(self.columns):
+        width = len(self.columns)
+        if len(fields) < width or any(fields[width:]):
             return Record(place, None, "bad_row")
-        values = dict(zip(self.columns, fields, strict=True))
+        values = dict(zip(self.columns, fields, strict=False))
         return Record(place, values) if is_unicode("".join(fields)) else Record(place, None, "bad_text")
 
     def _holds_together(self, lines: list[str]) -> bool:

@@ -89,7 +89,7 @@ def why_not(pair: Pair, keys: Container[str]) -> str:
     if pair.key in keys:
         return "duplicate_key"
     try:
-        details = format_details({"caption": pair.caption, **pair.details})
+        details = _details_of(pair)
     except (TypeError, ValueError, RecursionError):
         return "bad_details"
     if not all(map(is_unicode, (pair.key, pair.caption, details))):
@@ -110,7 +110,7 @@ def write_shard(pairs: Iterable[Pair], path: Path) -> ShardIndex:
         tarfile.open(temporary, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for pair in pairs:
-            details = format_details({"caption": pair.caption, **pair.details})
+            details = _details_of(pair)
             for ending, content in (
                 (_suffix(pair.image or b""), pair.image or b""),
                 ("txt", pair.caption.encode()),
@@ -122,6 +122,11 @@ def write_shard(pairs: Iterable[Pair], path: Path) -> ShardIndex:
     index = build_index(path)
     write_index(index, path.with_suffix(".arrow"))
     return index
+
+
+def _details_of(pair: Pair) -> str:
+    """The sample's JSON; its caption is that of the pair, whatever was noted before."""
+    return format_details({"caption": "", **pair.details} | {"caption": pair.caption})
 
 
 def is_unicode(text: str) -> bool:
