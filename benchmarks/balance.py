@@ -67,7 +67,7 @@ def make_pairs(first: int, shares: np.ndarray) -> pa.RecordBatch:
     queries = pa.ListArray.from_arrays(pa.array(offsets), pa.array((drawn % QUERIES).astype(np.int32)))
     keys = [xxhash.xxh3_128_hexdigest(number.to_bytes(8)) for number in range(first, first + BATCH)]
     nothing = pa.nulls(BATCH)
-    details = pa.array([[]] * BATCH, MATCHED.field("details").type)
+    details = pa.array(["{}"] * BATCH, MATCHED.field("details").type)
     columns = [pa.array(keys), pa.array(keys), nothing.cast(pa.binary()), nothing.cast(pa.string())]
     columns += [nothing.cast(pa.string()), details, queries]
     return pa.RecordBatch.from_arrays(columns, schema=MATCHED)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diptych.cli import COMMANDS, curate
+from diptych.cli import COMMANDS, curate, shards
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
@@ -13,8 +13,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 def render() -> str:
     """The page: the table of commands, then each command's help."""
     sections = ["# The command line", "", "Written by `make docs` from `--help`; do not edit."]
-    stages = [["curate", name] for name in curate.COMMANDS]
-    for arguments in ([], *([name] for name in COMMANDS), *stages):
+    groups = {"shards": shards.COMMANDS, "curate": curate.COMMANDS}
+    inner = [[name, command] for name, commands in groups.items() for command in commands]
+    for arguments in ([], *([name] for name in COMMANDS), *inner):
         title = " ".join(["diptych", *arguments])
         sections += ["", f"## `{title}`", "", "```", read_help(arguments), "```"]
     return "\n".join(sections) + "\n"

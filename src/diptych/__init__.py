@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diptych.image import Preprocess
     from diptych.model.clip import CLIP
     from diptych.model.config import PRESETS, CLIPConfig
+    from diptych.pair import Pair
     from diptych.shards.dataset import load_dataset
     from diptych.shards.write import write_shards
     from diptych.templates import load_templates
@@ -30,6 +31,7 @@ _HOME = {
     "DiptychError": "diptych.errors",
     "Loaded": "diptych.checkpoint.loaded",
     "PRESETS": "diptych.model.config",
+    "Pair": "diptych.pair",
     "Preprocess": "diptych.image",
     "Tokenizer": "diptych.tokenizer",
     "ZeroShotClassifier": "diptych.zeroshot",
@@ -49,6 +51,7 @@ __all__ = [
     "DiptychError",
     "Loaded",
     "PRESETS",
+    "Pair",
     "Preprocess",
     "Tokenizer",
     "ZeroShotClassifier",

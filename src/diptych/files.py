@@ -196,17 +196,17 @@ def read_text(path: Path, most: int = MAX_JSON) -> str:
 
 
 def iter_lines(file: Any) -> Iterator[bytes | None]:
-    """Lines of an open file of bytes, with their ends, in bounded memory; None for one of MAX_LINE bytes or more."""
-    kept, too_long = b"", False
-    while block := file.read(_BLOCK):
-        *lines, kept = (kept + block).split(b"\n")
-        for line in lines:
-            yield None if too_long or len(line) >= MAX_LINE else line + b"\n"
-            too_long = False
-        if len(kept) >= MAX_LINE:
-            kept, too_long = b"", True
-    if kept or too_long:
-        yield None if too_long else kept
+    """Lines of an open file of bytes, with their ends, in bounded memory; None for one of MAX_LINE bytes or more.
+
+    Behind each line `file.tell()` is where the next one begins.
+    """
+    while line := file.readline(MAX_LINE):
+        if len(line) < MAX_LINE:
+            yield line
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(_BLOCK)):
+            pass
+        yield None
 
 
 def read_json(path: Path) -> Any:

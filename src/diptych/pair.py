@@ -1,9 +1,13 @@
 """`Pair`: an image and a text that belong together, as it is written into shards and read from them."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
+
+from diptych import files
 
 SCHEMA = pa.schema(
     [
@@ -12,14 +16,15 @@ SCHEMA = pa.schema(
         pa.field("image", pa.binary()),
         pa.field("image_url", pa.string()),
         pa.field("page_url", pa.string()),
-        pa.field("details", pa.map_(pa.string(), pa.string()), nullable=False),
+        pa.field("details", pa.string(), nullable=False),
     ]
 )
+"""`details` is a JSON object as text, here and in the index of a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One row of `SCHEMA`.
+    """One row of `SCHEMA`: `Pair(key="0001", caption="a red dot", image=Path("dot.jpg").read_bytes())`.
 
     Before it is fetched, `image_url` is known and `image` is not.
     """
@@ -34,8 +39,8 @@ class Pair:
     """Where the picture is."""
     page_url: str | None = None
     """The page it was found on."""
-    details: Mapping[str, str] = field(default_factory=dict)
-    """Provenance: source, style, licence, label, ..."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known, as JSON has it: `label`, `captions` (all, if there are several), source, licence, ..."""
 
 
 def to_batch(pairs: Iterable[Pair]) -> pa.RecordBatch:
@@ -47,7 +52,7 @@ def to_batch(pairs: Iterable[Pair]) -> pa.RecordBatch:
             "image": pair.image,
             "image_url": pair.image_url,
             "page_url": pair.page_url,
-            "details": list(pair.details.items()),
+            "details": format_details(pair.details),
         }
         for pair in pairs
     ]
@@ -57,4 +62,9 @@ def to_batch(pairs: Iterable[Pair]) -> pa.RecordBatch:
 def from_batch(batch: pa.RecordBatch) -> Iterable[Pair]:
     """View the rows of a record batch as pairs."""
     for row in batch.to_pylist():
-        yield Pair(**{**row, "details": dict(row["details"])})
+        yield Pair(**{**row, "details": files.parse_json(row["details"])})
+
+
+def format_details(details: Mapping[str, Any]) -> str:
+    """Details as JSON; TypeError or ValueError for what JSON has no word for."""
+    return json.dumps(dict(details), ensure_ascii=False, allow_nan=False)

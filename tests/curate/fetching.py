@@ -42,7 +42,7 @@ class Listed:
                         "image": None,
                         "image_url": url,
                         "page_url": "http://page.test/",
-                        "details": [("from", "alt")],
+                        "details": '{"from": "alt"}',
                     }
                     for url in json.loads(Path(path).read_text())
                 ]

@@ -72,7 +72,6 @@ class Paint:
                     "query": 1,
                     "draw": i / 64,
                 }
-                row["details"] = list(row["details"])
             yield with_reason(pa.RecordBatch.from_pylist(rows, schema=BALANCED), [None] * len(rows))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import pickle
 import tracemalloc
 import zlib
@@ -91,7 +92,7 @@ def test_every_encoding_of_a_response_is_undone(tmp_path):
     assert [row["page_url"] for row in rows] == [f"http://a.example/{name}" for name in names]
     assert {row["image_url"] for row in rows} == {"http://a.example/i.jpg"}
     assert [row["caption"] for row in rows] == ["cat"] * 12 + ["кот"] + ["cat"] * 2
-    assert dict(rows[0]["details"]) == {"from": "alt", "crawl": "a.warc.gz"}
+    assert json.loads(rows[0]["details"]) == {"from": "alt", "crawl": "a.warc.gz"}
     assert rows[0]["key"] == key_of("http://a.example/i.jpg", "cat")
 
 
@@ -119,7 +120,7 @@ def test_what_gives_nothing_has_a_reason(tmp_path):
         "6page_encoding", "7page_time", "apage_too_large", "bpage_encoding", "cpage_type", "dpage_encoding",
         "record_truncated",
     ]  # fmt: skip
-    assert dict(rows[-1]["details"])["crawl"] == "a.warc.gz"
+    assert json.loads(rows[-1]["details"])["crawl"] == "a.warc.gz"
     assert summary(crawl(write(tmp_path / "b.warc.gz", whole)))[-1] == (
         "http://a.example/8", "http://a.example/i.jpg", None,
     )  # fmt: skip
@@ -228,9 +229,9 @@ def test_dropped_rows_say_where_they_came_from(tmp_path):
     write(tmp_path / "a.warc.gz", data + b"no record")
     run(CrawlConfig(inputs=(str(tmp_path / "a.warc.gz"),), out=tmp_path / "out"), engine=Engine())
     rows = pq.read_table(tmp_path / "out" / "dropped" / "part-00000.parquet").to_pylist()
-    told = [(row["page_url"], dict(row["details"])) for row in rows]
-    assert told[0] == ("http://a.example/1", {"crawl": "a.warc.gz", "offset": "0"})
-    assert told[1:] == [(None, {"crawl": "a.warc.gz", "offset": str(len(data))})]
+    told = [(row["page_url"], json.loads(row["details"])) for row in rows]
+    assert told[0] == ("http://a.example/1", {"crawl": "a.warc.gz", "offset": 0})
+    assert told[1:] == [(None, {"crawl": "a.warc.gz", "offset": len(data)})]
 
 
 def test_inputs_that_are_not_there_are_named(tmp_path):

@@ -24,7 +24,7 @@ WORDS += ["river", "stone", "bridge", "winter", "photo"]
 
 
 def row(url: str, caption: str, page: str) -> dict:
-    return {"key": key_of(url, caption), "caption": caption, "image_url": url, "page_url": page, "details": []}
+    return {"key": key_of(url, caption), "caption": caption, "image_url": url, "page_url": page, "details": "{}"}
 
 
 def make_rows(seed: int) -> list[dict]:

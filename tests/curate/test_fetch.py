@@ -1,6 +1,7 @@
 import hashlib
 import io
 import itertools
+import json
 import re
 import struct
 import time
@@ -44,9 +45,9 @@ def test_pictures_come_in_the_order_of_the_pairs_with_what_is_known_of_them(tmp_
     rows = rows_of(tmp_path / "out")
     assert [row["image_url"] for row in rows] == [*urls[::-1], urls[3]]
     assert all(row["image"] == fetching.draw(int(row["image_url"].split("/")[-1][:-4])) for row in rows)
-    details = dict(rows[0]["details"])
+    details = json.loads(rows[0]["details"])
     assert details.keys() == {"from", "sha256", "width", "height", "original_width", "original_height"}
-    assert (details["width"], details["height"]) == ("48", "40")
+    assert (details["width"], details["height"]) == (48, 40)
     assert report.outcomes == {"ok": 30}
     assert report.stage.kept == 31
 

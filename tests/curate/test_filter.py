@@ -48,7 +48,7 @@ def stage_of(**rules) -> Filter:
 def test_each_text_gets_the_reason_of_the_first_rule_it_breaks():
     stage = pickle.loads(pickle.dumps(stage_of(max_words=300)))
     texts = list(EXAMPLES)
-    rows = [{"key": key_of("u", text), "caption": text, "details": []} for text in texts]
+    rows = [{"key": key_of("u", text), "caption": text, "details": "{}"} for text in texts]
     batch = pa.RecordBatch.from_pylist(rows, schema=CANDIDATES)
     (out,) = stage(iter([batch]))
     assert out.schema == outcome(CANDIDATES)

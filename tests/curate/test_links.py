@@ -1,144 +1,118 @@
-"""Addresses: as the standards say, and the fast ways beside the slow ones."""
+import hashlib
+import json
 
-import random
-
+import fetching
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fetching import config_for, engine, fetch, serve
 
-from diptych.curate.pages.links import URL_INVALID, URL_TOO_LONG, Base, largest_candidate, resolve, split_srcset
-from reference.links import split_srcset as split_slowly
+from diptych.cli import main
+from diptych.curate import links, write
+from diptych.curate.config import LinksConfig, WriteConfig
+from diptych.curate.rows import key_of
+from diptych.errors import UsageError
+from diptych.shards.dataset import load_dataset
+from diptych.stage.folder import read_rows
+from diptych.stage.run import Engine
 
-# addresses of the URL standard's published tests, against the base http://example.org/foo/bar; None: no address
-STANDARD = {
-    "http://example\t.\norg": "http://example.org/",
-    "http:foo.com": "http://example.org/foo/foo.com",
-    "\t   :foo.com   \n": "http://example.org/foo/:foo.com",
-    " foo.com  ": "http://example.org/foo/foo.com",
-    "http://f:21/ b ? d # e ": "http://f:21/%20b%20?%20d%20",
-    "http://f:/c": "http://f/c",
-    "http://f:0/c": "http://f:0/c",
-    "http://f:00000000000000000000080/c": "http://f/c",
-    "http://f:b/c": None,
-    "http://f: /c": None,
-    "http://f:\n/c": "http://f/c",
-    "http://f:65536/c": None,
-    "": "http://example.org/foo/bar",
-    ":#": "http://example.org/foo/:",
-    "/": "http://example.org/",
-    "\\x": "http://example.org/x",
-    "\\\\x\\hello": "http://x/hello",
-    "::23": "http://example.org/foo/::23",
-    "http://": None,
-    "?foo": "http://example.org/foo/bar?foo",
-    "//foo/bar": "http://foo/bar",
-    "http:/example.com/": "http://example.org/example.com/",
-    "https:example.com/": "https://example.com/",
-    "http:\\\\x:b": None,
-    "http://[1::2]:3:4": None,
-    "http://2001::1": None,
-    "http://[::127.0.0.1]": "http://[::7f00:1]/",
-    "http://foo:@c:29/d": "http://foo@c:29/d",
-    "http://example.com/foo/%2e": "http://example.com/foo/",
-    "http://example.com/foo/%2e%2": "http://example.com/foo/%2e%2",
-    "http://example.com/foo/../../..bar": "http://example.com/..bar",
-    "http://example.com/foo\t%91": "http://example.com/foo%91",
-    "http://example.com//foo": "http://example.com//foo",
-    "http://www.foo。bar.com": "http://www.foo.bar.com/",
-    "http://ＧＯ.com": "http://go.com/",
-    "http://你好你好": "http://xn--6qqa088eba/",
-    "http://GOO\u200b\u2060\ufeffgoo.com": "http://googoo.com/",
-    "http://192.168.257": "http://192.168.1.1/",
-    "http://0x7f.1": "http://127.0.0.1/",
-    "http://256.256.256.256": None,
-    "http://a b": None,
-    "data:text/html,test": None,
-    "javascript:alert(1)": None,
-    "JaVa\tscript:x": None,
-    "file:///etc/passwd": None,
-    "mailto:x@y": None,
-}
+URLS = [f"https://host.example/{i}.jpg?a=1,2" for i in range(10)]
 
 
-def test_addresses_follow_the_standard():
-    found = {address: resolve("http://example.org/foo/bar", address) for address in STANDARD}
-    assert {address: url or None for address, (url, _) in found.items()} == STANDARD
-    assert all((reason is None) == bool(url) for url, reason in found.values())
-    assert resolve("", "a.jpg") == ("", URL_INVALID)
-    assert resolve("http://a.example/", "x" * 5000)[1] == URL_TOO_LONG
+def read(out, *inputs, processes=0, **fields):
+    config = LinksConfig(inputs=tuple(map(str, inputs)), out=out, **fields)
+    report = links.run(config, links.open_lists(config), engine=Engine(processes=processes))
+    return report, [row for batch in read_rows(out) for row in batch.to_pylist()]
 
 
-@pytest.mark.parametrize(
-    ("srcset", "address"),
-    [
-        ("a.jpg 1x, b.jpg 2x", "b.jpg"),
-        ("a,b.jpg 300w,c.jpg 200w", "a,b.jpg"),
-        ("a.jpg, b.jpg 0.5x", "a.jpg"),
-        ("  ,, a.jpg,", "a.jpg"),
-        ("a 4q, b", "b"),
-        ("a (x, y) 9w, b 2w", "a"),
-        ("data:image/png;base64,AA== 9x, b 1x", "b"),
-        (",,,", ""),
-        ("", ""),
-        ("a 100w 50h, b 50w", "a"),
-        ("a 1x 2x -3w 1e999x", "a"),
-    ],
-)
-def test_srcset_gives_its_largest_candidate(srcset, address):
-    assert largest_candidate(srcset) == address
+def write_laion(path):
+    table = {"URL": URLS, "TEXT": [f"text {i}" for i in range(10)], "WIDTH": list(range(10)), "similarity": [0.25] * 10}
+    pq.write_table(pa.table(table), path, row_group_size=4)
 
 
-BASES = [
-    "http://a.example",
-    "http://a.example/b/c//d/e.html?x=/y/#/z",
-    "HTTP://u:p@A.example:8080/%7Eb/../c/",
-    "https://a.example/b",
-    "http://é.example/ü/x",
-    "ftp://a.example/b/c",
-    "a.example/b",
-    "",
-]
-PLAIN = ["a", "b.jpg", "/", "../", "?", "%20", "x.y/", "=1", "1.2", "-", "https://h.example/", "..", ".", "a//b"]
-ODD = [
-    "//",
-    "#",
-    "%2e",
-    "%",
-    ":",
-    "\\",
-    "'",
-    " ",
-    "é",
-    "&",
-    "@",
-    "{",
-    "|",
-    "\n",
-    "http:",
-    "http://H/",
-    "http://0x7f.1/",
-]
+def write_datacomp(path):
+    hashes = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(10)]
+    table = {"uid": ["u"] * 10, "url": URLS, "text": [f"text {i}" for i in range(10)], "sha256": hashes}
+    pq.write_table(pa.table(table), path)
 
 
-def test_the_fast_way_to_an_address_leads_where_the_parser_leads():
-    draw = random.Random(0)
-    for url in BASES:
-        base = Base(url)
-        for number in range(3000):
-            pieces = PLAIN if number % 3 else PLAIN + ODD
-            address = "".join(draw.choices(pieces, k=draw.randint(0, 6)))
-            assert base.resolve(address) == resolve(url, address), address
+def write_cc12m(path):
+    path.write_text("\n".join(f"{url}\ttext {i}" for i, url in enumerate(URLS)))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_candidates_are_cut_as_the_slow_twin_cuts_them(seed):
-    draw = random.Random(seed)
-    for _ in range(2000):
-        srcset = "".join(
-            draw.choices(["a", "b,c", ",", " ", "\t", "(", ")", "2x", "300w", ", "], k=draw.randint(0, 14))
-        )
-        assert list(split_srcset(srcset)) == split_slowly(srcset)
+def write_cc3m(path):
+    path.write_text("\n".join(f"text {i}\t{url}" for i, url in enumerate(URLS)))
 
 
-@pytest.mark.parametrize("text", [",", "a,", "(", "a (", "a, ", "../", "%2", "a/", "?", "a."])
-def test_long_addresses_and_candidates_take_linear_time(text):
-    largest_candidate(text * 300_000)
-    Base("http://a.example/").resolve(text * 300_000)
+def write_csv(path):
+    path.write_text("\n".join(["url,page_url,caption", *(f'"{url}",http://p/,text {i}' for i, url in enumerate(URLS))]))
+
+
+def write_lines(path):
+    path.write_text("\n".join(json.dumps({"image_url": url, "caption": f"text {i}"}) for i, url in enumerate(URLS)))
+
+
+@pytest.mark.parametrize("kind", ["laion", "datacomp", "cc12m", "cc3m", "csv", "lines"])
+def test_lists_become_candidates_in_parts_of_some_rows(tmp_path, kind):
+    globals()[f"write_{kind}"](tmp_path / "list")
+    report, rows = read(tmp_path / "out", tmp_path / "list", rows_per_task=3)
+    assert (report.rows, report.kept, report.done) == (10, 10, 4)
+    assert [(row["image_url"], row["caption"]) for row in rows] == [(url, f"text {i}") for i, url in enumerate(URLS)]
+    assert [row["key"] for row in rows] == [key_of(url, f"text {i}") for i, url in enumerate(URLS)]
+    if kind == "laion":
+        assert json.loads(rows[3]["details"]) == {"WIDTH": 3, "similarity": 0.25}
+    if kind == "csv":
+        assert {row["page_url"] for row in rows} == {"http://p/"}
+        assert {row["details"] for row in rows} == {"{}"}
+
+
+def test_rows_without_an_address_or_a_text_have_reasons(tmp_path):
+    lines = [
+        {"url": URLS[0], "text": "fine"}, {"url": "ftp://host/a.jpg", "text": "x"}, {"url": "a.jpg", "text": "x"},
+        {"url": None, "text": "x"}, {"url": URLS[1], "text": None}, {"url": URLS[2], "text": ["one", "two"]},
+        {"url": URLS[3], "text": "\ud83d"},
+    ]  # fmt: skip
+    (tmp_path / "list.jsonl").write_text("\n".join([*map(json.dumps, lines), "no json"]))
+    report, rows = read(tmp_path / "out", tmp_path / "list.jsonl", url_column="url")
+    assert report.dropped == {"bad_row": 1, "bad_text": 1, "no_caption": 1, "url_invalid": 2, "url_scheme": 1}
+    assert [(row["image_url"], row["caption"]) for row in rows] == [
+        (URLS[0], "fine"), (URLS[2], "one"), (URLS[2], "two")
+    ]  # fmt: skip
+
+
+def test_lists_without_addresses_or_with_several_columns_of_them_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\na.jpg,red\n")
+    with pytest.raises(UsageError, match="no column of addresses; it has image, caption"):
+        read(tmp_path / "out", tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text(f"a;b;caption\n{URLS[0]};{URLS[1]};red\n")
+    with pytest.raises(UsageError, match="a, b may hold the pictures; say which by --url-column"):
+        read(tmp_path / "out", tmp_path / "b.csv")
+
+
+def test_a_list_is_fetched_verified_and_written(tmp_path):
+    with serve() as server:
+        texts = [f"a picture, number {i}" for i in range(6)]
+        said = [hashlib.new(kind, fetching.draw(i)).hexdigest() for i, kind in enumerate(("sha256", "md5", "sha512"))]
+        said += [hashlib.sha256(b"another").hexdigest(), "no hash", None]
+        table = {"url": [server.url(i) for i in range(6)], "text": texts, "hash": said, "width": [640] * 6}
+        pq.write_table(pa.table(table), tmp_path / "list.parquet")
+        read(tmp_path / "links", tmp_path / "list.parquet", hash_column="hash")
+        report = fetch(config_for(tmp_path / "links", tmp_path / "fetch", server))
+    assert report.stage.dropped == {"hash_differs": 1}
+    write.run(WriteConfig(folder=tmp_path / "fetch", out=tmp_path / "shards"), engine=engine)
+    pairs = {pair.caption: pair for pair in load_dataset(tmp_path / "shards").pairs}
+    assert pairs.keys() == {text for i, text in enumerate(texts) if i != 3}
+    assert pairs[texts[1]].image == fetching.draw(1)
+    details = pairs[texts[1]].details
+    assert (details["image_url"], details["width"], details["original_width"]) == (table["url"][1], 48, 48)
+
+
+def test_the_command_says_what_it_took_the_columns_for(tmp_path, capsys):
+    write_laion(tmp_path / "part-0.parquet")
+    write_laion(tmp_path / "part-1.parquet")
+    with pytest.raises(SystemExit) as ended:
+        main(["curate", "links", "--inputs", f"{tmp_path}/part-*.parquet", "--out", str(tmp_path / "out")])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert said.count("Parquet, 10 samples; pictures: URL, captions: TEXT") == 2
+    assert "out: 20 rows, 20 kept" in said

@@ -36,7 +36,7 @@ class Same:
 def write_rows(folder: Path, images: dict[str, bytes | None], per_part: int = 5) -> Path:
     """A finished stage with these pictures."""
     rows = [
-        {"key": key, "caption": f"text of {key}", "image": image, "image_url": key, "page_url": "p", "details": []}
+        {"key": key, "caption": f"text of {key}", "image": image, "image_url": key, "page_url": "p", "details": "{}"}
         for key, image in images.items()
     ]
     folder.mkdir()

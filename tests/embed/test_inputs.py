@@ -282,6 +282,15 @@ def test_paths_of_a_table_stay_in_its_folder_and_urls_are_not_fetched(tmp_path):
     assert [row.reason for row in source.read(0, 4)] == ["", "outside_folder", "url", ""]
 
 
+def test_columns_of_categories_and_of_large_texts_are_columns_of_texts(tmp_path):
+    write_tree(tmp_path, "a.jpg")
+    names, captions = ["a.jpg", "a.jpg", None], ["red", "red", "blue"]
+    table = {"names": pa.array(names).dictionary_encode(), "captions": pa.array(captions, pa.large_string())}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    assert contents(*open_inputs([f"{tmp_path}/t.parquet:names"])) == [RED, RED, "null"]
+    assert contents(*open_inputs([f"{tmp_path}/t.parquet:captions"])) == captions
+
+
 def test_ranges_are_spelled_out_and_what_they_lack_is_named(tmp_path):
     for name in ("0.tar", "1.tar"):
         write_tar(tmp_path / name, [("a.jpg", RED)])

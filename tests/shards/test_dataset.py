@@ -1,5 +1,7 @@
 import json
 import tarfile
+import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +33,30 @@ def test_the_same_pairs_give_the_same_bytes(tmp_path):
         write_samples(tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_numbers_and_lists_of_details_are_numbers_and_lists(tmp_path):
+    details = {"width": 800, "captions": ["a red dot", "ein roter Punkt"], "draw": 0.25, "label": None}
+    bad = [{"number": float("nan")}, {"object": object()}, {"half": "\ud83d"}]
+    pairs = [Pair(key=str(i), caption="a red dot", image=JPEG, details=one) for i, one in enumerate([details, *bad])]
+    report = write_shards(pairs, tmp_path / "data")
+    assert report.dropped == {"bad_details": 2, "bad_text": 1}
+    (pair,) = load_dataset(tmp_path / "data").pairs
+    assert pair.details == {"caption": "a red dot", **details}
+    write_shards([replace(pair, caption="another")], tmp_path / "changed")
+    assert next(load_dataset(tmp_path / "changed").pairs).details["caption"] == "another"
+
+
+def test_pictures_do_not_wait_in_memory(tmp_path):
+    def make():
+        for i in range(40):
+            yield Pair(key=str(i), caption="large", image=JPEG + bytes(1 << 20))
+
+    tracemalloc.start()
+    write_shards(make(), tmp_path / "data")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_shards_are_plain_tars_with_neighbouring_members(tmp_path):
@@ -134,6 +160,15 @@ def test_a_dataset_has_the_same_hash_wherever_it_lies(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     write_samples(tmp_path / "a")
     assert load_dataset(tmp_path / "a").content_hash == load_dataset(tmp_path / "b").content_hash
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", b"image,caption\n"), ("a.parquet", b"PAR1"), ("a", b"\x1f\x8b")]
+)
+def test_what_is_no_tar_is_told_with_the_command_that_makes_shards_of_it(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content + bytes(600))
+    with pytest.raises(ShardError, match=f"diptych shards build {tmp_path / name} --out shards"):
+        load_dataset(tmp_path / name)
 
 
 def test_a_single_tar_is_a_dataset(tmp_path):

@@ -29,17 +29,33 @@ from diptych.cli.finetune import Finetune, WiseFT
 from diptych.cli.output import shorten
 from diptych.cli.plan import Plan
 from diptych.cli.report import Report
+from diptych.cli.shards import Shards
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets
 from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
 from diptych.machine import share_cores
 
-Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
+Command = (
+    Train
+    | Finetune
+    | WiseFT
+    | Plan
+    | Shards
+    | Curate
+    | Classify
+    | Embed
+    | Evaluate
+    | Report
+    | Inspect
+    | Convert
+    | Verify
+)
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "finetune": Finetune,
     "wise-ft": WiseFT,
     "plan": Plan,
+    "shards": Shards,
     "curate": Curate,
     "classify": Classify,
     "embed": Embed,
@@ -185,7 +201,7 @@ def _parse(arguments: Sequence[str]) -> Command:
 
 def _name_command(told: str, arguments: Sequence[str]) -> str:
     """Tyro's box with the help of the command that was called, where it points to that of all."""
-    depth = 2 if arguments[:1] == ["curate"] else 1
+    depth = 2 if arguments[:1] in (["curate"], ["shards"]) else 1
     called = itertools.takewhile(lambda one: not one.startswith("-"), arguments[:depth])
     helped = " ".join(["run diptych", *called, "--help"])
     return re.sub(r"run diptych --help *", lambda found: helped.ljust(len(found[0])), told)

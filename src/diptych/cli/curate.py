@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diptych.cli.output import ProgressBar, list_counts, printable
+from diptych.cli.output import ProgressBar, list_counts, printable, shorten
 from diptych.curate.balance.config import BalanceConfig, MatchConfig
-from diptych.curate.config import DeleteConfig, PipelineConfig, WriteConfig
+from diptych.curate.config import DeleteConfig, LinksConfig, PipelineConfig, WriteConfig
 from diptych.curate.fetch.config import FetchConfig
 from diptych.curate.images.config import ContaminationConfig, PicturesConfig
 from diptych.curate.pages.config import CrawlConfig
@@ -61,6 +61,22 @@ class Crawl:
         from diptych.curate.pages import crawl
 
         return _run_stage(self.engine, partial(crawl.run, self.crawl))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """Lists of addresses with captions (LAION, DataComp, CC12M, COYO, ...) -> candidates, as crawl makes them."""
+
+    links: LinksConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __call__(self) -> int:
+        from diptych.curate import links
+
+        sources = links.open_lists(self.links)
+        for source in sources[:20]:
+            print(f"{shorten(source.name, 200)}: {shorten(source.said, 400)}")
+        return _run_stage(self.engine, partial(links.run, self.links, sources))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +291,7 @@ class Run:
 COMMANDS: dict[str, type] = {
     "queries": Queries,
     "crawl": Crawl,
+    "links": Links,
     "filter": Filter,
     "distinct": Distinct,
     "match": Match,
@@ -291,6 +308,7 @@ COMMANDS: dict[str, type] = {
 Stage = (
     Annotated[Queries, tyro.conf.subcommand("queries")]
     | Annotated[Crawl, tyro.conf.subcommand("crawl")]
+    | Annotated[Links, tyro.conf.subcommand("links")]
     | Annotated[Filter, tyro.conf.subcommand("filter")]
     | Annotated[Distinct, tyro.conf.subcommand("distinct")]
     | Annotated[Match, tyro.conf.subcommand("match")]

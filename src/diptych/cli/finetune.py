@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from diptych.cli.output import print_on_first_rank, printable
+from diptych.cli.shards import open_data
 from diptych.cli.training import (
     build_evaluators,
     choose_templates,
@@ -18,7 +19,7 @@ from diptych.cli.training import (
 )
 from diptych.errors import UsageError
 from diptych.model.config import Activation
-from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.shards.config import LoaderConfig
 from diptych.train.config import (
     LossConfig,
     OptimConfig,
@@ -48,8 +49,8 @@ class Finetune:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     data: tuple[str, ...]
-    """Folders of shards, tars, or ranges of them, here or at a URL; PATH@0.5 sees half of it in an epoch, PATH@2 all
-    of it twice."""
+    """Folders of shards, tars, or ranges of them, here or at a URL; or a CSV, JSON or folder of pairs, of which shards
+    are made in the cache. PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config; with LoRA also adapter/, which peft reads."""
     evaluate: tuple[str, ...] = ()
@@ -71,7 +72,7 @@ class Finetune:
         opened = open_start(self.out, self.model, self.start)
         config = TrainConfig(
             model=opened.config,
-            data=tuple(SourceConfig.parse(text) for text in self.data),
+            data=open_data(self.data),
             out=self.out,
             loader=self.loader,
             loss=self.loss,

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from diptych.cli.shards import open_data
 from diptych.cli.training import open_evaluators, run_and_report
 from diptych.errors import UsageError
 from diptych.model.config import PRESETS, get_preset
-from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.shards.config import LoaderConfig
 from diptych.templates import parse_templates
 from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 from diptych.train.recipe import CONTINUED, get_recipe
@@ -31,8 +32,9 @@ class Train:
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
     data: tuple[str, ...]
-    """Folders of shards, tars, or ranges of them, here or at a URL (s3://bucket/shards, shards/{00000..00099}.tar);
-    PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
+    """Folders of shards, tars, or ranges of them, here or at a URL (s3://bucket/shards, shards/{00000..00099}.tar); or
+    a CSV, JSON or folder of pairs, of which shards are made in the cache. PATH@0.5 sees half of it in an epoch, PATH@2
+    all of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config."""
     recipe: str | None = None
@@ -69,7 +71,7 @@ class Train:
             model = dataclasses.replace(model, templates=parse_templates(self.templates))
         config = TrainConfig(
             model=model,
-            data=tuple(SourceConfig.parse(text) for text in self.data),
+            data=open_data(self.data),
             out=self.out,
             tokenizer=self.tokenizer,
             loader=self.loader,

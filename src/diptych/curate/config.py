@@ -33,6 +33,29 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinksConfig:
+    """Lists of addresses with captions (LAION, DataComp, CC12M, COYO, ...) -> candidates."""
+
+    inputs: tuple[str, ...]
+    """Parquet, CSV, TSV or lines of JSON: files, globs, ranges, or a folder of Parquet files."""
+    out: Path
+    """Folder for the candidates."""
+    url_column: str | None = None
+    """Column of the addresses of pictures. Needed only where there is more than one choice."""
+    caption_column: tuple[str, ...] = ()
+    """Column of captions, or several; each caption is a candidate. Needed only where there is a choice."""
+    hash_column: str | None = None
+    """Column of hashes of the pictures' files (MD5, SHA-256 or SHA-512 in hexadecimal): `fetch` drops a picture that
+    has become another."""
+    rows_per_task: int = 50_000
+    """Rows of a part, at most."""
+
+    def __post_init__(self) -> None:
+        if self.rows_per_task < 1:
+            raise UsageError(f"rows_per_task {self.rows_per_task} must be 1 or more; leave it out for 50,000")
+
+
+@dataclass(frozen=True, kw_only=True)
 class WriteConfig:
     """Fetched pairs -> shards, in an order of their own."""
 

@@ -4,7 +4,7 @@ A stage is a function from record batches to record batches. It gives back every
 own columns and a last column `reason`: null for a row that stays, one short word for a row that does not. It reads no
 clock and no random generator, so it gives the same rows wherever and however often it runs.
 
-    CANDIDATES  key, caption, image (null), image_url, page_url, details        from web pages; the filters keep it
+    CANDIDATES  key, caption, image (null), image_url, page_url, details        from pages or lists; the filters keep it
     MATCHED     ... queries                                                     the ids of the queries in the caption
     BALANCED    ... query, draw                                                 what admitted the pair
     FETCHED     the same, with image filled in
@@ -27,6 +27,10 @@ BALANCED = MATCHED.append(pa.field("query", pa.int32())).append(pa.field("draw",
 """`query` is what the pair is charged to, or whose draw admitted it; `draw` is that draw, in [0, 1)."""
 FETCHED = BALANCED
 """With pictures."""
+
+
+EXPECTED_HASH = "expected_hash"
+"""In the details: a hash, MD5, SHA-256 or SHA-512 in hexadecimal, that the picture's file should have."""
 
 
 def read_queries(path: Path) -> pa.Table:

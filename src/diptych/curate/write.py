@@ -30,11 +30,10 @@ from diptych.curate.config import WriteConfig
 from diptych.curate.rows import read_queries
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair
-from diptych.shards.dataset import DATASET_FILE, Dataset, describe
-from diptych.shards.index import load_index
+from diptych.shards.dataset import DATASET_FILE
 from diptych.shards.order import hash_positions
 from diptych.shards.tombstones import DELETED, read_tombstones
-from diptych.shards.write import shard_name, why_not, write_shard
+from diptych.shards.write import shard_name, why_not, write_description, write_shard
 from diptych.stage import folder as parts
 from diptych.stage.folder import DROPPED, Manifest, TaskRecord
 from diptych.stage.job import Job, Task
@@ -80,8 +79,7 @@ def run(config: WriteConfig, *, engine: Engine) -> StageReport:
     if not names:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in report.dropped.items())
         raise UsageError(f"no pair was left to write into {config.out}; dropped: {counts or 'none came'}")
-    dataset = Dataset.from_indexes(config.out, [load_index(config.out / name) for name in sorted(names)])
-    files.write_json(config.out / DATASET_FILE, describe(dataset))
+    write_description(config.out, [config.out / name for name in sorted(names)])
     shutil.rmtree(scatter.folder, ignore_errors=True)
     return report
 
@@ -222,12 +220,12 @@ class Gather(Job):
         if "queries" in batch.schema.names:
             texts = _query_texts(self.config.queries)
             ids = batch.column("queries")[row].as_py() or []
-            details["queries"] = json.dumps([texts[i] if texts else i for i in ids], ensure_ascii=False)
+            details["queries"] = [texts[i] if texts else i for i in ids]
         if "query" in batch.schema.names and (query := batch.column("query")[row].as_py()) is not None:
             texts = _query_texts(self.config.queries)
-            details["query"] = texts[query] if texts else str(query)
+            details["query"] = texts[query] if texts else query
         if "draw" in batch.schema.names and (draw := batch.column("draw")[row].as_py()) is not None:
-            details["draw"] = repr(draw)
+            details["draw"] = draw
         return replace(pair, details=details)
 
 
@@ -242,7 +240,7 @@ def _read_group(path: Path, bucket: int) -> Iterator[pa.RecordBatch]:
 def _row(batch: pa.RecordBatch, row: int) -> Pair:
     names = ("key", "caption", "image", "image_url", "page_url", "details")
     values = {name: batch.column(name)[row].as_py() for name in names}
-    return Pair(**{**values, "details": dict(values["details"] or ())})
+    return Pair(**{**values, "details": files.parse_json(values["details"])})
 
 
 @lru_cache(maxsize=1)

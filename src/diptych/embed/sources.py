@@ -11,9 +11,10 @@ What cannot be used is a row with a reason, so that every row is accounted for.
 import base64
 import binascii
 import itertools
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,6 +31,7 @@ from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES, find_format
 from diptych.machine import read_at
 from diptych.shards.index import is_metadata_of_macos, load_index, split_name
 from diptych.shards.members import Damage, iter_members
+from diptych.stage.job import Task
 
 _COMPANIONS = frozenset({"txt", "json", "cls"})
 """Suffixes of the other members of a sample."""
@@ -37,6 +39,15 @@ READ_ROWS = 64
 """Rows of a Parquet file that are brought into memory at a time."""
 _LOOKED_AT = 100
 """Values of a column of text that decide what it holds."""
+
+
+@dataclass(frozen=True)
+class Part(Task):
+    """Rows [start, stop) of one source."""
+
+    source: int = 0
+    start: int = 0
+    stop: int = 0
 
 
 class Extent(NamedTuple):
@@ -233,24 +244,31 @@ class ParquetSource:
                     return
 
     def _row(self, number: int, value: object) -> Row:
-        if isinstance(value, dict):
-            value = value["bytes"] if value["bytes"] is not None else value.get("path")
-        elif isinstance(value, list):
-            value = None if None in value else bytes(value)
-        if value is None or isinstance(value, UnicodeDecodeError):
-            return Row(str(number), None, "null" if value is None else "bad_text")
-        if self.holds == "texts":
-            return _text_row(number, str(value))
-        if self.holds == "base64":
-            data = decode_base64(str(value))
+        if self.holds == "texts" and isinstance(value, str):
+            return _text_row(number, value)
+        if self.holds == "base64" and isinstance(value, str):
+            data = decode_base64(value)
             return Row(str(number), data, "" if data is not None else "bad_base64")
-        if not isinstance(value, str):
-            return Row(str(number), value)  # type: ignore[arg-type]
-        if "://" in value:
-            return Row(str(number), None, "url")  # nothing is fetched here; `diptych curate fetch` does that
-        if leaves_folder(value):
-            return Row(str(number), None, "outside_folder")
-        return Row(str(number), self.path.parent / value)
+        return locate_picture(str(number), value, self.path.parent)
+
+
+def locate_picture(row_id: str, value: object, folder: Path) -> Row:
+    """Where a picture lies that a table names: its bytes, a path relative to `folder`, or a struct of both."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    elif isinstance(value, list):
+        value = None if None in value else bytes(value)
+    if value is None or isinstance(value, UnicodeDecodeError):
+        return Row(row_id, None, "null" if value is None else "bad_text")
+    if isinstance(value, bytes):
+        return Row(row_id, value)
+    if not isinstance(value, str) or not value:
+        return Row(row_id, None, "no_image")
+    if "://" in value:
+        return Row(row_id, None, "url")  # nothing is fetched here; `diptych curate fetch` does that
+    if leaves_folder(value):
+        return Row(row_id, None, "outside_folder")
+    return Row(row_id, folder / value)
 
 
 def pictures_of_type(dtype: pa.DataType) -> Literal["bytes", "struct", "paths"] | None:
@@ -356,6 +374,12 @@ def leaves_folder(path: str | Path) -> bool:
 
 
 Source = PictureSource | ShardSource | ParquetSource | TextSource
+
+
+def format_dropped(source: str, dropped: Iterable[tuple[str, str]]) -> bytes:
+    """Lines of JSON that name what was left out and why."""
+    entries = ({"source": source, "id": row_id, "reason": reason} for row_id, reason in dropped)
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
 
 
 def _text_row(number: int, text: str) -> Row:

@@ -86,7 +86,7 @@ class Dataset:
                     if row["key"] in self.deleted:
                         continue
                     tar.seek(row["offset"])
-                    details = {key: str(value) for key, value in files.parse_json(row["details"]).items()}
+                    details = files.parse_json(row["details"])
                     image = tar.read(row["size"])
                     caption = row["caption"].partition("\n")[0] if shard.several else row["caption"]
                     yield Pair(key=row["key"], caption=caption, image=image, details=details)
@@ -191,13 +191,13 @@ def _find_kind(path: Path) -> str | None:
     with open(path, "rb") as file:
         head = file.read(1024)
     if head.startswith(b"\x1f\x8b"):
-        return "it is compressed by gzip; decompress it with gunzip"
+        return f"it is compressed by gzip; make shards of it: diptych shards build {path} --out shards"
     if head.startswith((b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
         return "it is compressed; decompress it"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page, which a download gave in place of the file"
     if head.startswith(b"PAR1") or path.suffix.lower() in (".csv", ".tsv", ".parquet", ".jsonl", ".json"):
-        return "it is a table; datasets are .tar shards with key.jpg and key.txt, as diptych.write_shards writes them"
+        return f"it is a table; make shards of it: diptych shards build {path} --out shards"
     return None
 
 

@@ -1,18 +1,19 @@
 """Pairs to shards: plain tars that WebDataset and OpenCLIP read too, an Arrow index beside each, one dataset.json."""
 
 import io
-import json
+import itertools
 import tarfile
-from collections.abc import Container, Iterable, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from diptych import files
 from diptych.errors import UsageError
 from diptych.image_file import SUFFIXES, find_format
-from diptych.pair import Pair
+from diptych.pair import Pair, format_details
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
-from diptych.shards.index import ShardIndex, build_index, write_index
+from diptych.shards.index import MAX_TEXT_BYTES, ShardIndex, build_index, load_index, write_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,39 +31,50 @@ def write_shards(pairs: Iterable[Pair], folder: Path | str, *, samples_per_shard
     """Write pairs into `folder` as 00000.tar, 00001.tar, ... in the order they come.
 
     The same pairs give the same bytes. A folder that already holds a dataset is refused. Pairs that cannot be written
-    are dropped and counted: `bad_key` (empty, or with a dot, slash, backslash or NUL), `bad_text` (no valid Unicode).
+    are dropped and counted: `bad_key` (empty, or with a dot, slash, backslash or NUL), `duplicate_key`, `bad_text` (no
+    valid Unicode), `bad_details` (no JSON), `text_too_large`, `empty_image`, `not_a_picture`, `empty_caption`.
     """
     folder = Path(folder)
     if (folder / DATASET_FILE).exists():
         raise UsageError(f"{folder} already holds a dataset; name another folder or delete it")
     files.make_folder(folder, flag="folder")
     files.remove_leftovers(folder)
-    dropped: dict[str, int] = {}
+    dropped = Counter[str]()
     keys: set[str] = set()
-    indexes: list[ShardIndex] = []
-    waiting: list[Pair] = []
 
-    def flush() -> None:
-        if waiting:
-            indexes.append(write_shard(waiting, folder / shard_name(len(indexes))))
-            waiting.clear()
+    def choose() -> Iterator[Pair]:
+        for pair in pairs:
+            if reason := why_not(pair, keys):
+                dropped[reason] += 1
+            else:
+                keys.add(pair.key)
+                yield pair
 
-    for pair in pairs:
-        reason = why_not(pair, keys)
-        if reason:
-            dropped[reason] = dropped.get(reason, 0) + 1
-            continue
-        keys.add(pair.key)
-        waiting.append(pair)
-        if len(waiting) == samples_per_shard:
-            flush()
-    flush()
+    indexes = list(
+        iter_shards(choose(), (folder / shard_name(number) for number in itertools.count()), samples_per_shard)
+    )
     if not indexes:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
         raise UsageError(f"no pair was left to write into {folder}; dropped: {counts or 'none came'}")
     dataset = Dataset.from_indexes(folder, indexes)
     files.write_json(folder / DATASET_FILE, describe(dataset))
-    return WriteReport(samples=len(dataset), shards=len(indexes), dropped=dropped, dataset_hash=dataset.content_hash)
+    hash, shards = dataset.content_hash, len(indexes)
+    return WriteReport(samples=len(dataset), shards=shards, dropped=dict(dropped), dataset_hash=hash)
+
+
+def iter_shards(pairs: Iterable[Pair], paths: Iterable[Path], samples_per_shard: int) -> Iterator[ShardIndex]:
+    """Write pairs that `why_not` has nothing against, a shard at each of `paths` until none is left. One picture at a
+    time is in memory."""
+    waiting = iter(pairs)
+    for path, first in zip(paths, waiting, strict=False):
+        yield write_shard(itertools.chain([first], itertools.islice(waiting, samples_per_shard - 1)), path)
+
+
+def write_description(folder: Path, shards: Iterable[Path]) -> Dataset:
+    """Write dataset.json for shards that are there with their indexes."""
+    dataset = Dataset.from_indexes(folder, [load_index(shard) for shard in shards])
+    files.write_json(folder / DATASET_FILE, describe(dataset))
+    return dataset
 
 
 def shard_name(number: int) -> str:
@@ -76,8 +88,14 @@ def why_not(pair: Pair, keys: Container[str]) -> str:
         return "bad_key"
     if pair.key in keys:
         return "duplicate_key"
-    if not all(_is_unicode(text) for text in (pair.key, pair.caption, *pair.details, *pair.details.values())):
+    try:
+        details = _details_of(pair)
+    except (TypeError, ValueError, RecursionError):
+        return "bad_details"
+    if not all(map(is_unicode, (pair.key, pair.caption, details))):
         return "bad_text"
+    if max(len(text.encode()) for text in (pair.caption, details)) > MAX_TEXT_BYTES:
+        return "text_too_large"
     if not pair.image:
         return "empty_image"
     if not _suffix(pair.image):
@@ -85,12 +103,14 @@ def why_not(pair: Pair, keys: Container[str]) -> str:
     return "" if pair.caption.strip() else "empty_caption"
 
 
-def write_shard(pairs: Sequence[Pair], path: Path) -> ShardIndex:
+def write_shard(pairs: Iterable[Pair], path: Path) -> ShardIndex:
     """Write one tar and the index beside it; the pairs are such that `why_not` has nothing against."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with (
+        files.atomic_file(path) as temporary,
+        tarfile.open(temporary, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
         for pair in pairs:
-            details = json.dumps({"caption": pair.caption, **pair.details}, ensure_ascii=False)
+            details = _details_of(pair)
             for ending, content in (
                 (_suffix(pair.image or b""), pair.image or b""),
                 ("txt", pair.caption.encode()),
@@ -99,15 +119,23 @@ def write_shard(pairs: Sequence[Pair], path: Path) -> ShardIndex:
                 info = tarfile.TarInfo(f"{pair.key}.{ending}")  # no time, no owner: bytes depend on pairs alone
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    files.write_bytes(path, buffer.getvalue())
     index = build_index(path)
     write_index(index, path.with_suffix(".arrow"))
     return index
 
 
-def _is_unicode(text: str) -> bool:
+def _details_of(pair: Pair) -> str:
+    """The sample's JSON; its caption is that of the pair, whatever was noted before."""
+    return format_details({"caption": "", **pair.details} | {"caption": pair.caption})
+
+
+def is_unicode(text: str) -> bool:
     """Whether there is no half of a surrogate pair in it, which no file can hold."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suffix(image: bytes) -> str:

@@ -22,7 +22,7 @@ from diptych.errors import NotFoundError, ShardError, UsageError
 REASON = pa.field("reason", pa.string())
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 """Version of the folder's layout and of what stages make of their rows; other versions are rebuilt."""
 HEADER: dict[str, Any] = {"format": "diptych stage", "version": MANIFEST_VERSION}
 """How every manifest begins."""
@@ -32,9 +32,8 @@ GROUP_ROWS = 16384
 """Rows of a row group that is written ..."""
 GROUP_BYTES = 64 << 20
 """... or fewer, if they take more than this."""
-_DETAILS = pa.field("details", pa.map_(pa.string(), pa.string()))
 DROPPED = pa.schema(
-    [*(pa.field(name, pa.string()) for name in ("key", "image_url", "page_url", "caption")), _DETAILS, REASON]
+    [*(pa.field(name, pa.string()) for name in ("key", "image_url", "page_url", "caption", "details")), REASON]
 )
 """What is kept of a row that is dropped."""
 
@@ -294,7 +293,7 @@ def read_manifest(folder: Path) -> Manifest:
         if folder.is_file() or any(folder.glob("*.parquet")):
             raise NotFoundError(
                 f"{said}, so its tables are not from `diptych curate`; every stage reads the folder that the one "
-                "before it wrote, and the first is `diptych curate crawl`"
+                "before it wrote, and the first is `diptych curate crawl`, of lists of addresses `diptych curate links`"
             ) from None
         raise NotFoundError(f"{said}; run that stage first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -33,8 +33,9 @@ from diptych.curate.fetch.outcomes import OK
 from diptych.curate.fetch.worker import fetch_partition
 from diptych.curate.images.blocklist import KnownHashes, read_known
 from diptych.curate.images.prepare import prepare
-from diptych.curate.rows import with_reason
+from diptych.curate.rows import EXPECTED_HASH, with_reason
 from diptych.errors import PictureError, ShardError, UsageError
+from diptych.pair import format_details
 from diptych.stage.engines import end_with_parent
 from diptych.stage.folder import MANIFEST_FILE, read_manifest, read_part
 from diptych.stage.job import Task
@@ -240,7 +241,8 @@ class Build:
     def _fill(self, batch: pa.RecordBatch, reader: Reader) -> pa.RecordBatch:
         images, details, reasons = [], [], []
         for url, known in zip(batch.column("image_url").to_pylist(), batch.column("details").to_pylist(), strict=True):
-            found = self._picture(url, reader)
+            said = files.parse_json(known)
+            found = self._picture(url, reader, said.get(EXPECTED_HASH))
             if isinstance(found, str):
                 images.append(None)
                 details.append(known)
@@ -248,7 +250,7 @@ class Build:
                 continue
             image, facts = found
             images.append(image)
-            details.append(list((dict(known) | facts).items()))
+            details.append(format_details(said | facts))
             reasons.append(None)
         for name, values in (("image", images), ("details", details)):
             place = batch.schema.get_field_index(name)
@@ -256,7 +258,7 @@ class Build:
             batch = batch.set_column(place, column, pa.array(values, column.type))
         return with_reason(batch, reasons)
 
-    def _picture(self, url: str | None, reader: Reader) -> tuple[bytes, dict[str, str]] | str:
+    def _picture(self, url: str | None, reader: Reader, expected: object) -> tuple[bytes, dict[str, Any]] | str:
         """A picture and what is noted of it, or the reason why there is none."""
         entry = reader.find(url) if url else None
         if url is None or entry is None:
@@ -266,6 +268,8 @@ class Build:
         data = reader.read(url, entry)
         if data is None:
             raise ShardError(f"the stored bytes of {url} in {self.ledger} are damaged; delete that ledger, run again")
+        if isinstance(expected, str) and not _has_hash(data, expected):
+            return "hash_differs"
         if self.known and self.known(data) is not None:
             return "known_hash"
         try:
@@ -282,9 +286,17 @@ class Build:
             return error.reason
         facts = {
             "sha256": entry.sha256 or "",
-            "width": str(made.width),
-            "height": str(made.height),
-            "original_width": str(made.original_width),
-            "original_height": str(made.original_height),
+            "width": made.width,
+            "height": made.height,
+            "original_width": made.original_width,
+            "original_height": made.original_height,
         }
         return made.data, facts | ({"final_url": entry.final_url} if entry.final_url else {})
+
+
+_HASHES = {32: "md5", 64: "sha256", 128: "sha512"}
+"""Hexadecimal digits of a hash -> which one it is."""
+
+
+def _has_hash(data: bytes, expected: str) -> bool:
+    return hashlib.new(_HASHES[len(expected)], data, usedforsecurity=False).hexdigest() == expected.lower()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 
 from diptych.curate.pages.config import CrawlConfig
@@ -33,6 +32,7 @@ from diptych.curate.pages.page import (
 from diptych.curate.pages.sandbox import Answer, Parser
 from diptych.curate.rows import CANDIDATES, key_of, outcome
 from diptych.errors import NotFoundError, UsageError
+from diptych.pair import format_details
 from diptych.stage.run import Engine, StageReport, Task, part_name
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class _Rows:
         place, drop = next(left)
         for number in range(len(pages) + 1):
             while drop is not None and place == number:
-                self._append(f"{crawl}@{drop.offset}", drop.url, drop.reason, crawl, str(drop.offset))
+                self._append(f"{crawl}@{drop.offset}", drop.url, drop.reason, crawl, drop.offset)
                 place, drop = next(left)
             if number < len(pages):
                 self._add_page(crawl, pages[number].url, answers[number])
@@ -240,11 +240,12 @@ class _Rows:
         keys, count = list(map(key_of, addresses, captions)), len(captions)
         pages, crawls, offsets = [page_url or None] * count, [crawl] * count, [None] * count
         given = [address or None for address in addresses]
-        added = keys, captions, given, pages, reasons, origins, crawls, widths, heights, offsets
+        sizes = ([int(size) if size else None for size in sizes] for sizes in (widths, heights))
+        added = keys, captions, given, pages, reasons, origins, crawls, *sizes, offsets
         for column, values in zip(self._columns, added, strict=True):
             column += values
 
-    def _append(self, identity: str, page_url: str, reason: str, crawl: str, offset: str | None) -> None:
+    def _append(self, identity: str, page_url: str, reason: str, crawl: str, offset: int | None) -> None:
         row = (key_of(identity, ""), "", None, page_url or None, reason, None, crawl, None, None, offset)
         for column, value in zip(self._columns, row, strict=True):
             column.append(value)
@@ -252,20 +253,13 @@ class _Rows:
     def take(self) -> pa.RecordBatch:
         """All rows so far."""
         count = len(self)
-        columns = [pa.array(values, pa.string()) for values in self._columns]
-        named: dict[str, pa.Array] = dict(zip(_COLUMNS, columns, strict=False))
+        named = {name: pa.array(values, pa.string()) for name, values in zip(_COLUMNS, self._columns, strict=False)}
         named["image"] = pa.nulls(count, pa.binary())
-        named["details"] = _details_of(columns[len(_COLUMNS) :])
+        known = zip(*self._columns[len(_COLUMNS) :], strict=True)
+        named["details"] = pa.array([_details_of(values) for values in known], pa.string())
         self._columns = [[] for _ in self._columns]
         return pa.RecordBatch.from_arrays([named[name] for name in _SCHEMA.names], schema=_SCHEMA)
 
 
-def _details_of(columns: Sequence[pa.StringArray]) -> pa.MapArray:
-    """A map for each row, of the columns that have a value there."""
-    present = np.stack([column.is_valid().to_numpy(zero_copy_only=False) for column in columns], axis=1)
-    rows, which = np.nonzero(present)
-    values = pa.concat_arrays(columns).take(pa.array(which * len(present) + rows))
-    names = pa.array(_DETAILS).take(pa.array(which))
-    ends = np.cumsum(present.sum(axis=1))
-    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
-    return pa.MapArray.from_arrays(offsets, names, values)
+def _details_of(values: Sequence[Any]) -> str:
+    return format_details({name: value for name, value in zip(_DETAILS, values, strict=True) if value is not None})

@@ -10,7 +10,6 @@ Parts are ranges of the inputs and so the same whoever computes them. A batch ne
 a part holds depends on its rows alone, not on who computes it, what was done before or how quick the threads are.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,7 +28,7 @@ from diptych.checkpoint.loaded import Loaded
 from diptych.embed.bulk.config import EmbedConfig
 from diptych.embed.bulk.folder import STAGE, write_features
 from diptych.embed.images import ImageTower, require_finite
-from diptych.embed.sources import Row, Source, fetch
+from diptych.embed.sources import Part, Row, Source, fetch, format_dropped
 from diptych.embed.stream import Encoder, ImageEncoder, encode_stream
 from diptych.embed.texts import TextEncoder
 from diptych.errors import PASSING, PictureError, UsageError
@@ -39,15 +38,6 @@ from diptych.stage.job import Job, Task
 
 TEXT_BATCH = 512
 """Texts that are handed over at once."""
-
-
-@dataclass(frozen=True)
-class Part(Task):
-    """Rows [start, stop) of one source."""
-
-    source: int = 0
-    start: int = 0
-    stop: int = 0
 
 
 def plan_parts(sources: Sequence[Source], part_rows: int) -> list[Part]:
@@ -207,12 +197,6 @@ class _Fetching:
 
     def read(self, row: Row, /) -> Any:
         return self._read(fetch(row))
-
-
-def format_dropped(source: str, dropped: Iterable[tuple[str, str]]) -> bytes:
-    """Lines of JSON that name what was left out and why."""
-    entries = ({"source": source, "id": row_id, "reason": reason} for row_id, reason in dropped)
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
 
 
 def _choose_deciding(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from diptych.config import to_dict
 from diptych.embed.bulk.config import EmbedConfig, WorkConfig
 from diptych.embed.bulk.folder import STAGE
 from diptych.embed.bulk.inputs import open_inputs
-from diptych.embed.bulk.job import EmbedJob, Part, format_dropped, iter_contiguous_parts, open_model, plan_parts
+from diptych.embed.bulk.job import EmbedJob, Part, iter_contiguous_parts, open_model, plan_parts
 from diptych.embed.images import ImageTower, image_space
-from diptych.embed.sources import Source
+from diptych.embed.sources import Source, format_dropped
 from diptych.embed.texts import text_space
 from diptych.errors import UsageError
 from diptych.model.inference.precision import choose_text_precision

@@ -1,17 +1,16 @@
 """Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
 
 import contextlib
-import csv
-import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych import files
+from diptych.collect.tables import CsvTable
 from diptych.embed.sources import (
     ParquetSource,
     Row,
@@ -149,7 +148,12 @@ def _holds(file: Path, column: str) -> str:
 
 def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     file = _table_of(path, split)
-    header, table = _read_csv(file)
+    try:
+        opened = CsvTable.open(file)
+        header, records = opened.columns, list(opened.read())
+    except (UsageError, OSError) as error:
+        raise DatasetError(str(error)) from None
+    table = [record.values for record in records if record.values is not None]
     label = place.captions if kind == "captions" and place.captions in header else place.label
     check_columns(file, header, place.image, label)
     if "split" in header:
@@ -160,6 +164,7 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
     elif split != "test" and file.stem != split:
         raise NotFoundError(f"{file} has no split {split}")
     samples, rows = Samples(path, "csv"), []
+    samples.skipped.update(record.reason for record in records if record.values is None)
     places: dict[str, int] = {}
     cells = [(row[label] or "").strip() for row in table]
     numbers = kind != "captions" and _are_numbers(one for cell in cells for one in _several(cell, kind))
@@ -190,26 +195,6 @@ def _table_of(path: Path, split: str) -> Path:
     if len(named) != 1:
         raise NotFoundError(f"{path} has no split {split}: no {split}.csv")
     return named[0]
-
-
-def _read_csv(file: Path) -> tuple[list[str], list[dict[Any, Any]]]:
-    """Header and rows; the sign between columns is the one that is most frequent in the first line."""
-    try:
-        with io.StringIO(files.read_text(file, files.MAX_TABLE), newline="") as handle:
-            head = handle.readline()
-            how = {"delimiter": max(",;\t|", key=head.count), "skipinitialspace": True}
-            for strict in (True, False):
-                handle.seek(0)
-                reader = csv.DictReader(handle, **how, strict=strict)
-                reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-                try:
-                    return list(reader.fieldnames), list(reader)
-                except csv.Error as error:  # only a quote that is never closed would swallow rows without a word
-                    if not strict or "end of data" in str(error):
-                        raise
-    except (UsageError, csv.Error, OSError) as error:
-        raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
-    raise AssertionError
 
 
 def _several(cell: str, kind: DatasetKind) -> list[str]:
