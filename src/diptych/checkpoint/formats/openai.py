@@ -24,7 +24,7 @@ from diptych.checkpoint.formats.conventions import (
     transformers_sources,
 )
 from diptych.checkpoint.formats.infer import CHANNELS_PER_HEAD, infer_config
-from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
+from diptych.checkpoint.loaded import Loaded, Opened, why_not_paper
 from diptych.checkpoint.sources import Published, find_published
 from diptych.checkpoint.weights.read import Weights, clean_names, read_tensor_file
 from diptych.checkpoint.weights.tensors import TensorFile
@@ -102,7 +102,7 @@ def why_not(loaded: Loaded) -> str | None:
         return "OpenAI's loader takes 64 channels a head for granted"
     if any(tower.mlp_width != 4 * tower.width for tower in towers):
         return "OpenAI's loader takes an MLP of 4 times the width for granted"
-    if reason := why_only_diptych(config):
+    if reason := why_not_paper(config):
         return reason
     if loaded.preprocess != Preprocess(image_size=config.vision.image_size):
         return "its preprocessing is not OpenAI's, and a bare file cannot say so"

@@ -15,7 +15,7 @@ from torch import Tensor
 from diptych import files
 from diptych.bpe import SINGLE_TOKENS
 from diptych.checkpoint.formats.conventions import TRANSPOSED, transformers_places, transformers_sources
-from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
+from diptych.checkpoint.loaded import Loaded, Opened, why_not_paper
 from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import MAX_JSON, is_count, open_file, read_json, short
 from diptych.checkpoint.weights.write import save_tensors
@@ -220,7 +220,7 @@ def why_not(loaded: Loaded) -> str | None:
     """Why a transformers folder cannot hold this model."""
     if isinstance(loaded.model.config.vision, ResNetConfig):
         return "transformers' CLIPModel has no ResNet image tower"
-    return why_only_diptych(loaded.model.config)
+    return why_not_paper(loaded.model.config)
 
 
 def write(folder: Path, loaded: Loaded) -> None:

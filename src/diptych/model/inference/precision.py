@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diptych.errors import unknown_name
 from diptych.model.config import PRECISIONS, Precision
-from diptych.model.transformer import MLP, QuickGELU, ResidualAttentionBlock, Transformer
+from diptych.model.transformer import MLP, QuickGELU, ResidualAttentionBlock, TanhGELU, Transformer
 
 Made = TypeVar("Made")
 Resolved = Literal["exact", "float32", "bfloat16", "int8"]
@@ -113,7 +113,7 @@ def fold_quick_gelu(mlp: MLP) -> None:
 
 def _activation_that_joins(mlp: MLP) -> str:
     """oneDNN's name of the activation, which it computes while the product is still in the cache."""
-    return {nn.SiLU: "swish", nn.GELU: "gelu"}.get(type(mlp.gelu), "none")
+    return {nn.SiLU: "swish", nn.GELU: "gelu", TanhGELU: "gelu_tanh"}.get(type(mlp.gelu), "none")
 
 
 class PackedLinear(nn.Module):
@@ -136,8 +136,9 @@ class PackedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        algorithm = "none" if self.activation == "gelu" else ""  # the exact one, by the error function
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation, [], algorithm)
+        name, _, form = self.activation.partition("_")
+        algorithm = form or "none" if name == "gelu" else ""  # none: the exact one, by the error function
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
 
 
 def lower(linear: nn.Linear, dtype: torch.dtype, activation: str = "none") -> nn.Module:
