@@ -53,7 +53,7 @@ class TanhGELU(nn.GELU):
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": TanhGELU}
 
-Turns = tuple[Float[Tensor, "*N 1 L D2"], Float[Tensor, "*N 1 L D2"]]
+Turns = tuple[Float[Tensor, "... L D2"], Float[Tensor, "... L D2"]]
 """Cosine and sine by which rotary positions turn each pair of channels of a head; D2 = D / A."""
 
 

@@ -50,20 +50,21 @@ class VisionTransformer(nn.Module):
         """`patches` names the K patches of each picture that are seen; by default all are (FLIP, Li et al. 2023)."""
         return self.project(self.pool(image, patches))
 
-    def project(self, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+    def project(self, pooled: Float[Tensor, "N P"]) -> Float[Tensor, "N E"]:
         """What was pooled -> features, in its type."""
         if self.proj is not None:
             pooled = pooled @ self.proj.to(pooled.dtype)
         return pooled if self.proj_bias is None else pooled + self.proj_bias.to(pooled.dtype)
 
-    def pool(self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None) -> Float[Tensor, "N D"]:
-        """What is projected: the features that the paper's linear probes are trained on (Appendix A.3)."""
+    def pool(self, image: Float[Tensor, "N 3 H W"], patches: Int[Tensor, "N K"] | None = None) -> Float[Tensor, "N P"]:
+        """What is projected: the features that the paper's linear probes are trained on (Appendix A.3). P is D, but for
+        CoCa's pool, which is as wide as the joint space."""
         x = self.embed_patches(image, patches)
         reads_one = self.config.pool == "class"
         token = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device) if reads_one else None
         return self.pool_tokens(self.transformer(x, token, Sight(turns=self.get_turns(patches, x.device))))
 
-    def pool_tokens(self, x: Float[Tensor, "N *L D"]) -> Float[Tensor, "N D"]:
+    def pool_tokens(self, x: Float[Tensor, "N *L D"]) -> Float[Tensor, "N P"]:
         """The last block's output, of the class token alone where that is what is read -> one vector a picture."""
         match self.config.pool:
             case "class":

@@ -26,18 +26,69 @@ from diptych.model.config import (
 # Keys that we understand or that change nothing in use; any other key may only be there with the value that means
 # "as in CLIP".
 _VISION_KEYS = frozenset(
-    "layers width head_width mlp_ratio patch_size image_size patch_dropout image_seq_len no_ln_pre pool_type "
-    "final_ln_after_pool attentional_pool attn_pooler_heads norm_kwargs act_kwargs output_tokens timm_model_name "
-    "timm_model_pretrained timm_model_kwargs timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path".split()
+    [
+        "layers",
+        "width",
+        "head_width",
+        "mlp_ratio",
+        "patch_size",
+        "image_size",
+        "patch_dropout",
+        "image_seq_len",
+        "no_ln_pre",
+        "pool_type",
+        "final_ln_after_pool",
+        "attentional_pool",
+        "attn_pooler_heads",
+        "norm_kwargs",
+        "act_kwargs",
+        "output_tokens",
+        "timm_model_name",
+        "timm_model_pretrained",
+        "timm_model_kwargs",
+        "timm_pool",
+        "timm_proj",
+        "timm_proj_bias",
+        "timm_drop",
+        "timm_drop_path",
+    ]
 )
 _TEXT_KEYS = frozenset(
-    "context_length vocab_size width heads layers mlp_ratio pad_id eos_id no_causal_mask pool_type "
-    "final_ln_after_pool proj_bias proj_type embed_cls norm_kwargs act_kwargs output_tokens hf_tokenizer_name "
-    "tokenizer_kwargs tokenizer_mode".split()
+    [
+        "context_length",
+        "vocab_size",
+        "width",
+        "heads",
+        "layers",
+        "mlp_ratio",
+        "pad_id",
+        "eos_id",
+        "no_causal_mask",
+        "pool_type",
+        "final_ln_after_pool",
+        "proj_bias",
+        "proj_type",
+        "embed_cls",
+        "norm_kwargs",
+        "act_kwargs",
+        "output_tokens",
+        "hf_tokenizer_name",
+        "tokenizer_kwargs",
+        "tokenizer_mode",
+    ]
 )
 _MODEL_KEYS = frozenset(
-    "embed_dim vision_cfg text_cfg multimodal_cfg quick_gelu custom_text init_logit_scale init_logit_bias "
-    "cast_dtype".split()
+    [
+        "embed_dim",
+        "vision_cfg",
+        "text_cfg",
+        "multimodal_cfg",
+        "quick_gelu",
+        "custom_text",
+        "init_logit_scale",
+        "init_logit_bias",
+        "cast_dtype",
+    ]
 )
 _AS_IN_CLIP: Mapping[str, tuple[Any, ...]] = {
     "pos_embed_type": ("learnable",),
