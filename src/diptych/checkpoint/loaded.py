@@ -55,8 +55,8 @@ def build(opened: Opened, dtype: torch.dtype = torch.float32) -> Loaded:
         model = build_meta(opened.config)
         shapes = dict(opened.weights.shapes)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if shapes.get("logit_scale") == (1,):  # some of OpenCLIP's models keep it as a vector
-            shapes["logit_scale"] = ()
+        scalars = [name for name in ("logit_scale", "logit_bias") if shapes.get(name) == (1,)]
+        shapes |= dict.fromkeys(scalars, ())  # some of OpenCLIP's models keep them as vectors
         counters = {name for name in expected.keys() - shapes.keys() if name.endswith("num_batches_tracked")}
         check_shapes(opened.weights.file.paths[0], expected, shapes | dict.fromkeys(counters, ()))
         for name, source in opened.weights.sources.items():
@@ -65,7 +65,7 @@ def build(opened: Opened, dtype: torch.dtype = torch.float32) -> Loaded:
     except CheckpointError:
         opened.weights.check_hash()  # damage explains the rest
         raise
-    weights["logit_scale"] = weights["logit_scale"].reshape(())
+    weights |= {name: weights[name].reshape(()) for name in scalars}
     model.load_state_dict(weights | {name: torch.zeros((), dtype=torch.int64) for name in counters}, assign=True)
     return Loaded(model.eval(), opened.preprocess, opened.tokenizer)
 

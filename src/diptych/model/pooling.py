@@ -38,7 +38,8 @@ class LatentPool(nn.Module):
         width = self.latent.shape[0]
         weights, biases = self.in_proj.weight.split([width, 2 * width]), self.in_proj.bias.split([width, 2 * width])
         query, pairs = F.linear(self.latent, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
-        pooled = self.out_proj(look(query.expand(len(x), -1), *pairs.chunk(2, dim=-1), self.heads))
+        keys, values = pairs.chunk(2, dim=-1)
+        pooled = self.out_proj(look(query.expand(len(x), -1), keys, values, self.heads))
         return pooled + self.mlp(self.ln(pooled))
 
 

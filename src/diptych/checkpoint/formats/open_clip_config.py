@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from diptych.checkpoint.formats import timm
+from diptych.checkpoint.formats.conventions import normal_form
 from diptych.checkpoint.weights.tensors import is_count, short
 from diptych.errors import UsageError
 from diptych.model.config import (
@@ -369,26 +370,9 @@ def why_not(config: CLIPConfig) -> str | None:
         said = read_config(write_config(config), "quick_gelu" if quick else "gelu")
     except (UsageError, ValueError):
         said = None
-    if said is None or _sizes(said) != _sizes(config):
+    if said is None or normal_form(said) != normal_form(config):
         return "OpenCLIP and timm have no name for its image tower, or no words for its text tower"
     return None
-
-
-def _sizes(config: CLIPConfig) -> CLIPConfig:
-    """The same architecture, each ratio as the width that it means."""
-    vision = config.vision
-    if isinstance(vision, ViTConfig):
-        pool = vision.pool_mlp_ratio if vision.pool == "latent" else None
-        heads = vision.pool_heads or vision.heads if vision.pool in ("latent", "queries") else None
-        vision = replace(
-            vision,
-            mlp_ratio=vision.mlp_width / vision.width,
-            activation=vision.activation or config.activation,
-            pool_heads=heads,
-            pool_mlp_ratio=pool,
-        )
-    text = replace(config.text, mlp_ratio=config.text.mlp_width / config.text.width)
-    return replace(config, vision=vision, text=text)
 
 
 def _exact_ratio(tower: ViTConfig | TextConfig) -> float:

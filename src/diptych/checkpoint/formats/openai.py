@@ -21,6 +21,7 @@ from diptych.checkpoint.formats.conventions import (
     openai_sources,
     openai_state,
     published_preprocess,
+    transformers_names,
     transformers_sources,
 )
 from diptych.checkpoint.formats.infer import CHANNELS_PER_HEAD, infer_config
@@ -50,7 +51,7 @@ def open_file(
     file = read_tensor_file(path)
     names = clean_names(file, path)
     of_transformers = any(name.startswith(("text_model.", "vision_model.")) for name in names)
-    sources = transformers_sources(names, path) if of_transformers else openai_sources(names)
+    sources = transformers_sources(names, path, transformers_names(names)) if of_transformers else openai_sources(names)
     weights = Weights(file=file, sources=sources)
     published = published or find_published(path)
     shapes = weights.shapes
