@@ -20,7 +20,6 @@ from diptych.checkpoint.loaded import Loaded, build_meta
 from diptych.errors import UsageError, unknown_name
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig
-from diptych.tokenizer import Tokenizer
 
 MAX_IMAGE_SIZE, MAX_CONTEXT = 8192, 1 << 16
 """Beyond these, positions alone take more memory than the model."""
@@ -75,8 +74,7 @@ def resize_context(loaded: Loaded, context_length: int) -> Loaded:
         state["text.positional_embedding"] = curve[0].T.to(positions.dtype)
     else:
         state["text.positional_embedding"] = positions[:context_length].clone()
-    tokenizer = Tokenizer(loaded.tokenizer.merges, context_length, loaded.tokenizer.special_tokens)
-    return Loaded(_rebuild(config, state), loaded.preprocess, tokenizer)
+    return Loaded(_rebuild(config, state), loaded.preprocess, loaded.tokenizer.with_context_length(context_length))
 
 
 def change_precision(loaded: Loaded, precision: WeightsDtype) -> Loaded:

@@ -16,8 +16,9 @@ from diptych.checkpoint.weights.tensors import short
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
 from diptych.model.config import CLIPConfig
-from diptych.tokenizer import FILE_NAME as TOKENIZER_FILE
 from diptych.tokenizer import Tokenizer
+from diptych.tokens import FILE_NAME as TOKENIZER_FILE
+from diptych.tokens import BaseTokenizer
 
 _PLACES = {
     # ours -> theirs
@@ -120,7 +121,7 @@ def published_preprocess(published: Published | None, image_size: int) -> Prepro
     return Preprocess(image_size=image_size, **known)
 
 
-def bare_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
+def bare_tokenizer(path: Path, config: CLIPConfig) -> BaseTokenizer:
     """The released vocabulary, or a tokenizer of ours that lies beside the file."""
     if (path.parent / TOKENIZER_FILE).is_file():
         return Tokenizer.load(path.parent)

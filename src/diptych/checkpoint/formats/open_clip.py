@@ -235,7 +235,7 @@ def why_not(loaded: Loaded) -> str | None:
     """Why an OpenCLIP folder cannot hold this model."""
     if reason := why_only_diptych(loaded.model.config):
         return reason
-    if loaded.tokenizer.merges != Tokenizer.clip(loaded.tokenizer.context_length).merges:
+    if loaded.tokenizer.fingerprint != Tokenizer.clip().fingerprint:
         return "its vocabulary is not OpenAI's, and open_clip would use that one all the same"
     return None
 

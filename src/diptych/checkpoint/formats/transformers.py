@@ -220,6 +220,8 @@ def why_not(loaded: Loaded) -> str | None:
     """Why a transformers folder cannot hold this model."""
     if isinstance(loaded.model.config.vision, ResNetConfig):
         return "transformers' CLIPModel has no ResNet image tower"
+    if not isinstance(loaded.tokenizer, Tokenizer):
+        return "transformers' CLIPModel has byte-pair merges, its tokenizer is of another kind"
     return why_only_diptych(loaded.model.config)
 
 
@@ -236,7 +238,8 @@ def write(folder: Path, loaded: Loaded) -> None:
     save_tensors(tensors, folder / WEIGHTS[0], {"format": "pt"})
     files.write_json(folder / CONFIG, write_config(loaded.model.config, str(loaded.model.dtype).split(".")[1]))
     files.write_json(folder / PREPROCESSOR, _write_preprocess(loaded.preprocess))
-    _write_tokenizer(folder, loaded.tokenizer)
+    if isinstance(loaded.tokenizer, Tokenizer):
+        _write_tokenizer(folder, loaded.tokenizer)
 
 
 def write_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
