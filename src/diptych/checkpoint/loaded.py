@@ -18,7 +18,7 @@ from diptych.errors import CheckpointError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig, ResNetConfig
-from diptych.tokenizer import Tokenizer
+from diptych.tokens import BaseTokenizer
 
 
 class Loaded(NamedTuple):
@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
 
     model: CLIP
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Opened:
     path: Path
     config: CLIPConfig
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     weights: Weights
     evidence: Mapping[str, str] = field(default_factory=dict)
     """The reason for each choice that the weights do not show: activation, heads, preprocessing."""

@@ -33,13 +33,20 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NATIVE = "checkpoint.json"
 _FOREIGN = {
     "open_clip_config.json": (
-        (),
+        ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
         ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
     ),
     "config.json": (
         (
             *("preprocessor_config.json", "processor_config.json"),
-            *("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"),
+            *(
+                "tokenizer_config.json",
+                "vocab.json",
+                "merges.txt",
+                "tokenizer.json",
+                "special_tokens_map.json",
+                "vocab.txt",
+            ),
         ),
         ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     ),

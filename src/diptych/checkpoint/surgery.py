@@ -21,7 +21,6 @@ from diptych.checkpoint.loaded import Loaded, build_meta
 from diptych.errors import UsageError, unknown_name
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig
-from diptych.tokenizer import Tokenizer
 
 MAX_IMAGE_SIZE, MAX_CONTEXT = 8192, 1 << 16
 """Beyond these, positions alone take more memory than the model."""
@@ -77,8 +76,7 @@ def resize_context(loaded: Loaded, context_length: int) -> Loaded:
         curve = F.interpolate(curve, context_length, mode="linear", align_corners=False)
         positions = curve[0].T.to(positions.dtype)
     state["text.positional_embedding"] = torch.cat([positions[:context_length], behind])
-    tokenizer = Tokenizer(loaded.tokenizer.merges, context_length, loaded.tokenizer.special_tokens)
-    return Loaded(_rebuild(config, state), loaded.preprocess, tokenizer)
+    return Loaded(_rebuild(config, state), loaded.preprocess, loaded.tokenizer.with_context_length(context_length))
 
 
 def change_precision(loaded: Loaded, precision: WeightsDtype) -> Loaded:

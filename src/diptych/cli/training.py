@@ -15,13 +15,16 @@ LOST_STATUS = 3
 if TYPE_CHECKING:
     from diptych.evaluate.training_evaluators import TrainingEvaluator
     from diptych.image import Preprocess
-    from diptych.tokenizer import Tokenizer
+    from diptych.tokens import BaseTokenizer
     from diptych.train.run_folder.report import Evaluation, StepReport, TrainReport
     from diptych.train.trainer import Evaluator
 
 
 def build_evaluators(
-    specs: tuple[str, ...], tokenizer: "Tokenizer", preprocess: "Preprocess", templates: tuple[str, ...] = ("simple",)
+    specs: tuple[str, ...],
+    tokenizer: "BaseTokenizer",
+    preprocess: "Preprocess",
+    templates: tuple[str, ...] = ("simple",),
 ) -> "list[TrainingEvaluator]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
     from diptych.evaluate.results import Protocol
@@ -44,7 +47,7 @@ def build_evaluators(
 
 def open_evaluators(
     specs: tuple[str, ...],
-    load_tokenizer: "Callable[[], Tokenizer]",
+    load_tokenizer: "Callable[[], BaseTokenizer]",
     preprocess: "Preprocess",
     templates: tuple[str, ...],
     run: RunConfig,

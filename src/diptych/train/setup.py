@@ -1,13 +1,13 @@
 """A run before its first step: a model of random weights, a tokenizer."""
 
 import math
-from dataclasses import replace
 
 import torch
 
 from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
 from diptych.tokenizer import Tokenizer
+from diptych.tokens import BaseTokenizer
 from diptych.train.config import TrainConfig
 from diptych.train.loss import initial_logit_bias
 
@@ -23,7 +23,7 @@ def build_model(config: TrainConfig) -> CLIP:
     return model
 
 
-def load_tokenizer(config: TrainConfig) -> Tokenizer:
+def load_tokenizer(config: TrainConfig) -> BaseTokenizer:
     """The tokenizer of the run; it must fit the text tower."""
     text = config.model.text
     if config.tokenizer is not None and not config.tokenizer.is_dir():
@@ -33,4 +33,4 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} entries, the text tower {text.vocab_size}; they must agree"
         )
-    return replace(tokenizer, context_length=text.context_length)
+    return tokenizer.with_context_length(text.context_length)

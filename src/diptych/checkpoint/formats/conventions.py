@@ -11,14 +11,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diptych import files
 from diptych.checkpoint.sources import Published
 from diptych.checkpoint.weights.read import Source
 from diptych.checkpoint.weights.tensors import short
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
 from diptych.model.config import CLIPConfig, ViTConfig
-from diptych.tokenizer import FILE_NAME as TOKENIZER_FILE
 from diptych.tokenizer import Tokenizer
+from diptych.tokenizer_json import JsonTokenizer, read_tokenizer
+from diptych.tokens import FILE_NAME as TOKENIZER_FILE
+from diptych.tokens import BaseTokenizer, Clean
 
 
 def _same(ours: str, theirs: str) -> dict[str, Source]:
@@ -149,7 +152,7 @@ def published_preprocess(published: Published | None, image_size: int) -> Prepro
     return Preprocess(image_size=image_size, **known)
 
 
-def bare_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
+def bare_tokenizer(path: Path, config: CLIPConfig) -> BaseTokenizer:
     """The released vocabulary, or a tokenizer of ours that lies beside the file."""
     if (path.parent / TOKENIZER_FILE).is_file():
         return Tokenizer.load(path.parent)
@@ -182,3 +185,24 @@ def normal_form(config: CLIPConfig) -> CLIPConfig:
         pad_id=0 if text.is_trimmed else text.pad_id,  # nothing sees it
     )
     return replace(config, vision=vision, text=text)
+
+
+def foreign_tokenizer(
+    folder: Path, context_length: int, clean: Clean, *, strip_sep_token: bool = False, language: str | None = None
+) -> BaseTokenizer:
+    """The tokenizer.json of a folder with its family's rules, or what our own tokenizer left beside it."""
+    try:
+        if (folder / TOKENIZER_FILE).is_file():
+            return Tokenizer.load(folder)
+        return read_tokenizer(folder, context_length, clean=clean, strip_sep_token=strip_sep_token, language=language)
+    except UsageError as error:
+        raise CheckpointError(f"{folder} cannot be used: {error}") from None
+
+
+def write_foreign_tokenizer(folder: Path, tokenizer: JsonTokenizer) -> None:
+    """tokenizer.json, its settings as transformers and OpenCLIP read them, and all of its rules as we do."""
+    tokenizer.save(folder)
+    rules = tokenizer.rules
+    specials = {"pad_token": rules.pad, "eos_token": rules.end} | ({"sep_token": rules.drop} if rules.drop else {})
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length}
+    files.write_json(folder / "tokenizer_config.json", settings | specials)

@@ -4,6 +4,7 @@ What `model_cfg` says is in open_clip_config.py, the names of timm's towers in t
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from diptych import files
 from diptych.checkpoint.formats import open_clip_config, timm
-from diptych.checkpoint.formats.conventions import bare_tokenizer, from_openai, published_preprocess, to_openai
+from diptych.checkpoint.formats.conventions import (
+    bare_tokenizer,
+    foreign_tokenizer,
+    from_openai,
+    published_preprocess,
+    to_openai,
+    write_foreign_tokenizer,
+)
 from diptych.checkpoint.formats.open_clip_config import timm_name
 from diptych.checkpoint.loaded import Loaded, Opened, build_meta
 from diptych.checkpoint.sources import Published
@@ -23,6 +31,8 @@ from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.model.config import Activation, CLIPConfig, ViTConfig, check_activation
 from diptych.tokenizer import Tokenizer
+from diptych.tokenizer_json import JsonTokenizer
+from diptych.tokens import CLEANERS, BaseTokenizer
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -41,12 +51,16 @@ def open_folder(
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
     section = {} if record.get("preprocess_cfg") is None else _section(path, record, "preprocess_cfg")
     preprocess = read_preprocess(path, section, config, published)
+    text = _section(path, _section(path, record, "model_cfg"), "text_cfg")
+    tokenizer = read_tokenizer(folder, text, config, file.paths[0])
+    if tokenizer.pad_token_id:
+        config = replace(config, text=replace(config.text, pad_id=tokenizer.pad_token_id))
     return Opened(
         layout="open_clip",
         path=folder,
         config=config,
         preprocess=preprocess,
-        tokenizer=bare_tokenizer(file.paths[0], config),
+        tokenizer=tokenizer,
         weights=Weights(file=file, sources=find_sources(clean_names(file, file.paths[0]), config)),
         evidence={"activation": reason},
         files=(path, *file.paths),
@@ -66,6 +80,21 @@ def read_config(
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} makes no sense: {short(str(error))}") from None
     return config, reason
+
+
+def read_tokenizer(folder: Path, text: Mapping[str, Any], config: CLIPConfig, weights: Path) -> BaseTokenizer:
+    """CLIP's, or what `hf_tokenizer_name` stands for: its tokenizer.json lies in the folder."""
+    if not text.get("hf_tokenizer_name"):
+        return bare_tokenizer(weights, config)
+    match text.get("tokenizer_kwargs") or {}:
+        case {**rules} if rules.keys() <= {"clean", "strip_sep_token"}:
+            clean, strip = rules.get("clean", "whitespace"), rules.get("strip_sep_token", False)
+        case rules:
+            clean, strip = None, None
+    cleaner = next((name for name in CLEANERS if name == clean), None)
+    if cleaner is None or type(strip) is not bool:
+        raise CheckpointError(f"{folder / CONFIG}: tokenizer_kwargs {short(rules)} are not supported")
+    return foreign_tokenizer(folder, config.text.context_length, cleaner, strip_sep_token=strip)
 
 
 def _decide_activation(
@@ -200,7 +229,10 @@ def why_not(loaded: Loaded) -> str | None:
     """Why an OpenCLIP folder cannot hold this model."""
     if reason := open_clip_config.why_not(loaded.model.config):
         return reason
-    if loaded.tokenizer.merges != Tokenizer.clip(loaded.tokenizer.context_length).merges:
+    tokenizer = loaded.tokenizer
+    if isinstance(tokenizer, JsonTokenizer):
+        return "open_clip has no words for its tokenizer's rules" if tokenizer.rules.template else None
+    if tokenizer.fingerprint != Tokenizer.clip().fingerprint:
         return "its vocabulary is not OpenAI's, and open_clip would use that one all the same"
     return None
 
@@ -208,11 +240,16 @@ def why_not(loaded: Loaded) -> str | None:
 def write(folder: Path, loaded: Loaded) -> None:
     """Fill an empty folder with weights and config."""
     save_tensors(write_state(loaded.model), folder / WEIGHTS[0], {"format": "pt"})
-    preprocess = loaded.preprocess
+    preprocess, tokenizer = loaded.preprocess, loaded.tokenizer
+    model_cfg = open_clip_config.write_config(loaded.model.config)
+    if isinstance(tokenizer, JsonTokenizer):
+        write_foreign_tokenizer(folder, tokenizer)
+        rules = {"clean": tokenizer.rules.clean} | ({"strip_sep_token": True} if tokenizer.rules.drop else {})
+        model_cfg["text_cfg"] |= {"hf_tokenizer_name": "tokenizer.json", "tokenizer_kwargs": rules}
     files.write_json(
         folder / CONFIG,
         {
-            "model_cfg": open_clip_config.write_config(loaded.model.config),
+            "model_cfg": model_cfg,
             "preprocess_cfg": {
                 "mean": list(preprocess.mean),
                 "std": list(preprocess.std),

@@ -95,7 +95,7 @@ def decide_activation(path: Path, file: TensorFile, given: Activation | None, pu
 
 def why_not(loaded: Loaded) -> str | None:
     """Why OpenAI's state dict cannot hold this model: whoever reads it takes the rest for granted."""
-    config, stock = loaded.model.config, Tokenizer.clip(loaded.tokenizer.context_length)
+    config = loaded.model.config
     if config.activation != "quick_gelu":
         return "its activation is GELU, and OpenAI's loader always computes QuickGELU"
     towers = [config.text, *([config.vision] if isinstance(config.vision, ViTConfig) else [])]
@@ -107,7 +107,7 @@ def why_not(loaded: Loaded) -> str | None:
         return reason
     if loaded.preprocess != Preprocess(image_size=config.vision.image_size):
         return "its preprocessing is not OpenAI's, and a bare file cannot say so"
-    if loaded.tokenizer.merges != stock.merges:
+    if loaded.tokenizer.fingerprint != Tokenizer.clip().fingerprint:
         return "its vocabulary is not OpenAI's, and a bare file cannot say so"
     return None
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from diptych import files
 from diptych.bpe import SINGLE_TOKENS
-from diptych.checkpoint.formats.conventions import normal_form, transformers_place, transformers_sources
+from diptych.checkpoint.formats.conventions import (
+    foreign_tokenizer,
+    normal_form,
+    transformers_place,
+    transformers_sources,
+    write_foreign_tokenizer,
+)
 from diptych.checkpoint.loaded import Loaded, Opened, build_meta, why_not_paper
 from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import MAX_JSON, is_count, open_file, read_json, short
@@ -25,6 +31,8 @@ from diptych.errors import CheckpointError, UsageError
 from diptych.image import OPENAI_MEAN, OPENAI_STD, Preprocess
 from diptych.model.config import Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig
 from diptych.tokenizer import Tokenizer
+from diptych.tokenizer_json import JsonTokenizer
+from diptych.tokens import BaseTokenizer, Clean
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -41,7 +49,7 @@ def open_folder(folder: Path, weights: Path | None = None) -> Opened:
     kind = _KINDS[record["model_type"]].model
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
     preprocess, preprocess_files = read_preprocess(folder, config.vision.image_size)
-    tokenizer, tokenizer_files = read_tokenizer(folder, config.text)
+    tokenizer, tokenizer_files = read_tokenizer(folder, config.text, record["model_type"])
     return Opened(
         layout="transformers",
         path=folder,
@@ -294,13 +302,19 @@ def _preprocess(record: Mapping[str, Any], image_size: int) -> Preprocess:
     )
 
 
-def read_tokenizer(folder: Path, text: TextConfig) -> tuple[Tokenizer, tuple[Path, ...]]:
-    """The vocabulary that lies there, checked id for id; without one, the released vocabulary."""
+_OF_CLIP_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def read_tokenizer(folder: Path, text: TextConfig, kind: str) -> tuple[BaseTokenizer, tuple[Path, ...]]:
+    """The vocabulary that lies there, checked id for id; of a CLIPModel without one, the released vocabulary."""
     settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        name = read_json(settings).get("tokenizer_class")
-        if name not in (None, "CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast"):
-            raise CheckpointError(f"{settings} names the tokenizer {short(name)}; CLIP's is CLIPTokenizer")
+    name = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+    if kind != "clip" and name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        clean: Clean = "canonicalize" if str(name).removesuffix("Fast") == "SiglipTokenizer" else "none"
+        tokenizer = foreign_tokenizer(folder, text.context_length, clean)
+        return tokenizer, tuple(path for path in (settings, folder / "tokenizer.json") if path.is_file())
+    if name not in _OF_CLIP_CLASSES:
+        raise CheckpointError(f"{settings} names the tokenizer {short(name)}; CLIP's is CLIPTokenizer")
     found = _read_vocabulary(folder)
     if found is None:
         tokenizer = Tokenizer.clip(text.context_length)
@@ -459,7 +473,11 @@ def _write_preprocess(preprocess: Preprocess, kind: str) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+def _write_tokenizer(folder: Path, tokenizer: BaseTokenizer) -> None:
+    if isinstance(tokenizer, JsonTokenizer):
+        write_foreign_tokenizer(folder, tokenizer)
+        return
+    assert isinstance(tokenizer, Tokenizer)
     tokens = [*SINGLE_TOKENS, *(merge.replace(" ", "") for merge in tokenizer.merges), _START, _END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     files.write_bytes(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False).encode())

@@ -160,7 +160,8 @@ class Int8Transformer:
     ) -> None:
         self.blocks = [quantize_block(block) for block in blocks]
         self.heads = blocks[0].attn.heads
-        self.activation, self.eps = name_activation(blocks[0]), blocks[0].ln_1.eps
+        self.activation: Activation = name_activation(blocks[0])
+        self.eps = blocks[0].ln_1.eps
         self.dtype, self.read, self.attend = dtype, read, attend
         width, mlp_width = blocks[0].mlp.c_proj.out_features, blocks[0].mlp.c_proj.in_features
         x, scale, one = torch.zeros(64, width), torch.ones(64, 1), torch.ones(width)
