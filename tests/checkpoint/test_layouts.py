@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diptych.checkpoint import layouts
-from diptych.checkpoint.formats import conventions, native, open_clip, transformers
+from diptych.checkpoint.formats import conventions, native, open_clip, open_clip_config, transformers
 from diptych.checkpoint.weights import archive
 from diptych.checkpoint.weights.read import read_tensor_file
 from diptych.errors import ActivationUnknownError, CheckpointError, NotFoundError, UsageError
@@ -82,7 +82,7 @@ def test_the_ratio_that_open_clip_multiplies_and_cuts_gives_the_width_back():
     for width in range(8, 2000, 8):
         for mlp_width in (4 * width - 1, 4 * width + 1, round(width * 4.3637), round(width * 4.9231), 3 * width + 7):
             config = ViTConfig(image_size=14, patch_size=14, width=width, heads=1, mlp_ratio=mlp_width / width)
-            assert int(width * open_clip._exact_ratio(config)) == mlp_width
+            assert int(width * open_clip_config._exact_ratio(config)) == mlp_width
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from diptych.model.clip import CLIP
 from diptych.model.config import Activation, CLIPConfig, ViTConfig, check_activation
 from diptych.tokenizer import Tokenizer
 from diptych.tokenizer_json import JsonTokenizer
-from diptych.tokens import CLEANERS, BaseTokenizer
+from diptych.tokens import CLEANERS, BaseTokenizer, Clean
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -91,7 +91,7 @@ def read_tokenizer(folder: Path, text: Mapping[str, Any], config: CLIPConfig, we
             clean, strip = rules.get("clean", "whitespace"), rules.get("strip_sep_token", False)
         case rules:
             clean, strip = None, None
-    cleaner = next((name for name in CLEANERS if name == clean), None)
+    cleaner: Clean | None = next((name for name in CLEANERS if name == clean), None)
     if cleaner is None or type(strip) is not bool:
         raise CheckpointError(f"{folder / CONFIG}: tokenizer_kwargs {short(rules)} are not supported")
     return foreign_tokenizer(folder, config.text.context_length, cleaner, strip_sep_token=strip)
