@@ -243,7 +243,7 @@ def test_convert_writes_a_layout_that_classify_takes(tmp_path, capsys, layout):
     arguments = ["convert", tmp_path / "model", out, "--to", layout, "--image-size", 48, "--context-length", 20]
     assert call(*arguments) == 0
     printed = capsys.readouterr().out
-    assert "image features before and after differ by 0.0e+00" in printed
+    assert "image features of the resized model and of what was written differ by 0.0e+00" in printed
     assert f"written: {out} ({layout}, float32)" in printed
     assert call(*arguments) == 2
     assert "exists; name another place, or --overwrite" in capsys.readouterr().err

@@ -180,3 +180,12 @@ def test_everything_that_can_be_made_again_lies_in_one_cache(monkeypatch, enviro
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert files.cache_folder("index") == Path(folder)
+
+
+def test_json_that_is_nested_deeper_than_whoever_walks_it_bears_is_no_json():
+    nested = "[" * 100 + "]" * 100
+    assert len(files.parse_json(nested)) == 1
+    assert len(files.parse_json(str([[]] * 1000))) == 1000
+    for text in (f"[{nested}]", f'{{"a": {nested}}}'.encode(), "[" * 100_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            files.parse_json(text)

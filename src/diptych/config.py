@@ -88,10 +88,10 @@ def _decode_tuple(hints: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a plain JSON value is of a plain type; true is no number."""
+    """Whether a plain JSON value is of a plain type; true is no number, nor is what no machine counts with."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint) and not isinstance(value, float)
-    return hint is Any or type(value) is hint
+    return hint is Any or (type(value) is hint and not (type(value) is int and abs(value) >= 1 << 64))
 
 
 def _dataclasses_in(hint: Any) -> dict[str, type]:

@@ -107,7 +107,7 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     >>> str(unknown_name("preset", "ViT-B32", ["RN50", "ViT-B-32"]))
     "unknown preset 'ViT-B32'; did you mean ViT-B-32? Known: RN50, ViT-B-32"
     """
-    names = sorted(allowed)
+    names, given = sorted(allowed), given[:100]  # it may be what a damaged file holds
     folded = {name.casefold(): name for name in names}
     near = [folded[match] for match in difflib.get_close_matches(given.casefold(), folded, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -6,6 +6,7 @@ A reader sees the old file or the new one, never half of one, also when the mach
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -25,6 +26,8 @@ from diptych.errors import RunLockedError, UsageError
 
 MAX_JSON = 64 << 20
 """Bytes of a JSON file that are read; whatever needs more is not one of ours."""
+MAX_NESTING = 100
+_TOO_DEEP = "it is nested too deeply"
 _BLOCK = 1 << 20
 
 
@@ -81,12 +84,23 @@ def _sign(lock: int) -> None:
     os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
 
 
-def parse_json(data: bytes | str) -> Any:
-    """JSON of unknown origin; ValueError for all that is none: its encoding, its depth, its numbers."""
+def parse_json(data: bytes | str, **options: Any) -> Any:
+    """JSON of unknown origin; ValueError for all that is none: its encoding, its depth, its numbers.
+
+    Whoever compares, prints or writes it again walks it in recursion: what is nested over MAX_NESTING deep is refused.
+    """
     try:
-        return json.loads(data)
+        value = json.loads(data, **options)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    brackets = data.count("[") + data.count("{") if isinstance(data, str) else data.count(b"[") + data.count(b"{")
+    level = [value] if brackets > MAX_NESTING else []
+    for _ in range(MAX_NESTING):
+        holders = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = list(itertools.chain.from_iterable(holders))
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return value
 
 
 def read_json(path: Path) -> Any:

@@ -311,7 +311,8 @@ def _from_record(record: Any, path: Path) -> Tokenizer:
     if not isinstance(record, dict) or any(record.get(key) != value for key, value in _HEADER.items()):
         raise UsageError(f"{path} does not begin with {_HEADER}; give a file that this Tokenizer.save wrote")
     if record.keys() != known:
-        raise UsageError(f"{path}: wrong keys {sorted(record.keys() ^ known)}; allowed are {sorted(known)}")
+        odd = reprlib.repr(sorted(record.keys() ^ known))
+        raise UsageError(f"{path}: wrong keys {odd}; allowed are {sorted(known)}")
     merges, context_length = record["merges"], record["context_length"]
     if not (
         isinstance(merges, list)

@@ -241,6 +241,13 @@ CASES["pickle_dictionary_of_colliding_keys"] = with_pickle(
     b"\x80\x02}(" + b"".join(f"L{i * (2**61 - 1)}L\nN".encode() for i in range(1, 20_000)) + b"u."
 )
 CASES["pickle_dictionary_that_holds_itself"] = with_pickle(b"\x80\x02}q\x00X\x05\0\0\0modelh\x00s.")
+CASES["pickle_state_copied_into_many_objects"] = with_pickle(
+    b"\x80\x02}("
+    + b"".join(b"K%cK\x00" % i for i in range(128))
+    + b"uq\x000c__torch__\nCLIP\nq\x010("
+    + b"h\x01)\x81h\x00b" * 60_000
+    + b"l."
+)
 CASES["pickle_sparse_tensor"] = with_pickle(b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n)R.")
 CASES["pickle_quantized_tensor"] = tensor_case(function="_rebuild_qtensor")
 
@@ -260,6 +267,17 @@ CASES["storage_of_another_type"] = tensor_case(storage="ComplexDoubleStorage")
 CASES["storage_with_a_way_out"] = tensor_case(key="../../../../etc/passwd")
 CASES["storage_that_is_missing"] = tensor_case(key="7")
 CASES["storage_of_an_odd_size"] = tensor_case(data=b"\0" * 15)
+
+
+@case
+def storage_of_which_every_block_takes_the_whole(folder: Path, canary: Path) -> Path:
+    """As many tensors as a tower of 2000 blocks has, all of them views of one storage."""
+    weight = torch.zeros(1 << 18)
+    names = [f"visual.transformer.resblocks.{i}.mlp.{part}.weight" for i in range(2000) for part in ("c_fc", "c_proj")]
+    torch.save({**state(), **dict.fromkeys(names, weight)}, folder / "weights.pt")
+    honest().tokenizer.save(folder)
+    return folder / "weights.pt"
+
 
 # --- zip archives ----------------------------------------------------------------------------------------------------
 
@@ -416,6 +434,11 @@ def torchscript_with_evil_constants_and_code(folder: Path, canary: Path) -> Path
 
 
 CASES["torchscript_modules_in_a_circle"] = with_pickle(b"\x80\x02c__torch__\nCLIP\n)\x81q\x00}X\x01\0\0\0ah\x00sb.")
+CASES["torchscript_long_names_in_a_circle"] = with_pickle(
+    b"\x80\x02c__torch__\nCLIP\n)\x81q\x00}("
+    + b"".join(b"X" + struct.pack("<I", 20_000) + b"%c" % sign * 20_000 + b"h\x00" for sign in b"ab")
+    + b"ub."
+)
 CASES["torchscript_modules_without_tensors"] = with_pickle(b"\x80\x02c__torch__\nCLIP\n)\x81}b.")
 
 # --- not weights at all ----------------------------------------------------------------------------------------------

@@ -95,9 +95,9 @@ def test_the_ratio_that_open_clip_multiplies_and_cuts_gives_the_width_back():
         ("openai", VIT, {}, "vocabulary"),
         ("open_clip", VIT, {}, "vocabulary"),
         ("transformers", RESNET, {}, "no ResNet image tower"),
-        ("openai", replace(STOCK, vision=replace(STOCK.vision, stem="conv")), {}, "only diptych has"),
+        ("openai", replace(STOCK, vision=replace(STOCK.vision, stem="conv")), {}, "not the paper's: stem conv"),
         ("open_clip", replace(STOCK, vision=replace(STOCK.vision, stem="conv")), {}, "only diptych has"),
-        ("transformers", replace(STOCK, vision=replace(STOCK.vision, stem="conv")), {}, "only diptych has"),
+        ("transformers", replace(STOCK, vision=replace(STOCK.vision, stem="conv")), {}, "not the paper's: stem conv"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_with_the_reason(tmp_path, layout, config, changes, reason):
@@ -171,6 +171,8 @@ WRAPPERS = {
     "ddp": lambda s: {f"module.{n}": t for n, t in s.items()},
     "compiled": lambda s: {f"_orig_mod.{n}": t for n, t in s.items()},
     "compiled ddp": lambda s: {f"module._orig_mod.{n}": t for n, t in s.items()},
+    "lightning": lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}, "epoch": 1},
+    "part of another module": lambda s: {f"net.clip_model.module.{n}": t for n, t in s.items()},
     "compiled tower": lambda s: {n.replace("visual.", "visual._orig_mod."): t for n, t in s.items()},
     "custom text": lambda s: {n if n.startswith(("visual", "logit")) else f"text.{n}": t for n, t in s.items()},
     "open_clip training": lambda s: {
@@ -211,6 +213,60 @@ def test_state_dicts_are_read_in_whatever_training_wrapped_them(tmp_path, wrappe
     back = layouts.load(path, activation="quick_gelu")
     assert same_weights(back, loaded)
     assert layouts.open_checkpoint(path, activation="quick_gelu").layout == "state dict"
+
+
+def test_names_of_no_clip_are_told_as_they_are_in_the_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"projection is missing from its 1 tensors \(encoder\.weight, \.\.\.\)"):
+        layouts.load(bare(tmp_path, {"encoder.weight": torch.zeros(2)}), activation="gelu")
+    two = {f"{who}.{n}": t for who in ("student", "teacher") for n, t in openai_state(make_loaded(VIT)).items()}
+    with pytest.raises(CheckpointError, match=r"text_projection is missing .*student\.ln_final"):
+        layouts.load(bare(tmp_path, two), activation="gelu")
+    head = {f"model.{n}": t for n, t in openai_state(make_loaded(VIT)).items()} | {"head.weight": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(head\.weight\)"):
+        layouts.load(bare(tmp_path, head), activation="gelu")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_of_long_clips_two_tables_of_positions_the_right_rows_are_read(tmp_path, suffix):
+    config = replace(VIT, text=replace(VIT.text, context_length=40))
+    loaded = make_loaded(config, Tokenizer(SMALL_VOCABULARY.merges, context_length=40))
+    kept, rest = torch.randn(40, 64), torch.randn(40, 64)
+    state = openai_state(loaded) | {"positional_embedding": kept, "positional_embedding_res": rest}
+    path = tmp_path / f"weights.{suffix}"
+    (torch.save if suffix == "pt" else save_file)(state, path)
+    loaded.tokenizer.save(tmp_path)
+    back = layouts.load(path, activation="quick_gelu").model
+    text, mask = loaded.tokenizer(["the cat and the can " * 4, "cat"]), torch.arange(40)[:, None] < 20
+    with torch.inference_mode():
+        loaded.model.text.positional_embedding.copy_(kept * mask + rest * ~mask)
+        assert torch.equal(back.encode_text(text), loaded.model.encode_text(text))
+    torch.save(state | {"positional_embedding_res": rest[:30]}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match="are not two tables of LongCLIP's positions"):
+        layouts.load(tmp_path / "odd.pt", activation="quick_gelu")
+
+
+def test_a_bias_for_the_sigmoid_loss_travels_in_open_clips_layout_and_in_bare_files(tmp_path):
+    loaded = make_loaded(replace(STOCK, activation="gelu", logit_bias=True))
+    assert loaded.model.logit_bias != 0
+    layouts.convert(loaded, tmp_path / "m", "open_clip")
+    path = tmp_path / "m" / open_clip.CONFIG
+    assert json.loads(path.read_text())["model_cfg"]["init_logit_bias"] == -10
+    assert same_weights(layouts.load(tmp_path / "m"), loaded)
+    edit(path, lambda record: record["model_cfg"].pop("init_logit_bias"))  # what open_clip_train leaves behind
+    assert same_weights(layouts.load(tmp_path / "m"), loaded)
+    vector = openai_state(loaded) | {"logit_bias": loaded.model.logit_bias.detach().reshape(1)}
+    torch.save({"state_dict": {f"module.{n}": t for n, t in vector.items()}}, tmp_path / "epoch_1.pt")
+    assert same_weights(layouts.load(tmp_path / "epoch_1.pt", activation="gelu"), loaded)
+    with pytest.raises(UsageError, match="its logits have a bias"):
+        layouts.save(loaded, tmp_path / "t", "transformers")
+
+
+def test_a_device_that_is_not_there_is_one_line_before_anything_is_read(tmp_path):
+    for device in ("nonsense", "cpu:7"):
+        with pytest.raises(UsageError, match=f"no device '{device}' here"):
+            layouts.load(tmp_path / "none", device=device)
+    layouts.save(make_loaded(VIT), tmp_path / "m")
+    assert layouts.load(tmp_path / "m", device="auto").model.logit_scale.device.type in ("cpu", "cuda", "mps", "xpu")
 
 
 def test_a_resnet_without_counters_gets_them(tmp_path):
@@ -420,19 +476,19 @@ def test_what_transformers_writes_for_the_released_vocabulary_is_the_released_fi
 @pytest.mark.parametrize(
     ("section", "change", "reason"),
     [
-        ("vision_cfg", {"timm_model_name": "vit_base_patch16_siglip_224"}, "timm_model_name"),
+        ("vision_cfg", {"timm_model_name": "convnext_base"}, "timm's convnext_base"),
         ("text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name"),
-        ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}, "hf_tokenizer_name"),
-        ("text_cfg", {"no_causal_mask": True}, "no_causal_mask"),
-        ("text_cfg", {"pool_type": "last"}, "pool_type = last"),
+        ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "all"}}, "clean"),
+        ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}, "no .*token"),
+        ("text_cfg", {"text_arch": "modern"}, "text_arch = modern"),
+        ("text_cfg", {"pool_type": "mean"}, "pool_type = mean"),
         ("vision_cfg", {"pool_type": "avg"}, "pool_type = avg"),
-        ("vision_cfg", {"attentional_pool": True}, "attentional_pool"),
+        ("vision_cfg", {"attentional_pool": "parallel"}, "attentional_pool"),
+        ("vision_cfg", {"attentional_pool": True}, "attn_pool.* missing|missing .*attn_pool"),
         ("vision_cfg", {"ls_init_value": 1e-5}, "ls_init_value"),
-        ("vision_cfg", {"no_ln_pre": True}, "no_ln_pre"),
+        ("vision_cfg", {"no_ln_pre": True}, "unexpected .*ln_pre"),
         ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}, "act_kwargs"),
         ("vision_cfg", {"image_size": [32, 64]}, "not square"),
-        ("model_cfg", {"multimodal_cfg": {"layers": 12}}, "multimodal_cfg"),
-        ("model_cfg", {"init_logit_bias": -10}, "init_logit_bias"),
         ("preprocess_cfg", {"resize_mode": "longest"}, "longest"),
         ("preprocess_cfg", {"interpolation": "nearest"}, "nearest"),
         ("preprocess_cfg", {"size": 64}, "do not fit image_size 32"),
@@ -469,7 +525,8 @@ def test_keys_that_change_nothing_are_accepted(tmp_path):
     ("name", "reason"),
     [
         ("visual.trunk.blocks.0.norm1.weight", "timm"),
-        ("logit_bias", "SigLIP"),
+        ("logit_bias", r"logit_bias has shape \[2\], not \[\]"),
+        ("classifier.weight", r"1 unexpected \(classifier\.weight\)"),
         ("text.transformer.embeddings.word_embeddings.weight", "Hugging Face"),
         ("text_decoder.cross_attn.0.ln_1.weight", "CoCa"),
         ("visual.attn_pool.query", "pools by attention"),

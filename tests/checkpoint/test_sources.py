@@ -71,7 +71,8 @@ class Answer(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         data = hub.files[repository][name]
         is_large = not name.endswith(".json")
-        etag = hashlib.sha256(data).hexdigest() if is_large else hashlib.sha1(data).hexdigest()
+        git = b"blob %d\0%b" % (len(data), data)
+        etag = hashlib.sha256(data).hexdigest() if is_large else hashlib.sha1(git).hexdigest()
         if name in hub.corrupt:
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers else 0
@@ -181,6 +182,30 @@ def test_a_corrupted_download_is_named_and_fetched_again_the_next_time(hub, fold
     layouts.load("hf-hub:owner/model")
 
 
+@pytest.mark.parametrize("layout", ["diptych", "open_clip", "transformers"])
+def test_half_a_file_in_the_cache_is_named_let_go_and_fetched_again(hub, folders, layout):
+    publish(hub, folders / layout)
+    folder = sources.resolve("hf-hub:owner/model").path
+    for path in sorted(folder.iterdir()):
+        os.truncate(path.resolve(), path.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match=rf"{path.name} came out wrong: .* it was removed, try again"):
+            layouts.load("hf-hub:owner/model")
+        layouts.load("hf-hub:owner/model")
+
+
+def test_half_a_file_in_a_cache_that_is_read_only_is_to_be_deleted_by_its_owner(hub, folders, monkeypatch):
+    publish(hub, folders / "open_clip")
+    blob = (sources.resolve("hf-hub:owner/model").path / "open_clip_model.safetensors").resolve()
+    os.truncate(blob, 1000)
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "unlink", refuse)  # root, who runs the tests somewhere, may unlink anything
+    with pytest.raises(CheckpointError, match=f"delete {blob} and try again"):
+        layouts.load("hf-hub:owner/model")
+
+
 def test_verify_holds_a_cached_file_to_the_hubs_hash(hub, folders):
     from diptych.checkpoint.inspect import verify
 
@@ -213,6 +238,17 @@ def test_a_hub_that_cannot_be_reached_does_not_hide_what_is_in_the_cache(hub, fo
     layouts.load("hf-hub:owner/model")
     with pytest.raises(DownloadError, match=r"hf-hub:owner/other: .* cannot be fetched and is not in the cache"):
         layouts.load("hf-hub:owner/other")
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, tmp_path):
+    point_to("http://127.0.0.1:9", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    waits = []
+    monkeypatch.setattr(_http.time, "sleep", waits.append)  # 23 seconds of them
+    with pytest.raises(DownloadError, match=r"127\.0\.0\.1:9 does not answer: .*; without a network, name a local"):
+        layouts.load("hf-hub:owner/other")
+    assert waits == []
 
 
 def test_what_does_not_exist_is_said_in_one_line(hub, folders):
@@ -307,6 +343,13 @@ def test_a_name_that_nobody_knows_is_answered_with_what_is_known(name, message):
         sources.resolve(name)
 
 
+def test_a_run_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    with pytest.raises(NotFoundError, match=r"no such model: runs/dmo .*in runs there are demo"):
+        sources.resolve("runs/dmo")
+
+
 def test_a_folder_of_a_published_name_wins(tmp_path, monkeypatch, folders):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ViT-B-32").mkdir()
@@ -326,7 +369,7 @@ def test_a_published_file_is_known_by_name_and_hash_not_by_name_alone(tmp_path, 
 
 def test_every_published_entry_is_of_a_known_architecture_and_well_formed():
     table = sources.load_published()
-    assert len(table) == 69
+    assert len(table) == 70
     for name, entry in table.items():
         assert name.split("/")[0] in PRESETS
         assert entry.activation in ("quick_gelu", "gelu")

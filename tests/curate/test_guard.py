@@ -1,5 +1,7 @@
 import asyncio
+import contextlib
 import ipaddress
+import random
 import socket
 
 import hostile_web
@@ -15,6 +17,7 @@ NOT_PUBLIC = [
     *("198.51.100.1", "203.0.113.1", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255"),
     *("::", "::1", "::7f00:1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1", "100::1"),
     *("2001::1", "2001:db8::1", "2002:7f00:1::", "2002:808:808::", "3fff::1", "5f00::1", "fc00::1", "fd00:ec2::254"),
+    *("168.63.129.16", "::ffff:168.63.129.16", "2606:4700::5efe:a00:1", "2606:4700::200:5efe:808:808"),
     *("fe80::1", "fe80::1%lo", "fec0::1", "ff02::1", "4000::1", "1::1"),
 ]
 
@@ -45,6 +48,46 @@ def test_addresses_that_may_be_asked_are_read(text, host, path):
     assert (url.raw_host, url.raw_path_qs) == (host, path)
 
 
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("http://example.com/\ud800x", "half a character"),
+        ("http://example.com:8_0/x", "no number of plain digits"),
+        ("http://example.com:\u0668\u0660/x", "no number of plain digits"),
+        ("http://[v1.x]/x", "brackets around what is no IPv6 address"),
+        ("http://[\u202e]@", ""),  # an IndexError of the parser
+    ],
+)
+def test_what_parsers_read_differently_is_refused(text, detail):
+    with pytest.raises(NotFetched) as caught:
+        check_url(text, ports=(80, 443))
+    assert caught.value.reason == "url"
+    assert detail in caught.value.detail
+
+
+def test_random_addresses_are_read_or_refused():
+    pieces = [
+        *"[]:@%?#/.-_x1",
+        "::1",
+        "xn--",
+        "%25",
+        "\u3002",
+        "\uff11",
+        "\ud800",
+        "\u202e",
+        "8.8.8.8",
+        "0x7f",
+        "\u0660",
+    ]
+    draw = random.Random(0)
+    for _ in range(5000):
+        text = "http://" + "".join(draw.choices(pieces, k=draw.randrange(1, 7)))
+        with contextlib.suppress(NotFetched):
+            url = check_url(text, ports=(80,))
+            assert url.port == 80
+            assert str(url).encode()
+
+
 def test_an_allowed_host_is_allowed_at_its_port_only():
     allowed = parse_allowed(["127.0.0.1:8000", "[::1]:9000", "Here.test:7000"])
     assert allowed == {("127.0.0.1", 8000), ("::1", 9000), ("here.test", 7000)}
@@ -72,6 +115,21 @@ def test_what_is_resolved_is_what_may_be_dialled():
             assert caught.value.reason == reason
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("text", ["", "x", "8.8", "8.8.8.8%lo", "008.8.8.8", "8.8.8.8\n"])
+def test_an_answer_that_is_no_address_is_a_name_not_found(text):
+    with pytest.raises(NotFetched, match="no address") as caught:
+        asyncio.run(Guard(lookup=names(odd=["8.8.8.8", text])).resolve("odd", 80))
+    assert caught.value.reason == "dns"
+
+
+def test_of_thousands_of_addresses_all_are_judged_and_a_few_are_dialled():
+    many = [f"8.8.{i // 250}.{i % 250}" for i in range(5000)]
+    guard = Guard(lookup=names(many=many, bad=[*many, "10.0.0.1"]))
+    assert [one["host"] for one in asyncio.run(guard.resolve("many", 80))] == many[:16]
+    with pytest.raises(NotFetched, match="address"):
+        asyncio.run(guard.resolve("bad", 80))
 
 
 def test_a_name_that_moves_is_refused_when_it_is_looked_up_again():

@@ -204,6 +204,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path):
 def test_a_warmup_longer_than_the_run_is_refused(data, tmp_path):
     with pytest.raises(UsageError, match="warmup 30 takes all of the 20 steps"):
         loop.run(train_config(data, tmp_path / "run", warmup=30))
+    with pytest.raises(UsageError, match="use --recipe small-data, --warmup 1 or train longer"):
+        loop.run(train_config(data, tmp_path / "run", warmup=2000))
 
 
 def test_auto_precision_depends_on_the_processor_not_on_the_clock():

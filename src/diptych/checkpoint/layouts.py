@@ -24,6 +24,7 @@ from diptych.checkpoint.weights.tensors import read_json
 from diptych.config import to_dict
 from diptych.errors import CheckpointError, NotFoundError, UsageError, unknown_name
 from diptych.model.config import Activation, check_activation
+from diptych.model.device import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +61,27 @@ def load(
     (OpenAI's archives, state dicts); `hf-hub:owner/name[@revision]`; or a published name, `ViT-B-32/openai`. Only the
     last two use the network, and only for what is not in the cache.
 
+    `device`: "cpu", "cuda", "cuda:1", ..., or "auto", a GPU if there is one.
+
     `activation` ("quick_gelu" or "gelu") is needed for a bare file that does not show which one it was trained with;
     `preset` names the architecture where shapes alone do not tell the number of heads. Raises NotFoundError for what is
     not there, UsageError for what must be said, CheckpointError for what is damaged or of another family.
     """
+    device = choose_device(device) if isinstance(device, str) else device
     opened = open_checkpoint(source, activation=activation, preset=preset)
-    loaded = build(opened, dtype)
+    with sources.explain_damage(opened.path):
+        loaded = build(opened, dtype)
     return loaded._replace(model=loaded.model.to(device))
 
 
 def open_checkpoint(source: str | Path, *, activation: Activation | None = None, preset: str | None = None) -> Opened:
     """Look into a checkpoint of any layout, without reading its weights. Arguments and errors as `load`."""
     path, published = sources.resolve(source)
+    with sources.explain_damage(path):
+        return _open(path, published, activation, preset)
+
+
+def _open(path: Path, published: sources.Published | None, activation: Activation | None, preset: str | None) -> Opened:
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path} is neither a file nor a folder")
     # The config beside a file of weights is better evidence than the file alone.

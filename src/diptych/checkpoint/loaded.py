@@ -55,10 +55,15 @@ def build(opened: Opened, dtype: torch.dtype = torch.float32) -> Loaded:
         model = build_meta(opened.config)
         shapes = dict(opened.weights.shapes)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        scalars = [name for name in ("logit_scale", "logit_bias") if shapes.get(name) == (1,)]
-        shapes |= dict.fromkeys(scalars, ())  # some of OpenCLIP's models keep them as vectors
+        scalars = [name for name in ("logit_scale", "logit_bias") if name in expected]
+        for name in scalars:
+            if shapes.get(name) == (1,):  # some of OpenCLIP's models keep them as vectors
+                shapes[name] = ()
         counters = {name for name in expected.keys() - shapes.keys() if name.endswith("num_batches_tracked")}
-        check_shapes(opened.weights.file.paths[0], expected, shapes | dict.fromkeys(counters, ()))
+        shapes |= dict.fromkeys(counters, ())
+        theirs = {name: ", ".join(source.names) for name, source in opened.weights.sources.items()}
+        called = [{theirs.get(name, name): shape for name, shape in some.items()} for some in (expected, shapes)]
+        check_shapes(opened.weights.file.paths[0], *called)
         for name, source in opened.weights.sources.items():
             check_dtype(opened.weights.file, name, source)
         weights = opened.weights.read(dtype)

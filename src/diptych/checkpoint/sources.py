@@ -9,7 +9,9 @@ HF_ENDPOINT) are the library's. What was downloaded is held against the sha256 t
 """
 
 import difflib
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -170,26 +172,34 @@ def fetch(repository: str, revision: str | None = None) -> Path:
         path = _download(repository, config, revision)
         if path is None:
             continue
-        if config == "config.json" and read_json(path).get("model_type") is None:
-            continue
-        commit = path.parent.name  # everything else from the same commit
-        if config == _NATIVE:
-            listed = read_json(path).get("files")
-            for name in listed if isinstance(listed, dict) else ():
-                _require(repository, [beside(path, name).name], commit)
+        with explain_damage(path.parent):
+            found = _fetch_rest(repository, config, path)
+        if found:
             return path.parent
-        more, weights = _FOREIGN[config]
-        for name in more:
-            _download(repository, name, commit)
-        found = _require(repository, weights, commit)
-        if found.name.endswith(".index.json"):
-            shards = read_json(found).get("weight_map")
-            for name in sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else ():
-                _require(repository, [beside(found, name).name], commit)
-        return path.parent
     raise CheckpointError(
         f"{HUB}{repository} holds no checkpoint of CLIP: none of {_NATIVE}, {', '.join(_FOREIGN)} with its weights"
     )
+
+
+def _fetch_rest(repository: str, config: str, path: Path) -> bool:
+    """Bring what a layout needs beside its config; False if it is the config of something else."""
+    commit = path.parent.name  # everything from the same commit
+    if config == "config.json" and read_json(path).get("model_type") is None:
+        return False
+    if config == _NATIVE:
+        listed = read_json(path).get("files")
+        for name in listed if isinstance(listed, dict) else ():
+            _require(repository, [beside(path, name).name], commit)
+        return True
+    more, weights = _FOREIGN[config]
+    for name in more:
+        _download(repository, name, commit)
+    found = _require(repository, weights, commit)
+    if found.name.endswith(".index.json"):
+        shards = read_json(found).get("weight_map")
+        for name in sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else ():
+            _require(repository, [beside(found, name).name], commit)
+    return True
 
 
 def _require(repository: str, names: Sequence[str], commit: str) -> Path:
@@ -207,6 +217,8 @@ def _download(repository: str, name: str, revision: str | None) -> Path | None:
     cached = _cached(repository, name, revision)
     if cached is False and revision and _COMMIT.fullmatch(revision):
         return None  # a commit does not change
+    if cached is None and not constants.HF_HUB_OFFLINE:
+        _reach_hub(repository, constants.ENDPOINT)
     try:
         with _one_line(repository):
             path = Path(hf_hub_download(repository, name, revision=revision))
@@ -231,6 +243,23 @@ def _download(repository: str, name: str, revision: str | None) -> Path | None:
     return path
 
 
+@cache
+def _reach_hub(repository: str, endpoint: str) -> None:
+    """Ask the hub once before its library does, which asks one that is out of reach for half a minute."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, _NATIVE))
+    except (errors.HfHubHTTPError, errors.FileMetadataError, errors.HFValidationError):
+        pass  # it answers; what, is said when the file is asked for
+    except Exception as error:  # of the HTTP library below, whose tree is not part of the hub library's interface
+        reason = short(str(error).split("\n")[0] or type(error).__name__)
+        raise DownloadError(
+            f"{HUB}{repository}: it cannot be fetched and is not in the cache ({endpoint} does not answer: {reason}); "
+            "without a network, name a local folder or file"
+        ) from None
+
+
 def _cached(repository: str, name: str, revision: str | None) -> Path | Literal[False] | None:
     """Where the cache has a file; False if it knows that the repository has none; None if it knows nothing."""
     from huggingface_hub import try_to_load_from_cache
@@ -247,13 +276,36 @@ def expected_sha256(path: Path) -> str | None:
 
 
 def check_download(path: Path, expected: str) -> None:
-    """Hold a fresh download to its hash; a wrong one is removed, so that the next try fetches it again."""
-    if (found := files.sha256(path)) != expected:
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} came out wrong: its sha256 is {found}, not {expected}; it was removed, try again"
-        )
+    """Hold a download to its hash; a wrong one is removed, so that the next try fetches it again."""
+    kind = "sha256" if _SHA256.fullmatch(expected) else "git hash"
+    found = files.sha256(path) if kind == "sha256" else _git_hash(path.read_bytes())
+    if found != expected:
+        try:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+        except OSError:
+            remedy = f"delete {path.resolve()} and try again"
+        else:
+            remedy = "it was removed, try again"
+        raise CheckpointError(f"{path} came out wrong: its {kind} is {found}, not {expected}; {remedy}")
+
+
+@contextmanager
+def explain_damage(place: Path) -> Iterator[None]:
+    """Where a checkpoint cannot be read, see whether it is half a file in the hub's cache, and let go of that."""
+    try:
+        yield
+    except CheckpointError:
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            blob = Path(os.path.realpath(path))  # also of a link that leads to itself
+            if blob.parent.name == "blobs" and (_SHA256.fullmatch(blob.name) or _COMMIT.fullmatch(blob.name)):
+                check_download(path, blob.name)
+        raise
+
+
+def _git_hash(data: bytes) -> str:
+    """How the hub names a small file in its cache: as git does."""
+    return hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False).hexdigest()
 
 
 @contextmanager

@@ -71,8 +71,10 @@ class Convert:
         if self.context_length is not None:
             loaded = surgery.resize_context(loaded, self.context_length)
         differences = layouts.convert(loaded, self.out, self.to, precision=self.precision, overwrite=self.overwrite)
+        resized = self.image_size is not None or self.context_length is not None
+        what = "of the resized model and of what was written" if resized else "before and after"
         for tower, difference in differences.items():
-            print(f"{tower} features before and after differ by {difference:.1e} of their length")
+            print(f"{tower} features {what} differ by {difference:.1e} of their length")
         print(f"written: {self.out} ({self.to}, {self.precision})")
         return 0
 

@@ -325,7 +325,7 @@ def _printable(name: str) -> str:
 
 
 def stamp(file: Path) -> str:
-    """Size and time of change: another content has another stamp."""
+    """Size and time of change, by which content is known without reading it; both alike is taken for unchanged."""
     try:
         status = file.stat()
     except OSError:  # a link that leads nowhere is counted when it is read

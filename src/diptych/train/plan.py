@@ -12,7 +12,7 @@ from diptych.model import cost
 from diptych.model.config import CLIPConfig
 from diptych.train.config import Sharding
 
-DeviceKind = Literal["h100", "a100", "v100", "cpu"]
+DeviceKind = Literal["h200", "h100", "a100", "v100", "cpu"]
 Products = Literal["bfloat16", "float32"]
 Towers = tuple[cost.TowerCost, cost.TowerCost]
 
@@ -44,6 +44,8 @@ DEVICES: dict[DeviceKind, Device] = {
     # NVIDIA's H100 SXM5 data sheet: 989 bfloat16 and 67 float32 TFLOP/s without sparsity, NVLink 900 GB/s both ways
     # together; a DGX H100 has eight cards of 400 Gbit/s.
     "h100": Device(flops={"bfloat16": 989e12, "float32": 67e12}, memory=80e9, link=450e9, network=400e9),
+    # NVIDIA's H200 SXM data sheet: an H100 with 141 GB.
+    "h200": Device(flops={"bfloat16": 989e12, "float32": 67e12}, memory=141e9, link=450e9, network=400e9),
     # NVIDIA's A100 80GB SXM data sheet: 312 and 19.5 TFLOP/s, NVLink 600 GB/s; a DGX A100 has eight of 200 Gbit/s.
     "a100": Device(flops={"bfloat16": 312e12, "float32": 19.5e12}, memory=80e9, link=300e9, network=200e9),
     # NVIDIA's V100 SXM2 data sheet: 125 TFLOP/s in float16 (it has no bfloat16; bytes are the same) and 15.7 in

@@ -32,6 +32,7 @@ from diptych.train.finetune.start import choose_lr_scales, count_trained, load_s
 from diptych.train.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
 from diptych.train.parallel import wrap as parallel
 from diptych.train.parallel.micro_batch import choose_micro_batch_size
+from diptych.train.recipe import SMALL_DATA
 from diptych.train.run_folder.checkpoints import CheckpointManager
 from diptych.train.run_folder.logs import METRICS, SKIPPED, TIMING, Logs
 from diptych.train.run_folder.report import CLOCK, Clock, Evaluation, State, StepReport, TrainReport
@@ -71,9 +72,10 @@ class Trainer:
         self.steps = config.run.steps or math.ceil(config.run.epochs * self.loader.batches_per_epoch)
         self.steps = config.run.extend_to or self.steps
         if self.optim.warmup >= self.steps:
+            smaller = "--recipe small-data, " if self.optim.warmup > SMALL_DATA.optim.warmup else ""
             raise UsageError(
                 f"warmup {self.optim.warmup} takes all of the {self.steps} steps; "
-                f"use --warmup {max(1, self.steps // 20)} or train longer"
+                f"use {smaller}--warmup {max(1, self.steps // 20)} or train longer"
             )
         self.model = (start.model if start else build_model(config)).to(self.device)
         if start:

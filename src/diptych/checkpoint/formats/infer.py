@@ -5,11 +5,12 @@ better) nor which activation it was trained with.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from math import isqrt
 from pathlib import Path
 
+from diptych.checkpoint.weights.tensors import short
 from diptych.errors import CheckpointError, UsageError
 from diptych.model.config import PRESETS, Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig, get_preset
 
@@ -18,15 +19,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 CHANNELS_PER_HEAD = 64
 
 
-def infer_config(shapes: Shapes, activation: Activation, preset: str | None, where: Path) -> tuple[CLIPConfig, str]:
-    """The config whose tensors have these shapes, and how the number of heads was decided."""
+def infer_config(
+    shapes: Shapes, activation: Activation, preset: str | None, where: Path, names: Collection[str] = ()
+) -> tuple[CLIPConfig, str]:
+    """The config whose tensors have these shapes, and how the number of heads was decided. `names`: as in the file."""
     _refuse_other_families(shapes, where)
     if preset is not None:
-        return replace(get_preset(preset), activation=activation), f"preset {preset} was asked for"
+        config = replace(get_preset(preset), activation=activation, logit_bias="logit_bias" in shapes)
+        return config, f"preset {preset} was asked for"
     try:
         config = _infer(shapes, activation)
     except KeyError as error:
-        raise CheckpointError(f"{where} is no CLIP model: {error.args[0]} is missing") from None
+        missing, there = str(error.args[0]).removeprefix("text."), short(", ".join(sorted(names)[:3]))
+        raise CheckpointError(
+            f"{where} is no CLIP model: {missing} is missing from its {len(names)} tensors ({there}, ...)"
+        ) from None
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{where} is no CLIP model that we know: {error}") from None
     known = _same_sizes(config)
@@ -54,7 +61,8 @@ def _infer(shapes: Shapes, activation: Activation) -> CLIPConfig:
         mlp_ratio=_dims(shapes, "text.transformer.resblocks.0.mlp.c_fc.weight", 2)[0] / text_width,
     )
     vision = _infer_vit(shapes) if "visual.class_embedding" in shapes else _infer_resnet(shapes)
-    return CLIPConfig(embed_dim=embed_dim, vision=vision, text=text, activation=activation)
+    bias = "logit_bias" in shapes
+    return CLIPConfig(embed_dim=embed_dim, vision=vision, text=text, activation=activation, logit_bias=bias)
 
 
 def _infer_vit(shapes: Shapes) -> ViTConfig:
@@ -118,8 +126,6 @@ def _grid(shapes: Shapes, name: str) -> int:
 
 _OTHER_FAMILIES = {
     "visual.trunk.": "its image tower is a timm model",
-    "logit_bias": "it was trained with the sigmoid loss (SigLIP), whose towers and tokenizer are others",
-    "text.logit_bias": "it was trained with the sigmoid loss (SigLIP), whose towers and tokenizer are others",
     "text.proj.": "its text tower is a Hugging Face model",
     "text.transformer.embeddings.": "its text tower is a Hugging Face model",
     "text.transformer.encoder.": "its text tower is a Hugging Face model",

@@ -185,8 +185,8 @@ def _to_version_2(description: dict[str, Any]) -> dict[str, Any]:
     """Version 2 knows MLPs of other widths, and other ways to resize."""
     model = dict(description["model"])
     for tower in ("vision", "text"):
-        if model[tower].get("type") != "ResNetConfig":
-            model[tower] = model[tower] | {"mlp_ratio": 4.0}
+        if isinstance(sizes := model.get(tower), dict) and sizes.get("type") != "ResNetConfig":
+            model[tower] = sizes | {"mlp_ratio": 4.0}
     preprocess = description["preprocess"] | {"resize": "shorter_side", "interpolation": "bicubic"}
     return description | {"version": 2, "model": model, "preprocess": preprocess}
 

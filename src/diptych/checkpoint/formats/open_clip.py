@@ -49,6 +49,8 @@ def open_folder(
     record = read_json(path)
     config, reason = read_config(path, record, activation, published)
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
+    names = clean_names(file, file.paths[0])
+    config = replace(config, logit_bias="logit_bias" in names)  # open_clip_train writes it beside a config without
     section = {} if record.get("preprocess_cfg") is None else _section(path, record, "preprocess_cfg")
     preprocess = read_preprocess(path, section, config, published)
     text = _section(path, _section(path, record, "model_cfg"), "text_cfg")
@@ -61,7 +63,7 @@ def open_folder(
         config=config,
         preprocess=preprocess,
         tokenizer=tokenizer,
-        weights=Weights(file=file, sources=find_sources(clean_names(file, file.paths[0]), config)),
+        weights=Weights(file=file, sources=find_sources(names, config)),
         evidence={"activation": reason},
         files=(path, *file.paths),
     )

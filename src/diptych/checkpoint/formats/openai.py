@@ -11,6 +11,7 @@ whose hash is known, or the caller. If nothing shows it the file is refused, nam
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +28,9 @@ from diptych.checkpoint.formats.conventions import (
 from diptych.checkpoint.formats.infer import CHANNELS_PER_HEAD, infer_config
 from diptych.checkpoint.loaded import Loaded, Opened, why_not_paper
 from diptych.checkpoint.sources import Published, find_published
-from diptych.checkpoint.weights.read import Weights, clean_names, read_tensor_file
+from diptych.checkpoint.weights.read import Source, Weights, clean_names, read_tensor_file
 from diptych.checkpoint.weights.tensors import TensorFile
-from diptych.errors import ActivationUnknownError
+from diptych.errors import ActivationUnknownError, CheckpointError
 from diptych.image import Preprocess
 from diptych.model.config import Activation, ViTConfig, check_activation
 from diptych.tokenizer import Tokenizer
@@ -52,11 +53,13 @@ def open_file(
     names = clean_names(file, path)
     of_transformers = any(name.startswith(("text_model.", "vision_model.")) for name in names)
     sources = transformers_sources(names, path, transformers_names(names)) if of_transformers else openai_sources(names)
+    if sources.keys() >= {"text.positional_embedding", _REST}:
+        file, sources = join_positions(file, sources)
     weights = Weights(file=file, sources=sources)
     published = published or find_published(path)
     shapes = weights.shapes
     evidence = decide_activation(path, file, activation, published)
-    config, heads = infer_config(shapes, evidence.activation, preset, path)
+    config, heads = infer_config(shapes, evidence.activation, preset, path, file.entries.keys())
     preprocess = published_preprocess(published, config.vision.image_size)
     return Opened(
         layout="transformers weights" if of_transformers else "TorchScript archive" if file.classes else "state dict",
@@ -72,6 +75,28 @@ def open_file(
         },
         files=file.paths,
     )
+
+
+_REST, _KEPT = "text.positional_embedding_res", 20
+
+
+def join_positions(file: TensorFile, sources: Mapping[str, Source]) -> tuple[TensorFile, dict[str, Source]]:
+    """LongCLIP (Zhang et al. 2024) has two tables of positions: the first 20 count of one, all others of the other."""
+    sources = dict(sources)
+    (one,), (other,) = sources["text.positional_embedding"].names, sources.pop(_REST).names
+    table = file.entries[one]
+    if len(table.shape) != 2 or table.shape != file.entries[other].shape or table.shape[0] <= _KEPT:
+        raise CheckpointError(f"{file.paths[0]}: {one} and {other} are not two tables of LongCLIP's positions")
+    length, width = table.shape
+    parts = {}
+    for name, begin, end in ((one, 0, _KEPT), (other, _KEPT, length)):
+        whole = file.entries[name]
+        stride = whole.stride or (width, 1)
+        parts[f"{name}[{begin}:{end}]"] = replace(
+            whole, shape=(end - begin, width), stride=stride, offset=whole.offset + begin * stride[0]
+        )
+    sources["text.positional_embedding"] = Source(tuple(parts))
+    return replace(file, entries={**file.entries, **parts}), sources
 
 
 def decide_activation(path: Path, file: TensorFile, given: Activation | None, published: Published | None) -> Evidence:

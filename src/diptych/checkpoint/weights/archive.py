@@ -59,6 +59,12 @@ def read_archive(path: Path) -> TensorFile:
         used = {(entry.start, entry.nbytes) for entry in entries.values()}
         if sum(nbytes for _, nbytes in used) > members.size:
             raise CheckpointError(f"{path} is damaged: its members overlap")
+        claimed = sum(entry.numel * entry.dtype.itemsize for entry in entries.values())
+        if claimed > 2 * members.size:  # some tied weights share a storage, and each gets memory of its own
+            raise CheckpointError(
+                f"{path} is refused: its tensors share storages and would take {claimed:,} bytes, the file has "
+                f"{members.size:,}"
+            )
     return TensorFile((path,), entries, classes)
 
 
@@ -197,6 +203,7 @@ def _unwrap(root: dict[Any, Any]) -> dict[Any, Any]:
 def _walk_module(module: Instance, classes: dict[str, str], path: Path) -> Iterator[tuple[str, Any]]:
     """Every attribute of a TorchScript module and its submodules by its path, their classes noted on the way."""
     waiting: list[tuple[str, Instance]] = [("", module)]
+    letters = 0
     for _ in range(_MAX_VISITS):
         if not waiting:
             return
@@ -205,6 +212,9 @@ def _walk_module(module: Instance, classes: dict[str, str], path: Path) -> Itera
         if prefix.count(".") > _MAX_DEPTH:
             break
         for name, value in module.state.items():
+            letters += len(prefix) + len(str(name))
+            if letters > MAX_HEADER:
+                raise CheckpointError(f"{path} is refused: the names of its tensors have over {MAX_HEADER} letters")
             if isinstance(value, Instance):
                 waiting.append((f"{prefix}{name}.", value))
             else:

@@ -109,6 +109,7 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def step(self, name: str, argument: Any) -> None:
         if name in _CONSTANTS:
@@ -186,6 +187,9 @@ class _Machine:
         state = self.pop()
         target = self.stack[-1]
         if isinstance(target, Instance) and type(state) is dict:
+            self.copied += len(state)  # the one instruction that takes memory of more than constant size
+            if self.copied > MAX_OPCODES:
+                raise CheckpointError(f"its pickle copies more than {MAX_OPCODES} attributes")
             target.state.update(state)
         elif not isinstance(target, (dict, Instance, Call)):  # attributes of a dictionary (`_metadata`) are dropped
             raise ValueError("a state for something that has none")

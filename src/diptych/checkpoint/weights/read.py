@@ -138,13 +138,18 @@ def damaged(file: Path) -> CheckpointError:
 
 
 def clean_names(file: TensorFile, where: Path) -> dict[str, str]:
-    """Names without the wrappers of training -> names in the file; what is no weight is left out."""
+    """Names without the wrappers of training -> names in the file; what is no weight is left out.
+
+    A model that is a part of another module (Lightning's `model.`, `clip_model.`) is known by its one temperature.
+    """
+    plain = {given: ".".join(p for p in given.split(".") if p not in _TRAINING_PARTS) for given in file.entries}
+    scales = [name for name in plain.values() if f".{name}".endswith(".logit_scale")]
+    prefix = scales[0].removesuffix("logit_scale") if len(scales) == 1 else ""
     names: dict[str, str] = {}
-    for given in file.entries:
-        parts = [part for part in given.split(".") if part not in _TRAINING_PARTS]
-        if parts[-1:] and parts[-1] in _NOT_WEIGHTS:
+    for given, name in plain.items():
+        if name.split(".")[-1] in _NOT_WEIGHTS:
             continue
-        name = ".".join(parts)
+        name = name.removeprefix(prefix)
         if name in names:
             raise CheckpointError(f"{where} holds {short(name)} twice, as {short(names[name])} and {short(given)}")
         names[name] = given

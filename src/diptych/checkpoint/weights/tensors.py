@@ -4,7 +4,6 @@ A file is trusted with nothing. Its header is bounded, every tensor must lie ins
 memory is what the file itself holds. This module knows safetensors; `archive` makes the same of torch.save's files.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from diptych import files
 from diptych.errors import CheckpointError, NotFoundError
 
 MAX_HEADER = 8 << 20
@@ -251,6 +251,11 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    def bounded(digits: str) -> int:
+        if len(digits) > 300:  # beyond every float; 1e30 stands in tokenizers of transformers
+            raise ValueError(f"{digits[:20]}... is a number of {len(digits)} digits")
+        return int(digits)
+
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -260,9 +265,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
-    except RecursionError:
-        raise CheckpointError(f"{path} is damaged: its JSON is nested too deep") from None
+        text = data.decode("utf-8")
+        value = files.parse_json(text, object_pairs_hook=once, parse_constant=refuse, parse_int=bounded)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {short(str(error))}") from None
     if not isinstance(value, dict):

@@ -97,8 +97,8 @@ class Visitor:
     def crawl_delay(self, text: str) -> float:
         """Seconds that a host wants between two requests, as far as its robots.txt is known."""
         try:
-            known = self._rules.get(str(yarl.URL(text).origin()))
-        except ValueError:
+            known = self._rules.get(str(self._check(text).origin()))
+        except NotFetched:
             return 0.0
         if known is None or not known.task.done() or known.task.cancelled() or known.task.exception():
             return 0.0

@@ -31,6 +31,8 @@ Lookup = Callable[[str], Awaitable[list[str]]]
 
 MAX_URL = 4096
 """Characters of an address that is asked."""
+_MAX_DIALLED = 16
+"""Addresses of one name that are tried; all of them are judged."""
 
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
@@ -38,6 +40,7 @@ _NOT_PUBLIC = tuple(
         # IANA's registries of special-purpose addresses; here, because what Python calls global depends on its version
         *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
         *("192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24"),
+        "168.63.129.16/32",  # public by number, but on every machine of Azure's it is the host that keeps its secrets
         *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
         *("::/96", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64", "2001::/23", "2001:db8::/32", "2002::/16"),
         *("2620:4f:8000::/48", "3fff::/20", "5f00::/16", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8"),
@@ -45,6 +48,7 @@ _NOT_PUBLIC = tuple(
 )
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_ISATAP = (b"\x00\x00\x5e\xfe", b"\x02\x00\x5e\xfe")
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]*|[0-9]+)")
 _HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
@@ -52,8 +56,8 @@ _HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 def is_public(address: IPAddress) -> bool:
     """Whether an address is one of the public internet.
 
-    An IPv6 address that stands for an IPv4 one (mapped, NAT64) is judged as that. 6to4 and Teredo are refused: nothing
-    that serves pictures uses them today.
+    An IPv6 address that stands for an IPv4 one (mapped, NAT64) is judged as that. 6to4, Teredo and ISATAP are refused:
+    nothing that serves pictures uses them today. 6over4 cannot be: it looks like any address that ends in a number.
     """
     if isinstance(address, ipaddress.IPv6Address):
         if address.scope_id is not None:
@@ -63,7 +67,7 @@ def is_public(address: IPAddress) -> bool:
             inner = ipaddress.IPv4Address(address.packed[12:])
         if inner is not None:
             return is_public(inner)
-        if address not in _GLOBAL_UNICAST:
+        if address not in _GLOBAL_UNICAST or address.packed[8:12] in _ISATAP:
             return False
     return address.is_global and not any(address.version == net.version and address in net for net in _NOT_PUBLIC)
 
@@ -94,13 +98,21 @@ def _read(text: str) -> yarl.URL:
     head, slash, path = text.strip(" ").partition("://")
     host, cut, path = path.partition("/")
     text = head + slash + host + cut + path.replace(" ", "%20")  # as browsers do; common in pages
-    if any(ord(char) <= 32 or ord(char) == 127 or char == "\\" for char in text):
-        raise NotFetched("url", "a space, a control character or a backslash, which are read in different ways")
+    if any(ord(char) <= 32 or ord(char) == 127 or char == "\\" or "\ud800" <= char <= "\udfff" for char in text):
+        raise NotFetched(
+            "url", "a space, a control character, a backslash or half a character, which are read in different ways"
+        )
+    authority = re.split("[?#]", host, maxsplit=1)[0].rpartition("@")[2]
+    _, colon, port = authority.rpartition("]")[2].rpartition(":")
+    if colon and re.search("[^0-9]", port):
+        raise NotFetched("url", "a port that is no number of plain digits")
     try:
         url = yarl.URL(text).with_fragment(None)
         _ = url.port, url.raw_host
-    except (ValueError, TypeError, UnicodeError) as error:
+    except (ValueError, TypeError, IndexError) as error:  # yarl has raised all of them
         raise NotFetched("url", str(error)) from None
+    if "[" in authority and ":" not in (url.raw_host or ""):
+        raise NotFetched("url", "brackets around what is no IPv6 address")
     return url
 
 
@@ -152,7 +164,11 @@ class Guard(AbstractResolver):
         if not texts:
             raise NotFetched("dns", f"{host} has no address")
         for text in texts:
-            if self._is_public(ipaddress.ip_address(text)):
+            try:
+                address = ipaddress.ip_address(text)
+            except ValueError:
+                raise NotFetched("dns", f"{host} is at {text!r}, which is no address") from None
+            if self._is_public(address):
                 continue
             if (host, port) not in self.allowed or not _is_loopback(text):
                 raise NotFetched("address", f"{host} is at {text}")  # one bad address condemns the name
@@ -166,7 +182,7 @@ class Guard(AbstractResolver):
                 proto=socket.IPPROTO_TCP,
                 flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
             )
-            for text in texts
+            for text in texts[:_MAX_DIALLED]
         ]
 
     def open_socket(self, info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
