@@ -38,8 +38,8 @@ bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenize
 parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)
 	$(VENV)/python benchmarks/parity.py $(ARGS)
 
-hostile: .venv/demo .venv/dev ## load files made to harm, each in a process of its own
-	$(VENV)/python benchmarks/hostile.py
+hostile: .venv/demo .venv/dev ## meet every kind of bad input, each command in a watched process of its own
+	$(VENV)/python -W ignore benchmarks/hostile.py $(ARGS)
 
 kill-test: .venv/demo .venv/dev ## kill training a hundred times and compare what comes out (half an hour; goes on where it was)
 	$(VENV)/python benchmarks/kill.py $(ARGS)

@@ -1,102 +1,97 @@
-"""Hostile checkpoints, each loaded in a process of its own: does anything run, how does it end, how much memory.
+"""Bad input of every kind, each in a process of its own with limits of memory and time: what held, and at what cost.
 
-    python benchmarks/hostile.py          (make hostile)
+    python benchmarks/hostile.py [--only KIND ...] [--share 0.1] [--write]          (make hostile)
 
-The cases are those of tests/checkpoint/hostile.py. A row counts cases of one kind: `ours` is how many ended in one
-clear line with nothing executed, `peer` how many there are; the last row is the largest peak of memory of any case.
+The cases are those of tests/strangers and tests/checkpoint/hostile.py. A case holds if its command ends in time and in
+bounded memory, with a right exit code and without a traceback, starts no other program, changes nothing outside of its
+folder, prints nothing that steers a terminal, and accounts for what it was given. `--write` puts the table into
+docs/security.md.
 """
 
+import argparse
+import datetime
+import json
 import os
 import sys
 import tempfile
-from collections import Counter, defaultdict
+import time
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-import torch
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["OMP_NUM_THREADS"] = "1"
+os.umask(0o022)
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "curate")]
+from strangers import corpus  # noqa: E402  # pyright: ignore[reportMissingImports]
+from strangers.run import Verdict, run_cases  # noqa: E402  # pyright: ignore[reportMissingImports]
+from strangers.world import build, warm  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from harness import ROOT, report
-
-sys.path.insert(0, str(ROOT / "tests"))
-from checkpoint.hostile import CASES, iter_honest  # pyright: ignore[reportMissingImports]
-from diptych.checkpoint import layouts
-from diptych.errors import DiptychError
-
-MEMORY_BOUND = 1 << 30
-
-
-def run_case(name: str, folder: Path) -> dict[str, Any]:
-    """Make the file here, load it in a child that may come to harm."""
-    canary = folder / "canary"
-    (folder / "files").mkdir()
-    place = CASES[name](folder / "files", canary)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        os.write(writer, outcome(place).encode()[:4000])
-        os._exit(0)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as answer:
-        line = answer.read()
-    _, status, usage = os.wait4(child, 0)
-    return {
-        "line": line.replace(str(folder), ""),
-        "peak": usage.ru_maxrss * 1024,
-        "sound": status == 0 and not canary.exists() and line.startswith("refused: ") and line.isprintable(),
-    }
-
-
-def kind_of(name: str) -> str:
-    first = name.split("_")[0]
-    return {
-        "forged": "folder",
-        "config": "folder",
-        "transformers": "folder",
-        "shard": "folder",
-        "tokenizer": "folder",
-        "tensor": "storage",
-    }.get(first, first if first in ("pickle", "storage", "zip", "torchscript", "safetensors", "truncated") else "other")
-
-
-def outcome(place: Path) -> str:
-    try:
-        layouts.load(place, activation="quick_gelu")
-    except DiptychError as error:
-        return f"refused: {error}"
-    except BaseException as error:  # whatever it is, it is not one clear line
-        return f"{type(error).__name__}: {error}"
-    return "loaded"
+PAGE = ROOT / "docs" / "security.md"
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # a forked child has no other threads
-    with tempfile.TemporaryDirectory() as folder:
-        for place in iter_honest(Path(folder)):
-            layouts.load(place, activation="quick_gelu")
-    sound: Counter[str] = Counter()
-    peaks: dict[str, float] = defaultdict(float)
-    for name in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            result = run_case(name, Path(folder))
-        kind = kind_of(name)
-        sound[kind] += result["sound"]
-        peaks[kind] = max(peaks[kind], result["peak"])
-        if not result["sound"] or result["peak"] > MEMORY_BOUND:
-            print(f"FAILED {name}: {result['line']} ({result['peak'] / 2**20:.0f} MiB)")
-    counts = Counter(map(kind_of, CASES))
-    rows = [row(f"{kind}: refused in one line", sound[kind], count, "cases") for kind, count in sorted(counts.items())]
-    rows.append(row("all: refused in one line", sound.total(), len(CASES), "cases"))
-    peak = max(peaks.values()) / 2**20
-    rows.append(row("largest peak memory of a case", peak, MEMORY_BOUND / 2**20, "MiB"))
-    report("hostile", rows)
-    sys.exit(sound.total() != len(CASES) or peak > MEMORY_BOUND / 2**20)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=[], help="kinds, or words of the names of cases")
+    parser.add_argument("--share", type=float, default=1.0, help="part of all cases, always the same")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--json", action="store_true", help="one line of JSON a case instead of the table")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at once")
+    options = parser.parse_args()
+    started = time.monotonic()
+    warm()
+    with tempfile.TemporaryDirectory(prefix="strangers-") as folder:
+        os.chmod(folder, 0o755)
+        world = build(Path(folder) / "world")
+        cases = list(corpus.iter_cases(world, options.share))
+        if options.only:
+            cases = [c for c in cases if any(word == c.kind or word in f"{c.kind}: {c.name}" for word in options.only)]
+        verdicts = []
+        for verdict in run_cases(cases, world.root, options.jobs):
+            verdicts.append(verdict)
+            _tell(verdict, as_json=options.json)
+    seconds = time.monotonic() - started
+    if not options.json:
+        table = make_table(verdicts, seconds)
+        print(table)
+        if options.write:
+            write_table(table)
+    sys.exit(any(verdict.wrong for verdict in verdicts))
 
 
-def row(case: str, ours: float, bound: float, unit: str) -> dict[str, Any]:
-    """As the other tables; above 1, or equal to it, is good."""
-    ratio = bound / ours if unit == "MiB" else ours / bound
-    return {"case": case, "ours": ours, "peer": bound, "peer_name": "bound", "unit": unit, "ratio": ratio}
+def _tell(verdict: Verdict, *, as_json: bool) -> None:
+    case = verdict.case
+    if as_json:
+        row = {"kind": case.kind, "name": case.name, "wrong": verdict.wrong, "peak": verdict.peak}
+        print(json.dumps(row | {"seconds": verdict.seconds}), flush=True)
+    elif verdict.wrong:
+        print(f"FAILED {case.kind}: {case.name}: {verdict.wrong}\n    {verdict.err[-1500:]!r}", flush=True)
+
+
+def make_table(verdicts: list[Verdict], seconds: float) -> str:
+    """Markdown: a row a kind, and all."""
+    kinds: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        kinds[verdict.case.kind].append(verdict)
+        kinds["**all**"].append(verdict)
+    kinds["**all**"] = kinds.pop("**all**", [])
+    lines = ["| kind | bad inputs | commands that held | peak MiB | longest s |", "|---|---|---|---|---|"]
+    for kind, group in kinds.items():
+        held = sum(not verdict.wrong for verdict in group)
+        inputs, peak = sum(v.case.inputs for v in group), max((v.peak for v in group), default=0) >> 20
+        longest = max((v.seconds for v in group), default=0.0)
+        lines.append(f"| {kind} | {inputs:,} | {held:,} of {len(group):,} | {peak:,} | {longest:.1f} |")
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    command = " ".join(["python", "benchmarks/hostile.py", *(o for o in sys.argv[1:] if o != "--write")])
+    cores = len(os.sched_getaffinity(0))
+    return "\n".join([*lines, "", f"{today}, `{command}`, {cores} cores, {seconds / 60:.0f} minutes.", ""])
+
+
+def write_table(table: str) -> None:
+    text = PAGE.read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}", "utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def main(demo: CurateDemo) -> pipeline.PipelineReport:
         report = pipeline.run(config, engine=engine)
     print(report.funnel)
     print(f"report: {report.html}")
+    if report.left_nothing:
+        raise UsageError(report.left_nothing)
     print(f"shards: {report.folder}  (manifest {report.hash}); {time.monotonic() - began:.0f} s")
     train(demo, report.folder)
     return report

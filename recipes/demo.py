@@ -29,18 +29,22 @@ from diptych.evaluate.metrics.measures import classification, retrieval
 from diptych.image import Picture
 from diptych.model.config import CLIPConfig, get_preset
 from diptych.pair import Pair
+from diptych.report.page import Example, pick_rows
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
+from diptych.templates import load_templates
 from diptych.tokenizer import train_bpe
 from diptych.train.config import RunConfig, TrainConfig
+from diptych.train.page import write_run_page
 from diptych.train.recipe import SMALL_DATA
 from diptych.zeroshot import Classnames, build_classifier
 from recipes.icons import build_icon_shards, class_names, load_digits
-from recipes.report import Example, write_report
+from recipes.report import draw_overview, tell_results
 
 PRESET = "RN-Ti"
 VOCAB_SIZE = 4096
 CONTEXT_LENGTH = 24
+TESTS = ("held_out_family", "held_out_concepts", "digits")
 DIGIT_NAMES = tuple(f"number {digit}" for digit in range(10))
 
 
@@ -78,16 +82,19 @@ def main(demo: Demo) -> dict[str, Any]:
     started = time.monotonic()
     build_pairs(demo.pairs)
     print(f"pairs: {len(load_dataset(demo.pairs / 'training')):,} for training, in {time.monotonic() - started:.0f} s")
-    report = train_with_progress(train_config(demo))
+    config = train_config(demo)
+    report = train_with_progress(config)
     print_train_report(report)
-    results = evaluate(demo)
+    results, examples = evaluate(demo)
     if (demo.out / "results.json").exists() and report.resumed_from == report.steps:
         results["seconds"] = json.loads((demo.out / "results.json").read_text())["seconds"]  # nothing was trained now
     else:
         results["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(demo.out / "results.json", results)
     print_results(results)
-    print(f"report: {demo.out / 'report.html'}")
+    titles: dict[str, str] = dict(zip(TESTS, examples, strict=True))
+    page = write_run_page(config, report, examples, tell_results(results, titles))
+    print(f"report: {page}")
     return results
 
 
@@ -109,7 +116,7 @@ def train_config(demo: Demo) -> TrainConfig:
         train_bpe(load_dataset(demo.pairs / "training").captions, VOCAB_SIZE, CONTEXT_LENGTH).save(tokenizer)
     preset = get_preset(PRESET)
     text = dataclasses.replace(preset.text, vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH)
-    model: CLIPConfig = dataclasses.replace(preset, text=text)
+    model: CLIPConfig = dataclasses.replace(preset, text=text, templates=load_templates("none"))
     return TrainConfig(
         model=model,
         data=(SourceConfig(path=demo.pairs / "training"),),
@@ -121,8 +128,8 @@ def train_config(demo: Demo) -> TrainConfig:
     )
 
 
-def evaluate(demo: Demo) -> dict[str, Any]:
-    """Ask the trained model what it never saw, and draw the report."""
+def evaluate(demo: Demo) -> tuple[dict[str, Any], dict[str, list[Example]]]:
+    """Ask the trained model what it never saw, and draw overview.png; numbers, and right and wrong answers."""
     loaded = layouts.load(demo.out)
     manifest = json.loads((demo.pairs / "manifest.json").read_text())
     training = load_dataset(demo.pairs / "training")
@@ -150,8 +157,10 @@ def evaluate(demo: Demo) -> dict[str, Any]:
     results["demo"] = to_dict(demo)
     batch = list(training.pairs)[:: max(1, len(training) // 24)][:24]
     matrix = embed_images(loaded, [p.image or b"" for p in batch]) @ embed_texts(loaded, [p.caption for p in batch]).T
-    write_report(demo.out, results, examples, matrix.numpy(), batch)
-    return results
+    title, some = next(iter(examples.items()))
+    overview = draw_overview(matrix.numpy(), batch, title, results["held_out_family"], some)
+    files.write_bytes(demo.out / "overview.png", overview)
+    return results, examples
 
 
 def ask_family(family: Sequence[Pair], captions: Sequence[str]) -> ZeroShotTest:
@@ -171,26 +180,23 @@ def ask_concepts(concepts: Sequence[Pair]) -> ZeroShotTest:
     )
 
 
-def pick_examples(question: ZeroShotTest, probabilities: torch.Tensor, each: int = 8) -> list[Example]:
+def pick_examples(question: ZeroShotTest, probabilities: torch.Tensor) -> list[Example]:
     """Right and wrong answers, evenly spread over the pictures, with the five likeliest labels."""
     names = [name if isinstance(name, str) else name[0] for name in question.classnames]
     top = probabilities.topk(min(5, len(names)))
-    right = (top.indices[:, 0] == question.labels).nonzero()[:, 0].tolist()
-    wrong = (top.indices[:, 0] != question.labels).nonzero()[:, 0].tolist()
-    chosen = [row for rows in (right, wrong) for row in rows[:: max(1, len(rows) // each)][:each]]
     return [
         Example(
             picture=question.pictures[row],
             label=names[int(question.labels[row])],
             answers=[(names[i], p) for i, p in zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True)],
         )
-        for row in chosen
+        for row in pick_rows((top.indices[:, 0] == question.labels).numpy())
     ]
 
 
 def print_results(results: dict[str, Any]) -> None:
     """The numbers, with what guessing would reach."""
-    for name in ("held_out_family", "held_out_concepts", "digits"):
+    for name in TESTS:
         r = results[name]
         low, high = r["ci95"]
         verdict = "" if low > r["chance"] else "   (not distinguishable from chance)"

@@ -1,15 +1,10 @@
-"""The demo's report: one HTML file with its pictures inside, and overview.png, the same at a glance."""
+"""The demo's page: what it adds to the page that every run ends with, and overview.png, the same at a glance."""
 
-import base64
 import io
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,90 +12,45 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from numpy.typing import NDArray
 
-from diptych import files
-from diptych.image import Picture, open_picture, to_rgb
+from diptych.image import open_picture, to_rgb
 from diptych.pair import Pair
+from diptych.report.page import Example, Section
 
 matplotlib.use("Agg")
 
 _RIGHT, _WRONG = "#2d7a3e", "#b3401f"
 _PALE = {_RIGHT: "#a5d3b0", _WRONG: "#eab8a6"}
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_WAYS = {"image_retrieval": "text to picture", "text_retrieval": "picture to text"}
 
 
-@dataclass(frozen=True)
-class Example:
-    """A picture, what it is, and what the model says."""
-
-    picture: Picture
-    label: str
-    answers: Sequence[tuple[str, float]]
-
-
-def write_report(
-    out: Path,
-    results: Mapping[str, Any],
-    examples: Mapping[str, Sequence[Example]],
-    matrix: NDArray[np.float32],
-    batch: Sequence[Pair],
-) -> None:
-    """Write `report.html` and `overview.png` into the run's folder."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(_TEMPLATE.read_text("utf-8"))
-    shown = {
-        title: [
-            {
-                "picture": embed_picture(example.picture),
-                "label": example.label,
-                "answers": example.answers,
-                "right": example.answers[0][0] == example.label,
-            }
-            for example in some
-        ]
-        for title, some in examples.items()
-    }
-    html = template.render(
-        results=results,
-        tests=[(title, results[name]) for title, name in zip(examples, list(results)[2:], strict=False)],
-        examples=shown,
-        loss_curve=draw_loss(read_metrics(out)),
-        similarity=draw_similarity(matrix, [pair.caption for pair in batch]),
-    )
-    files.write_bytes(out / "report.html", html.encode())
-    title, some = next(iter(examples.items()))
-    files.write_bytes(out / "overview.png", draw_overview(matrix, batch, title, results["held_out_family"], some))
+def tell_results(results: Mapping[str, Any], titles: Mapping[str, str]) -> list[Section]:
+    """What the model can name and find of what it never saw, and what was left out of its training."""
+    heads = ["test", "top-1", "top-5", "chance", "times chance", "95 % interval", "classes", "pictures", ""]
+    tests = [[title, *_describe_test(results[name])] for name, title in titles.items()]
+    found = results["retrieval"]
+    recalls = [[title, *(f"{found[f'{way}_recall@{k}']:.2%}" for k in (1, 5, 10))] for way, title in _WAYS.items()]
+    dropped = [[reason.replace("_", " "), count] for reason, count in results["dropped"].items()]
+    return [
+        Section(
+            title="What it can name",
+            text=f"Trained on {results['pairs']:,} pictures and their names, then asked about pictures and words that "
+            "were not among them. No label of any test was ever used.",
+            table=[heads, *tests],
+        ),
+        Section(
+            title=f"Finding a picture by its name among {found['pairs']:,} held-out ones, and back",
+            table=[["direction", "recall@1", "recall@5", "recall@10"], *recalls],
+        ),
+        Section(title="What was left out", table=[["reason", "pictures"], *dropped]),
+    ]
 
 
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The steps of metrics.jsonl."""
-    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if "loss" in line]
-
-
-def draw_loss(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Loss and temperature over the steps."""
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    steps = [line["step"] for line in metrics]
-    axes.plot(steps, [line["loss"] for line in metrics], color="#2457a6")
-    axes.set(xlabel="step", ylabel="loss")
-    scale = axes.twinx()
-    scale.plot(steps, [line["logit_scale"] for line in metrics], color="#b5541c", linewidth=1)
-    scale.set_ylabel("logit scale", color="#b5541c")
-    return _encode_figure(figure)
-
-
-def draw_similarity(matrix: NDArray[np.float32], captions: Sequence[str]) -> str:
-    """Cosine similarity of every picture of a batch to every text of it: what training pulls to the diagonal."""
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    axes = figure.subplots()
-    drawn = axes.imshow(matrix, cmap="viridis")
-    captions = [textwrap.shorten(caption, 28, placeholder=" …") for caption in captions]
-    axes.set_xticks(range(len(captions)), captions, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(captions)), captions, fontsize=7)
-    axes.set(xlabel="text", ylabel="picture of")
-    figure.colorbar(drawn, label="cosine similarity", shrink=0.7)
-    return _encode_figure(figure)
+def _describe_test(found: Mapping[str, Any]) -> list[object]:
+    low, high = found["ci95"]
+    verdict = "not distinguishable from chance" if low <= found["chance"] else ""
+    shares = [f"{found[name]:.2%}" for name in ("acc1", "acc5", "chance")]
+    times, between = f"{found['acc1'] / found['chance']:.1f}", f"{100 * low:.2f} – {high:.2%}"
+    return [*shares, times, between, found["classes"], found["images"], verdict]
 
 
 def draw_overview(
@@ -118,8 +68,8 @@ def draw_overview(
         f"{title}, never seen: {scores['acc1']:.1%} right of {scores['classes']} names (chance {scores['chance']:.2%})",
         fontsize=11,
     )
-    correct = [example for example in examples if example.answers[0][0] == example.label]
-    wrong = [example for example in examples if example.answers[0][0] != example.label]
+    correct = [example for example in examples if example.is_right]
+    wrong = [example for example in examples if not example.is_right]
     rows = min(5, len(correct), len(wrong))
     cells = right.subplots(rows, 4, width_ratios=(1, 2.4, 1, 2.4), squeeze=False)
     for row in range(rows):
@@ -158,20 +108,3 @@ def _draw_answers(cells: Sequence[Axes], example: Example, color: str) -> None:
     bars.set(xlim=(0, 1), ylim=(2.6, -0.6))
     bars.set_title(example.label, fontsize=9, loc="left", color=color, pad=2)
     bars.set_axis_off()
-
-
-def embed_picture(picture: Picture) -> str:
-    """A picture as a data URL."""
-    encoded = io.BytesIO()
-    to_rgb(open_picture(picture)).save(encoded, "PNG")
-    return _data_url(encoded.getvalue())
-
-
-def _encode_figure(figure: Figure) -> str:
-    encoded = io.BytesIO()
-    figure.savefig(encoded, format="png", dpi=110)
-    return _data_url(encoded.getvalue())
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -84,7 +84,9 @@ def test_plan_prints_json_for_machines(capsys):
 def test_a_plan_that_cannot_be_says_what_can(capsys):
     assert call("plan", "ViT-L-14", "--devices", 592) == 2
     error = capsys.readouterr().err
-    assert error.startswith("diptych: batch_size 32768 does not split evenly over 592 devices; use --batch-size 32560")
+    assert error.startswith(
+        "diptych: --batch-size 32768 does not split evenly over 592 devices; use --batch-size 32560"
+    )
 
 
 def test_classify_prints_bars_for_people(run, tmp_path, capsys):
@@ -121,10 +123,10 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
     [
         (["evaluat"], "unknown command 'evaluat'; did you mean evaluate? Known: classify, convert, "),
         (["evaluat", "clip", "--out", "x"], "unknown command 'evaluat'; did you mean evaluate? "),
-        (["embed", "m", "x", "--out", "y", "--batch-size", "0"], "diptych: batch_size 0 must be at least 1"),
-        (["embed", "m", "x", "--out", "y", "--part-rows", "0"], "diptych: part_rows 0 must be at least 1"),
-        (["embed", "m", "x", "--out", "y", "--threads", "0"], "diptych: threads 0 must be at least 1"),
-        (["train", "RN-Ti", "--data", "x", "--out", "y", "--batch-size", "0"], "diptych: batch_size 0 "),
+        (["embed", "m", "x", "--out", "y", "--batch-size", "0"], "diptych: --batch-size 0 must be at least 1"),
+        (["embed", "m", "x", "--out", "y", "--part-rows", "0"], "diptych: --part-rows 0 must be at least 1"),
+        (["embed", "m", "x", "--out", "y", "--threads", "0"], "diptych: --threads 0 must be at least 1"),
+        (["train", "RN-Ti", "--data", "x", "--out", "y", "--batch-size", "0"], "diptych: --batch-size 0 "),
         (["train", "ViT-B32", "--data", "x", "--out", "y"], "did you mean ViT-B-32"),
         (["train", "RN-Ti", "--data", "nowhere", "--out", "y"], "no such dataset: nowhere"),
         (["train", "RN-Ti", "--data", "a@b", "--out", "y"], "PATH@WEIGHT"),
@@ -133,8 +135,8 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
         (["plan", "ViT-B-32", "--caption-tokens", "78"], "a caption of 78 tokens does not fit; use 2 to 77"),
         (["classify", "--labels", "a"], "no picture was named; give pictures, folders of pictures, or globs"),
         (["classify", "", "--labels", "a"], "no picture was named"),
-        (["classify", "a.jpg", "--labels", "a", "--top", "0"], "top 0 must be at least 1"),
-        (["classify", "a.jpg", "--labels", "a", "--top", "-1"], "top -1 must be at least 1"),
+        (["classify", "a.jpg", "--labels", "a", "--top", "0"], "--top 0 must be at least 1"),
+        (["classify", "a.jpg", "--labels", "a", "--top", "-1"], "--top -1 must be at least 1"),
         (["classify", "a.jpg", "--labels", ""], "class '' has an empty name"),
         (["classify", "a.jpg", "--labels", "a", "b|"], "class 'b|' has an empty name"),
         (["classify", "a.jpg", "--labels", "a", "--device", "foo"], "no device 'foo' here; PyTorch finds cpu"),

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import diptych
 from diptych.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,27 @@ def test_the_tables_of_the_page_on_scaling_are_what_plan_says():
     page = PAGE.read_text("utf-8")
     assert page == render(page), "run `make docs`"
     assert page.count("| ViT-L-14 |") == 6
+
+
+def test_what_the_page_for_users_of_open_clip_names_as_ours_is_there():
+    from recipes.docs import PAGE
+
+    page = (ROOT / "docs" / "from-open-clip.md").read_text("utf-8")
+    help_of = dict(re.findall(r"## `diptych ([a-z -]+)`\n\n```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL))
+    flags = {name: set(re.findall(r"--[a-z0-9-]+", told)) for name, told in help_of.items()}
+    training, tuning = re.search(r"## Training(.*)## Fine-tuning(.*)## Python", page, re.DOTALL).groups()
+    for part, command in ((training, "train"), (tuning, "finetune")):
+        rows = [line.split("|")[2] for line in part.splitlines() if line.startswith("| `")]
+        ours = {flag for cell in rows for flag in re.findall(r"--[a-z0-9-]+", cell)}
+        assert len(ours) > 2
+        assert ours - flags[command] == set(), command
+    assert len(re.findall(r"^\| `", training, re.MULTILINE)) > 20
+    for line in re.findall(r"^.*-m diptych (.*)$|`diptych ((?:train|finetune) [^`]*)`", page, re.MULTILINE):
+        words = "".join(line).split()
+        assert {word for word in words if word.startswith("--")} <= flags[words[0]]
+    for name in re.findall(r"diptych\.([A-Za-z_]+)", page):
+        assert name in diptych.__all__, name
+    assert "**The batch size is global here" in page
 
 
 def test_every_command_is_in_the_readme():

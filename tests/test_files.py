@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -189,3 +190,69 @@ def test_json_that_is_nested_deeper_than_whoever_walks_it_bears_is_no_json():
     for text in (f"[{nested}]", f'{{"a": {nested}}}'.encode(), "[" * 100_000):
         with pytest.raises(ValueError, match="nested too deeply"):
             files.parse_json(text)
+
+
+def test_globs_go_around_no_circle_of_links(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "a" / name).symlink_to(tmp_path, target_is_directory=True)
+    for name in ("a/x.jpg", "y.jpg", ".hidden/z.jpg", "a/.w.jpg"):
+        (tmp_path / name).touch()
+    expected = [f"{tmp_path}/a/x.jpg", f"{tmp_path}/y.jpg"]
+    assert files.expand_glob(f"{tmp_path}/**/*.jpg") == expected
+    assert files.expand_glob(f"{tmp_path}/**/[xy]*") == files.expand_glob(f"{tmp_path}/**/**/*.jpg") == expected
+    assert files.expand_glob(f"{tmp_path}/**") == expected
+    monkeypatch.chdir(tmp_path)
+    assert files.expand_glob("**/*.jpg") == ["a/x.jpg", "y.jpg"]
+    assert files.expand_glob("*/one/*.jpg") == ["a/one/y.jpg"]
+
+
+def test_names_stand_for_ranges_and_globs_but_for_themselves_if_they_are_there(tmp_path):
+    for name in ("a0.tar", "a1.tar", "b{0..9}.tar", "c[1].tar"):
+        (tmp_path / name).touch()
+
+    def spell(name: str) -> list[str]:
+        return [one.removeprefix(f"{tmp_path}/") for one in files.spell_out(f"{tmp_path}/{name}")]
+
+    assert spell("a{0..2}.tar") == ["a0.tar", "a1.tar", "a2.tar"]
+    assert spell("[ab]*.tar") == ["a0.tar", "a1.tar", "b{0..9}.tar"]
+    assert spell("b{0..9}.tar") == ["b{0..9}.tar"]
+    assert spell("c[1].tar") == ["c[1].tar"]
+
+
+def test_what_never_ends_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        for read in (files.read_bytes, files.read_text, files.read_json, files.require_file):
+            with pytest.raises(UsageError, match="is a pipe, socket or device"):
+                read(tmp_path / name)
+    files.require_file(tmp_path / "nowhere")
+    files.require_file(tmp_path)
+
+
+def test_a_file_is_read_whole_only_if_it_is_small(tmp_path):
+    with open(tmp_path / "holes", "wb") as file:
+        file.truncate(200 << 30)
+    with pytest.raises(UsageError, match="has more than 67,108,864 bytes"):
+        files.read_text(tmp_path / "holes")
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfa")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").touch()
+    assert (files.read_text(tmp_path / "marked"), files.read_text(tmp_path / "empty")) == ("a", "")
+    with pytest.raises(UsageError, match="latin is not UTF-8"):
+        files.read_text(tmp_path / "latin")
+    assert files.read_bytes(tmp_path / "latin", 4) == b"caf\xe9"
+    with pytest.raises(UsageError, match="more than 3 bytes"):
+        files.read_bytes(tmp_path / "latin", 3)
+
+
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_a_line_without_an_end_is_none(monkeypatch, block):
+    monkeypatch.setattr(files, "MAX_LINE", 20)
+    monkeypatch.setattr(files, "_BLOCK", block)
+    data = b"a\n\n" + b"x" * 50 + b"\nb\r\n" + b"y" * 20 + b"\nlast"
+    assert list(files.iter_lines(io.BytesIO(data))) == [b"a\n", b"\n", None, b"b\r\n", None, b"last"]
+    assert list(files.iter_lines(io.BytesIO(b"z" * 99))) == [None]
+    assert list(files.iter_lines(io.BytesIO(b""))) == []

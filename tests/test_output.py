@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from diptych.cli import describe_os_error, exit_on_error, output
-from diptych.cli.output import ProgressBar, list_counts, printable, shorten
+from diptych.checkpoint import layouts
+from diptych.cli import describe_os_error, exit_on_error, main, output
+from diptych.cli.output import ProgressBar, list_counts, print_on_first_rank, printable, shorten
+from samples import TINY_VIT, make_loaded, small
 
 HOSTILE = ["a\x1b]0;PWNED\x07b", "\x1b[2J", "a\rb", "a\nb", "\x9b31m", "\u202egpj.exe", "\udcff", "\0", "\x7f"]
 
@@ -74,6 +76,12 @@ def test_what_the_system_refuses_is_one_line(number, advice, capsys):
     assert printed.startswith("diptych: /somewhere/a.jpg: ")
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_line_of_a_job_is_one_line(name, capsys):
+    print_on_first_rank(f"12 pairs; {name}")
+    assert capsys.readouterr().out == f"12 pairs; {printable(name)}\n"
+
+
 def test_a_shortage_of_memory_is_one_line(capsys):
     with pytest.raises(SystemExit), exit_on_error():
         raise MemoryError
@@ -84,10 +92,9 @@ def test_a_shortage_of_memory_is_one_line(capsys):
 def test_any_terminal_can_show_any_name(encoding, tmp_path):
     script = """
 from diptych.cli import exit_on_error
-from diptych.cli.classify import print_answers
-from pathlib import Path
+from diptych.cli.classify import Answer, print_bars
 with exit_on_error():
-    print_answers(Path("犬\\udcff [final].png"), [("[bold]cat", 0.75), ("犬", 0.25)], as_json=False)
+    print_bars("犬\\udcff [final].png", [Answer("[bold]cat", 0.75, None, None), Answer("犬", 0.25, None, None)])
 """
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env)
@@ -100,9 +107,8 @@ with exit_on_error():
 
 def test_json_is_what_machines_read_whatever_the_names_are():
     script = """
-from diptych.cli.classify import print_answers
-from pathlib import Path
-print_answers(Path("a\\x1b.png"), [("[/INST]", 0.5)], as_json=True)
+from diptych.cli.classify import Answer, print_json
+print_json("a\\x1b.png", [Answer("[/INST]", 0.5, None, None)])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert json.loads(done.stdout) == {"image": "a\x1b.png", "labels": [{"label": "[/INST]", "probability": 0.5}]}
@@ -115,3 +121,18 @@ def test_a_package_of_an_extra_that_is_missing_is_one_line(capsys):
     assert "install diptych with its extra: pip install '.[curate]'" in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError), exit_on_error():
         raise ModuleNotFoundError("No module named 'diptych.nothing'", name="diptych.nothing")
+
+
+def test_a_command_without_stdin_and_stdout_ends_as_it_should():
+    script = "import os, sys; sys.stdout = None; from diptych.cli import main; main(['inspect', 'nowhere'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.parametrize("name", HOSTILE[:6])
+def test_what_a_checkpoint_is_called_does_not_steer_the_terminal(name, tmp_path, capsys):
+    layouts.save(make_loaded(small(TINY_VIT)), folder := tmp_path / name.replace("\0", ""))
+    for command in (["inspect"], ["inspect", "--json"], ["verify"]):
+        with pytest.raises(SystemExit):
+            main([command[0], str(folder), *command[1:]])
+        assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))

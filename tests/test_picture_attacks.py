@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from diptych import decode as decode_module
 from diptych.decode import FORMATS, REASONS, decode, read_file
 from diptych.errors import PictureError
 from diptych.image import MAX_ASPECT, Crop, Preprocess, open_picture, read_crop
+from strangers.pictures import many_scans
 
 SIZE = 32
 PREPROCESS = Preprocess(image_size=SIZE)
@@ -118,11 +120,6 @@ def test_no_format_that_is_read_starts_a_program(tmp_path, monkeypatch):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     assert not (tmp_path / "started").exists()
     assert "EPS" not in FORMATS
-
-
-def test_heic_is_called_by_its_name():
-    with pytest.raises(PictureError, match="HEIC is not read; convert it"):
-        decode(b"\0\0\0\x18ftypheic" + bytes(200))
 
 
 # --- transparency ----------------------------------------------------------------------------------------------------
@@ -268,3 +265,15 @@ for what in (None, 5, [1], object()):
 def test_an_array_without_a_pixel_is_too_small(shape):
     with pytest.raises(PictureError, match="too_small"):
         PREPROCESS.pixels(open_picture(np.zeros(shape, np.uint8)))
+
+
+def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused_at_once():
+    """100 kB that kept a processor for a minute."""
+    data = many_scans()
+    started = time.monotonic()
+    for way in (decode, PREPROCESS.quick_pixels, lambda data: read_crop(data, Crop(), SIZE)):
+        with pytest.raises(PictureError, match="too_many_pixels: 3000 x 3000 in 2,005 scans"):
+            way(data)
+    assert time.monotonic() - started < 5
+    for few in (many_scans(3000, 3), many_scans(100, 2000)):  # usual, and many of few pixels
+        decode(few)

@@ -1,9 +1,14 @@
+import sys
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone, is_classifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
 
 from diptych import zeroshot
 from diptych.checkpoint.loaded import Loaded
@@ -14,7 +19,7 @@ from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.templates import load_templates, parse_templates
 from diptych.tokenizer import Tokenizer
-from diptych.zeroshot import ZeroShotClassifier, build_classifier
+from diptych.zeroshot import PictureFeatures, ZeroShotClassifier, build_classifier
 from reference import texts as slow
 from samples import TINY_VIT, draw, noise
 
@@ -132,3 +137,61 @@ def test_each_precision_has_its_classifier(loaded):
 def test_a_class_without_a_name_is_refused(names):
     with pytest.raises(UsageError, match="has an empty name"):
         zeroshot.names_of_classes(names)
+
+
+# --- scikit-learn's manners ---
+
+
+@pytest.fixture(scope="module")
+def shapes() -> tuple[list, list[str]]:
+    return [draw(colour, shape) for colour in ("red", "blue", "green") for shape in ("dot", "ring")], [
+        "dot",
+        "ring",
+    ] * 3
+
+
+def test_scikit_learn_takes_the_classifier_for_one(loaded, shapes):
+    pictures, labels = shapes
+    classifier = ZeroShotClassifier(loaded, ["dot", ["ring", "circle"]], "a {}.", precision="float32")
+    assert is_classifier(classifier)
+    again = clone(classifier)
+    assert again is not classifier
+    assert again.loaded is loaded, "weights are not copied"
+    assert again.fit(pictures, labels) is again
+    np.testing.assert_array_equal(again.predict_proba(pictures), classifier.predict_proba(pictures))
+    right = classifier.predict(pictures) == np.array(labels)
+    assert classifier.score(pictures, labels) == right.mean()
+    assert classifier.score(pictures, labels, sample_weight=[1, 0, 0, 0, 0, 0]) == right[0]
+    assert make_pipeline(classifier).fit(pictures, labels).score(pictures, labels) == right.mean()
+    scores = cross_val_score(classifier, pictures, labels, cv=3)
+    assert scores.tolist() == pytest.approx(right.reshape(3, 2).mean(axis=1).tolist())
+    with pytest.raises(UsageError, match="label 'cube' is no class of this classifier; it has dot, ring"):
+        classifier.fit(pictures, ["dot", "cube"])
+
+
+def test_parameters_can_be_read_set_and_searched_over(loaded, shapes):
+    classifier = ZeroShotClassifier(loaded, ["dot", "ring"])
+    before, other = classifier.weights_, clone(classifier)
+    assert set(classifier.get_params()) == {"loaded", "classnames", "templates", "precision"}
+    other.set_params(templates=["{}"], classnames=["cat", "dog", "cow"])
+    assert (other.classes_.tolist(), other.templates) == (["cat", "dog", "cow"], ("{}",))
+    assert torch.equal(classifier.weights_, before)
+    assert other.weights_.shape[1] == 3
+    with pytest.raises(UsageError, match="unknown parameter 'template'; did you mean templates"):
+        other.set_params(template=["{}"])
+    found = GridSearchCV(classifier, {"templates": [["{}"], ["a photo of a {}."]]}, cv=3).fit(*shapes)
+    assert found.best_params_["templates"] in (["{}"], ["a photo of a {}."])
+
+
+def test_features_of_pictures_are_the_first_step_of_a_pipeline(loaded, shapes):
+    pictures, labels = shapes
+    steps = make_pipeline(PictureFeatures(loaded), LogisticRegression(C=1e4))
+    assert cross_val_score(steps, pictures, labels, cv=3).shape == (3,)
+    assert steps.fit(pictures, labels).score(pictures, labels) == 1.0
+    np.testing.assert_array_equal(clone(steps[0]).transform(pictures), embed_images(loaded, pictures).numpy())
+
+
+def test_nothing_of_it_needs_scikit_learn(loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    classifier = ZeroShotClassifier(loaded, ["dot", "ring"])
+    assert classifier.fit([], None).set_params(templates=["{}"]).score([draw("red", "dot")], ["dot"]) in (0.0, 1.0)

@@ -21,11 +21,16 @@ Config = TypeVar("Config")
 MAY_CHANGE = {"may_change": True}
 """Metadata of a field that may differ when an unfinished run is continued: it does not change the result."""
 
+LATER = {"later": True}
+"""Metadata of a field that came later: left out where it has its default, so that what was written stays equal."""
+
 
 def to_dict(config: object) -> dict[str, Any]:
     """Turn a config into plain JSON values."""
     hints = typing.get_type_hints(type(config))
-    return {f.name: _encode(hints[f.name], getattr(config, f.name)) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    found = [(f, getattr(config, f.name)) for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    told = [(f.name, value) for f, value in found if not (f.metadata.get("later") and value == f.default)]
+    return {name: _encode(hints[name], value) for name, value in told}
 
 
 def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:

@@ -10,12 +10,13 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from diptych.errors import PictureError
-from diptych.image_file import MAX_BYTES, SUFFIXES
+from diptych.image_file import MAX_BYTES, SUFFIXES, is_heic
 
 REASONS = (
     *("missing", "unreadable", "not_a_file", "too_many_bytes", "empty"),
@@ -26,15 +27,26 @@ REASONS = (
 
 missing: no such file. unreadable: no permission, or the disk or network fails. not_a_file: a folder, pipe or device.
 too_many_bytes: more than MAX_BYTES. empty: 0 bytes. not_a_picture: no format that is read. truncated: it breaks off or
-is damaged inside. too_many_pixels: more than MAX_PIXELS. too_small: a side of zero after resizing. out_of_memory: there
-was not enough. changed: not the bytes that the shard's index was made of. deleted: taken out of its dataset."""
+is damaged inside. too_many_pixels: more than MAX_PIXELS, or a JPEG that goes over them too often. too_small: a side of
+zero after resizing. out_of_memory: there was not enough. changed: not the bytes that the shard's index was made of.
+deleted: taken out of its dataset."""
 
 FORMATS = (*SUFFIXES, "MPO")
 """What is decoded, as Pillow names it (MPO: a JPEG with more pictures behind it); no other parser sees the bytes.
 Pillow would start another program for some."""
 
+ODDITIES = {
+    "turned": "an EXIF orientation that is not applied, so what was upright lies on its side",
+    "16-bit": "16 bits of grey, which are clipped to 8: an ordinary photograph comes out white",
+    "transparent": "transparency, which is dropped, not blended with a background",
+}
+"""What a model is shown otherwise than people see it."""
+
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused from their header alone (decompression bombs)."""
+
+USUAL_SCANS = 32
+"""A JPEG of more scans, each of which is a pass over all pixels, is refused where scans times pixels are too many."""
 
 # Pillow warns of odd metadata and of bombs; both are decided here. Once for all: other threads have their own filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -84,17 +96,56 @@ def open_header(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: in
 def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     if not data:
         raise PictureError("empty", "0 bytes")
-    Image.init()  # without it Pillow knows only its five most common formats
+    _register_formats()
     known = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
     image = Image.open(io.BytesIO(data), formats=known)
-    check_pixels(image.width, image.height, max_pixels)
+    check_pixels(image.width, image.height, data, max_pixels)
     return image
 
 
-def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise PictureError for a size above the limit."""
-    if width * height > max_pixels:
-        raise PictureError("too_many_pixels", f"{width} x {height}, at most {max_pixels:,}")
+@cache
+def _register_formats() -> None:
+    Image.init()  # without it Pillow knows only its five most common formats
+    if "HEIF" in SUFFIXES:
+        with contextlib.suppress(ImportError):  # as AVIF, it may be left out of a build
+            import pillow_heif  # pyright: ignore[reportMissingImports]
+
+            pillow_heif.register_heif_opener()
+
+
+def read_orientation(image: Image.Image) -> int:
+    """How a picture is to be turned, as EXIF numbers it; 1: not at all. Nothing is decoded for it."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1  # Pillow turns a TIFF itself, and would look behind the pixels of a PNG
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # metadata of any kind of damage, which the pixels have nothing to do with
+        return 1
+
+
+def find_oddities(data: bytes) -> tuple[str, ...]:
+    """What about a picture is treated otherwise than its owner may think: keys of ODDITIES. Only its header is read."""
+    if data.startswith(b"\xff\xd8\xff") and b"Exif\0\0" not in data[:4096]:
+        return ()
+    try:
+        image = open_header(data)
+    except PictureError:
+        return ()
+    found = {
+        "turned": read_orientation(image) != 1,
+        "16-bit": image.mode.startswith("I"),
+        "transparent": image.has_transparency_data,
+    }
+    return tuple(name for name, is_there in found.items() if is_there)
+
+
+def check_pixels(width: int, height: int, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise PictureError for a size above the limit, or for a JPEG that goes over its pixels far too often: some 100 kB
+    of scans would otherwise keep a processor for minutes."""
+    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1
+    if width * height * (scans if scans > USUAL_SCANS else 1) > max_pixels:
+        times = f" in {scans:,} scans" if scans > USUAL_SCANS else ""
+        raise PictureError("too_many_pixels", f"{width} x {height}{times}, at most {max_pixels:,}")
 
 
 @contextlib.contextmanager
@@ -114,8 +165,8 @@ def _faults_named(data: bytes) -> Iterator[None]:
 
 
 def _describe(data: bytes) -> str:
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
-        return "HEIC is not read; convert it to JPEG"
+    if is_heic(data) and "HEIF" not in SUFFIXES:
+        return "HEIC is not read without the extra `heic` (pip install '.[heic]'); or convert it to JPEG"
     if data.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page"
     return f"{len(data)} bytes of no format that is read ({', '.join(SUFFIXES)})"

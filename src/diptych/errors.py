@@ -44,6 +44,10 @@ PASSING = frozenset({"unreadable", "out_of_memory"})
 """Reasons of `PictureError` that are faults of the machine."""
 
 
+class PictureWarning(UserWarning):
+    """Pictures are used, but not seen as their owner sees them."""
+
+
 class PictureError(DiptychError):
     """The bytes are not a picture that can be used.
 

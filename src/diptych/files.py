@@ -1,4 +1,5 @@
-"""Folders held by one process, and bytes to disk, all or nothing: write beside, fsync, rename.
+"""Folders held by one process, names that stand for several files, and bytes to disk, all or nothing: write beside,
+fsync, rename.
 
 A reader sees the old file or the new one, never half of one, also when the machine stops in between.
 """
@@ -13,6 +14,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,7 +30,63 @@ MAX_JSON = 64 << 20
 """Bytes of a JSON file that are read; whatever needs more is not one of ours."""
 MAX_NESTING = 100
 _TOO_DEEP = "it is nested too deeply"
+MAX_TABLE = 256 << 20
+"""Bytes of a table or a list in text that is read as a whole."""
+MAX_LINE = 1 << 20
+"""Bytes of a line of text; a longer one is none."""
 _BLOCK = 1 << 20
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def spell_out(place: str) -> list[str]:
+    """The files that a name stands for: those of its ranges, in their order, and those that globs match, sorted.
+
+    A file that is there stands for itself, whatever signs are in its name.
+    """
+    found: list[str] = []
+    for name in [place] if os.path.exists(place) else expand_range(place):
+        found += expand_glob(name) if not os.path.exists(name) and is_glob(name) else [name]
+    return list(dict.fromkeys(found))
+
+
+def expand_range(place: str) -> list[str]:
+    """`a/{00..02}.tar` -> a/00.tar, a/01.tar, a/02.tar; any number of ranges."""
+    parts = _RANGE.split(place)
+    choices = [[f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+               for first, last in zip(parts[1::3], parts[2::3], strict=True)]  # fmt: skip
+    if not all(choices):
+        raise UsageError(f"the range in {place} is empty; the smaller number comes first")
+    return ["".join(x for pair in itertools.zip_longest(parts[::3], some, fillvalue="") for x in pair)
+            for some in itertools.product(*choices)]  # fmt: skip
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name has signs that match others."""
+    return any(sign in name for sign in "*?[")
+
+
+def expand_glob(pattern: str) -> list[str]:
+    """Files that a pattern matches, sorted, without hidden ones.
+
+    `**` is any depth of folders, without those that links lead to: links may lead in circles. OSError for a folder
+    that cannot be listed, whose files would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return sorted(name for name in glob.glob(pattern) if not os.path.isdir(name))
+    depth = parts.index("**")
+    behind = "/".join(parts[depth + 1 :]) or "*"
+    found: set[str] = set()
+    for root in glob.glob("/".join(parts[:depth]) or "/") if depth else [""]:
+        for folder, folders, _ in os.walk(root or os.curdir, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            place = glob.escape(os.path.relpath(folder, root) if not root else folder).removeprefix("./")
+            found.update(expand_glob(behind if place == os.curdir else os.path.join(place, behind)))
+    return sorted(found)
 
 
 def make_folder(path: Path, *, flag: str = "--out") -> None:
@@ -64,6 +122,7 @@ def hold_folder(folder: Path, *, flag: str = "--out") -> Iterator[None]:
     The lock ends with the process, however it ends. Where the file system knows no locks, that is an OSError: a lock
     file that outlives a killed process would shut its owner out.
     """
+    is_new = not folder.exists()
     make_folder(folder, flag=flag)
     path = folder / ".lock"
     try:
@@ -76,6 +135,10 @@ def hold_folder(folder: Path, *, flag: str = "--out") -> Iterator[None]:
         raise RunLockedError(
             f"{folder} is in use by another process ({holder}); wait for it, stop it, or name another {flag}"
         ) from None
+    finally:
+        if is_new and [*folder.iterdir()] == [path]:  # what was refused leaves nothing behind
+            path.unlink()
+            folder.rmdir()
 
 
 def _sign(lock: int) -> None:
@@ -103,13 +166,51 @@ def parse_json(data: bytes | str, **options: Any) -> Any:
     return value
 
 
+def require_file(path: str | Path) -> None:
+    """UsageError for a pipe, socket or device, which never end; what is not there is let pass."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(f"{path} is a pipe, socket or device; save what comes out of it as a file, and name that")
+
+
+def read_bytes(path: Path, most: int = MAX_JSON) -> bytes:
+    """A file as a whole; UsageError if it is none or holds more than `most` bytes. OSError as `open` raises it."""
+    require_file(path)
+    with open(path, "rb") as file:
+        data = b"" if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
+        if (not data and file.read(1)) or len(data) > most:
+            raise UsageError(f"{path} has more than {most:,} bytes")
+    return data
+
+
+def read_text(path: Path, most: int = MAX_JSON) -> str:
+    """`read_bytes` as UTF-8, with or without a mark at its beginning; UsageError if it is not."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8; save it as UTF-8") from None
+
+
+def iter_lines(file: Any) -> Iterator[bytes | None]:
+    """Lines of an open file of bytes, with their ends, in bounded memory; None for one of MAX_LINE bytes or more."""
+    kept, too_long = b"", False
+    while block := file.read(_BLOCK):
+        *lines, kept = (kept + block).split(b"\n")
+        for line in lines:
+            yield None if too_long or len(line) >= MAX_LINE else line + b"\n"
+            too_long = False
+        if len(kept) >= MAX_LINE:
+            kept, too_long = b"", True
+    if kept or too_long:
+        yield None if too_long else kept
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; ValueError if it is none, or holds more than MAX_JSON bytes. OSError as `open` raises it."""
-    with open(path, "rb") as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
-        raise ValueError(f"it has more than {MAX_JSON:,} bytes")
-    return parse_json(data)
+    return parse_json(read_bytes(path, MAX_JSON))
 
 
 def _beside(path: Path, ending: str = "") -> Path:

@@ -9,7 +9,7 @@ Every picture is bounded before it is decoded (`decode`); what cannot be used ra
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +18,12 @@ import simplejpeg
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.decode import check_pixels, decode, read_file
+from diptych.config import LATER
+from diptych.decode import check_pixels, decode, find_oddities, read_file, read_orientation
 from diptych.errors import PictureError, UsageError, unknown_name
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,7 +55,7 @@ class Preprocess:
     trained on pictures squashed to a square, or with a bilinear filter; the checkpoint says so.
 
     What each kind of picture gets (docs/checkpoints.md has the whole table): transparency is dropped, not blended;
-    16-bit grey is clipped to 8 bits, as Pillow does it; an EXIF orientation is not applied.
+    16-bit grey is clipped to 8 bits, as Pillow does it; an EXIF orientation is not applied unless `turn` says so.
     """
 
     image_size: int
@@ -67,6 +68,8 @@ class Preprocess:
     """`shorter_side`: to image_size, then the centre is cropped. `squash`: both sides, whatever the proportions."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter, antialiased in both cases."""
+    turn: bool = field(default=False, metadata=LATER)
+    """Turn a picture as its EXIF orientation says, first of all. OpenAI's preprocessing does not."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -85,6 +88,8 @@ class Preprocess:
         size, resample = self.image_size, Image.Resampling[self.interpolation.upper()]
         if min(image.size) < 1:
             raise PictureError("too_small", f"{image.width} x {image.height}")
+        if self.turn and read_orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
         if self.resize == "squash":
             image = image if image.size == (size, size) else image.resize((size, size), resample)
         elif is_stripe(*image.size):
@@ -103,10 +108,12 @@ class Preprocess:
         (palettes, transparency, CMYK) is left to `pixels`.
         """
         data = read_file(Path(picture)) if isinstance(picture, str | Path) else picture
+        if self.turn and isinstance(data, bytes) and "turned" in find_oddities(data):
+            return self.pixels(open_picture(data))
         decoded = _decode_scaled(data, self.image_size, halves=True) if isinstance(data, bytes) else None
         if decoded is None:
             image = open_picture(data)
-            if image.mode != "RGB" or is_stripe(*image.size):
+            if image.mode != "RGB" or is_stripe(*image.size) or (self.turn and read_orientation(image) != 1):
                 return self.pixels(image)
             decoded = np.array(image), image.size
         elif is_stripe(*decoded[1]):
@@ -253,7 +260,7 @@ def _decode_scaled(
     try:
         header = simplejpeg.decode_jpeg_header(data)
         height, width, colorspace = int(header[0]), int(header[1]), header[2]
-        check_pixels(width, height)
+        check_pixels(width, height, data)
         if colorspace in ("CMYK", "YCCK"):
             return None  # Pillow inverts Adobe's CMYK as it should
         least = [round(size * SCALED_DECODE_MARGIN)] * 2

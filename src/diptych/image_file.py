@@ -6,6 +6,7 @@ takes fewer (`diptych.curate.images.prepare.FORMATS`), since it decodes what str
 
 import os
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from diptych.errors import UsageError
@@ -21,6 +22,8 @@ SUFFIXES = {
     "JPEG2000": (".jp2",),
 }
 """Format, as Pillow names it -> suffixes of its files, the usual one first."""
+if find_spec("pillow_heif"):  # the extra `heic`
+    SUFFIXES["HEIF"] = (".heic", ".heif")
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 """Suffixes of files and of members of tars that are taken for images, in lower case."""
 
@@ -47,9 +50,16 @@ def find_format(data: bytes) -> str | None:
     """
     if data[:4] == b"RIFF":
         return "WEBP" if data[8:12] == b"WEBP" else None
+    if is_heic(data):
+        return "HEIF" if "HEIF" in SUFFIXES else None
     if data[4:8] == b"ftyp":
         return "AVIF" if b"avif" in data[8:64] or b"avis" in data[8:64] else None
     return next((name for signature, name in _SIGNATURES if data.startswith(signature)), None)
+
+
+def is_heic(data: bytes) -> bool:
+    """Whether the first bytes are those of HEIC, which phones write."""
+    return data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def is_hidden(name: str) -> bool:

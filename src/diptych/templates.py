@@ -7,6 +7,9 @@ from importlib import resources
 
 from diptych.errors import UsageError, unknown_name
 
+SIMPLE = ("a photo of a {}.",)
+"""What is used where nobody says otherwise: the list `simple`."""
+
 
 @lru_cache
 def load_templates(name: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import hashlib
 import importlib.resources
 import json
 import lzma
+import reprlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping

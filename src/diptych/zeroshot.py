@@ -4,26 +4,27 @@ Every class name is put into every template; the text features are normalised, a
 then the columns of a linear classifier (section 3.1.4). A class may have several names; all of them are averaged.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
 from diptych.embed.images import ImageTower, embed_images, encode_each, remember_names, require_finite
 from diptych.embed.texts import BATCH_SIZE, embed_texts
-from diptych.errors import PictureError, UsageError
+from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
-from diptych.model.config import Precision
-from diptych.templates import fill_template, parse_templates
+from diptych.model.config import CLIPConfig, Precision
+from diptych.templates import SIMPLE, fill_template, parse_templates
 from diptych.tokens import BaseTokenizer
 
 Classnames = Sequence[str | Sequence[str]]
@@ -46,6 +47,11 @@ def names_of_classes(classnames: Classnames) -> tuple[tuple[str, ...], ...]:
             given = "|".join(entry)
             raise UsageError(f"class {given!r} has an empty name; a name is text, so write one or drop it")
     return names
+
+
+def suitable_templates(config: CLIPConfig) -> tuple[str, ...]:
+    """The templates that a model was trained for, if its checkpoint says so; else a photo of a {}."""
+    return config.templates or SIMPLE
 
 
 def build_classifier(
@@ -100,8 +106,79 @@ def _require_distinct(tokenizer: BaseTokenizer, classnames: Sequence[tuple[str, 
         seen[tokens] = entry[0]
 
 
-class ZeroShotClassifier:
-    """A classifier made of words, with scikit-learn's manners.
+class Scores(NamedTuple):
+    """What a classifier says of a picture [C], or of several [N, C]."""
+
+    probability: NDArray[np.float32]
+    """Softmax over the classes: shares of 1, which one class takes from the others."""
+    cosine: NDArray[np.float32]
+    """Similarity of picture and class, each for itself; what is high depends on the model."""
+    sigmoid: NDArray[np.float32] | None
+    """Probability that picture and class are a pair, each for itself; None where the model was not trained for it (its
+    logits have no bias)."""
+
+
+class _Estimator:
+    """What scikit-learn asks of whatever stands in a pipeline or is cross-validated; nothing is learnt, so a clone has
+    the same weights, not a copy of them. scikit-learn itself is not needed."""
+
+    _given: dict[str, Any]
+    """Arguments of the constructor."""
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002 - scikit-learn's
+        """Arguments that it was made with; none is an estimator, so `deep` changes nothing."""
+        return dict(self._given)
+
+    def set_params(self, **params: Any) -> Any:
+        """Make it anew with other arguments; UsageError for one that it does not have."""
+        for name in params.keys() - self._given.keys():
+            raise unknown_name("parameter", name, self._given)
+        if params:
+            type(self).__init__(self, **{**self._given, **params})
+        return self
+
+    def __sklearn_clone__(self) -> Any:
+        return copy.copy(self)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags, TransformerTags
+
+        classifies = hasattr(self, "predict")
+        return Tags(
+            estimator_type="classifier" if classifies else None,
+            target_tags=TargetTags(required=False),
+            classifier_tags=ClassifierTags() if classifies else None,
+            transformer_tags=None if classifies else TransformerTags(),
+            input_tags=InputTags(one_d_array=True, two_d_array=False, string=True),
+            requires_fit=False,
+        )
+
+
+class PictureFeatures(_Estimator):
+    """Pictures to their features, normalised, as the first step of a scikit-learn pipeline.
+
+    >>> make_pipeline(PictureFeatures(load("runs/demo")), LogisticRegression())     # doctest: +SKIP
+    """
+
+    def __init__(self, loaded: Loaded, *, precision: Precision = "exact") -> None:
+        self._given = {"loaded": loaded, "precision": precision}
+        self.loaded = loaded
+        self.precision: Precision = precision
+
+    def fit(self, pictures: Iterable[Picture], y: object = None) -> "PictureFeatures":  # noqa: ARG002 - scikit-learn's
+        """Nothing: there is nothing to learn."""
+        return self
+
+    def transform(self, pictures: Iterable[Picture]) -> Float[np.ndarray, "N E"]:
+        """float32 features; raises PictureError as `embed_images` does."""
+        return embed_images(self.loaded, pictures, precision=self.precision).numpy()
+
+
+class ZeroShotClassifier(_Estimator):
+    """A classifier made of words, with scikit-learn's manners: it can be cloned, cross-validated, searched over.
 
     >>> classifier = ZeroShotClassifier(load("runs/demo"), ["cat", "dog"])      # doctest: +SKIP
     >>> classifier.predict(["a.jpg", "b.png"])                                  # doctest: +SKIP
@@ -109,19 +186,22 @@ class ZeroShotClassifier:
 
     Words and pictures are embedded in `precision`; "auto" is several times as fast where bfloat16 is.
     `classnames` may give several names for a class: [["happy", "smiling"], "sad"]; the first is its label.
+    `templates` are those that the checkpoint names, else "a photo of a {}.".
     """
 
     def __init__(
         self,
         loaded: Loaded,
         classnames: Classnames,
-        templates: Sequence[str] = ("a photo of a {}.",),
+        templates: Sequence[str] | None = None,
         *,
         precision: Precision = "exact",
     ) -> None:
+        self._given = {"loaded": loaded, "classnames": classnames, "templates": templates, "precision": precision}
         self.loaded = loaded
         self.classnames = names_of_classes(classnames)
-        self.templates = parse_templates([templates] if isinstance(templates, str) else templates)
+        given = [templates] if isinstance(templates, str) else templates
+        self.templates = suitable_templates(loaded.model.config) if given is None else parse_templates(given)
         labels = [names[0] for names in self.classnames]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
@@ -131,6 +211,26 @@ class ZeroShotClassifier:
         self.precision: Precision = precision
         embed = partial(embed_texts, loaded, precision=precision)
         self.weights_ = build_classifier(embed, self.classnames, self.templates)  # [E, C]
+
+    def fit(
+        self,
+        pictures: Iterable[Picture],  # noqa: ARG002 - scikit-learn's
+        y: Sequence[Any] | NDArray[Any] | None = None,
+    ) -> "ZeroShotClassifier":
+        """Nothing is learnt; raises UsageError for a label in `y` that is none of the classes."""
+        unknown = [] if y is None else sorted({str(label) for label in y} - set(self.classes_.tolist()))
+        if unknown:
+            raise UsageError(
+                f"label {unknown[0]!r} is no class of this classifier; it has {', '.join(self.classes_[:9])}"
+            )
+        return self
+
+    def score(
+        self, pictures: Iterable[Picture], y: Sequence[Any] | NDArray[Any], sample_weight: ArrayLike | None = None
+    ) -> float:
+        """Accuracy: the share of pictures whose likeliest label is theirs."""
+        weights = None if sample_weight is None else np.asarray(sample_weight)
+        return float(np.average(self.predict(pictures) == np.asarray(y), weights=weights))
 
     def decision_function(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Logits [N, C]: exp(t) times the cosine similarity of picture and class."""
@@ -143,19 +243,39 @@ class ZeroShotClassifier:
     def predict_proba(self, pictures: Iterable[Picture]) -> NDArray[np.float32]:
         """Softmax of the logits over the classes [N, C]; raises PictureError, which names it, for a picture that cannot
         be used (`predict_each` goes on with the others)."""
-        rows, names = [], list[str]()
-        for row in self.predict_each(remember_names(pictures, names)):
+        return self.predict_scores(pictures).probability
+
+    def predict_scores(self, pictures: Iterable[Picture]) -> Scores:
+        """All scores of all pictures [N, C]; raises PictureError as `predict_proba` does."""
+        rows, names = list[Scores](), list[str]()
+        for row in self.score_each(remember_names(pictures, names)):
             if isinstance(row, PictureError):
                 raise row.of(names[len(rows)])
             rows.append(row)
-        return np.stack(rows) if rows else np.empty((0, len(self.classes_)), np.float32)
+        nothing = np.empty((0, len(self.classes_)), np.float32)
+        if not rows:
+            return Scores(nothing, nothing, None if self.loaded.model.logit_bias is None else nothing)
+        probability, cosine, sigmoid = zip(*rows, strict=True)
+        return Scores(np.stack(probability), np.stack(cosine), None if sigmoid[0] is None else np.stack(sigmoid))
 
     def predict_each(self, pictures: Iterable[Picture]) -> Iterator[NDArray[np.float32] | PictureError]:
         """`predict_proba` of any number of pictures one after the other [C], or why one cannot be used."""
-        with closing(encode_each(ImageTower(self.loaded, self.precision), pictures)) as features:
+        for scores in self.score_each(pictures):
+            yield scores if isinstance(scores, PictureError) else scores.probability
+
+    def score_each(
+        self, pictures: Iterable[Any], fetch: Callable[[Any], Picture] | None = None
+    ) -> Iterator[Scores | PictureError]:
+        """Scores [C] of any number of pictures one after the other, or why one cannot be used. `fetch` brings the
+        picture of each item, in the threads that decode."""
+        with closing(encode_each(ImageTower(self.loaded, self.precision), pictures, fetch=fetch)) as features:
             for feature in features:
-                usable = not isinstance(feature, PictureError)
-                yield self._logits(require_finite(feature)).softmax(dim=-1).numpy() if usable else feature
+                yield feature if isinstance(feature, PictureError) else self._score(require_finite(feature))
+
+    def _score(self, feature: Float[Tensor, " E"]) -> Scores:
+        logits, bias = self._logits(feature), self.loaded.model.logit_bias
+        sigmoid = None if bias is None else (logits + bias.detach().cpu()).sigmoid().numpy()
+        return Scores(logits.softmax(dim=-1).numpy(), (feature @ self.weights_).numpy(), sigmoid)
 
     def _logits(self, features: Float[Tensor, "*N E"]) -> Float[Tensor, "*N C"]:
         return self.loaded.model.logit_scale.detach().exp().cpu() * features @ self.weights_

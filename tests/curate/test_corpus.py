@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import http.server
+import json
 import threading
 from functools import partial
 
@@ -10,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diptych.curate.queries import build
+from diptych.curate.queries.config import QueriesConfig
 from diptych.curate.queries.corpus import find_inputs, read_documents
 from diptych.errors import NotFoundError, UsageError
 
@@ -63,6 +66,33 @@ def test_lines_and_captions(tmp_path):
     pq.write_table(pa.table({"key": ["1"]}), tmp_path / "b.parquet")
     with pytest.raises(UsageError, match="no column caption or text"):
         list(read_documents(str(tmp_path / "b.parquet")))
+
+
+def test_json_lines_give_their_texts(tmp_path):
+    lines = [{"index": {"_id": "1"}}, {"title": "Dog", "text": "a dog"}, {"caption": "a cat", "text": "no"}]
+    for name in ("wiki.jsonl", "cirrus.json.gz"):
+        content = "\n".join(json.dumps(line) for line in lines).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        assert list(read_documents(str(tmp_path / name))) == ["a dog", "a cat"]
+    for content, message in (('["a dog"]', "no JSON object: "), ('{"title": "Dog"}', "no line with caption or text")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UsageError, match=message):
+            list(read_documents(str(tmp_path / "bad.json")))
+
+
+@pytest.mark.parametrize("name", ["dump.xml.7z", "AA/wiki_00", "list.csv", "pages.gz"])
+def test_a_file_of_no_known_kind_is_refused_before_anything_is_counted(tmp_path, name):
+    (tmp_path / "a.txt").write_text("a dog")
+    config = QueriesConfig(out=tmp_path / "out", corpus=(str(tmp_path / "a.txt"), str(tmp_path / name)))
+    with pytest.raises(UsageError, match=r"is of no kind that is read as texts; known are \.xml"):
+        build.run(config)
+    assert not (tmp_path / "out" / "counting").exists()
+
+
+def test_a_folder_is_named_as_one(tmp_path):
+    (tmp_path / "texts.txt").mkdir()
+    with pytest.raises(UsageError, match=r"is a folder; name its files, as in .*/texts.txt/\*"):
+        list(read_documents(str(tmp_path / "texts.txt")))
 
 
 def test_stars_are_spelled_out_in_order_and_once(tmp_path):

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curate.archives import http, packed, page, record, wat
@@ -44,6 +45,13 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
+def pack(data: bytes, codec: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
 def summary(rows: list[dict]) -> list[tuple]:
     return [(row["page_url"], row["image_url"], row["reason"]) for row in rows]
 
@@ -60,6 +68,16 @@ def test_every_encoding_of_a_response_is_undone(tmp_path):
         page("http://a.example/4", PICTURE, "Content-Encoding: gzip"),
         page("http://a.example/5", zlib.compress(PICTURE), "Content-Encoding: deflate"),
         page("http://a.example/6", raw.compress(PICTURE) + raw.flush(), "content-encoding: DEFLATE"),
+        *(
+            page(f"http://a.example/{name}", body, f"Content-Encoding: {encodings}")
+            for name, encodings, body in (
+                ("br", "br", pack(PICTURE, "brotli")),
+                ("zstd", "zstd", pack(PICTURE, "zstd")),
+                ("list", "gzip, identity", gzip.compress(PICTURE)),
+                ("twice", "gzip,gzip", gzip.compress(gzip.compress(PICTURE))),
+                ("both", "br, GZIP", gzip.compress(pack(PICTURE, "brotli"))),
+            )
+        ),
         page("http://a.example/7", cyrillic, content_type="text/html; Charset='windows-1251'"),
         record("resource", "http://a.example/8", PICTURE, "text/html"),
         wat("http://a.example/9", [{"path": "IMG@/src", "url": "i.jpg", "alt": "cat"}]),
@@ -69,9 +87,10 @@ def test_every_encoding_of_a_response_is_undone(tmp_path):
         record("response", "dns:a.example", PICTURE, "text/dns"),
     ]  # fmt: skip
     rows = crawl(write(tmp_path / "a.warc.gz", packed(records)))
-    assert [row["page_url"] for row in rows] == [f"http://a.example/{i}" for i in range(10)]
+    names = [*range(7), "br", "zstd", "list", "twice", "both", 7, 8, 9]
+    assert [row["page_url"] for row in rows] == [f"http://a.example/{name}" for name in names]
     assert {row["image_url"] for row in rows} == {"http://a.example/i.jpg"}
-    assert [row["caption"] for row in rows] == ["cat"] * 7 + ["кот"] + ["cat"] * 2
+    assert [row["caption"] for row in rows] == ["cat"] * 12 + ["кот"] + ["cat"] * 2
     assert dict(rows[0]["details"]) == {"from": "alt", "crawl": "a.warc.gz"}
     assert rows[0]["key"] == key_of("http://a.example/i.jpg", "cat")
 
@@ -87,13 +106,18 @@ def test_what_gives_nothing_has_a_reason(tmp_path):
         page("http://a.example/5", PICTURE + bytes(200_000)),
         page("http://a.example/6", b"\x99\x99", "Content-Encoding: br"),
         page("http://a.example/7", b"<div>" * 19_900 + PICTURE),
+        page("http://a.example/a", pack(bytes(50 << 20), "brotli"), "Content-Encoding: br"),
+        page("http://a.example/b", PICTURE, "Content-Encoding: gzip, gzip, gzip, gzip, gzip"),
+        page("http://a.example/c", PICTURE, content_type=""),
+        page("http://a.example/d", PICTURE, "Content-Encoding: compress"),
         page("http://a.example/8", PICTURE),
     ])  # fmt: skip
     rows = crawl(write(tmp_path / "a.warc.gz", whole[:-10]), page_seconds=0.1)
     reasons = [(row["page_url"] or "")[-1:] + str(row["reason"]) for row in rows]
     assert reasons == [
         "0page_no_pair", "1page_no_pair", "2opt_out", "3opt_out", "4page_too_large", "5page_too_large",
-        "6page_encoding", "7page_time", "record_truncated",
+        "6page_encoding", "7page_time", "apage_too_large", "bpage_encoding", "cpage_type", "dpage_encoding",
+        "record_truncated",
     ]  # fmt: skip
     assert dict(rows[-1]["details"])["crawl"] == "a.warc.gz"
     assert summary(crawl(write(tmp_path / "b.warc.gz", whole)))[-1] == (
@@ -186,6 +210,27 @@ def test_lists_and_urls_are_inputs(tmp_path):
     assert (plain, roots) == ([], (f"file://{tmp_path}/crawl",))
     rows = crawl(write(tmp_path / "u.warc", page("http://a.example/", PICTURE)).as_uri())  # pyright: ignore
     assert summary(rows) == [("http://a.example/", "http://a.example/i.jpg", None)]
+
+
+def test_what_a_folder_has_besides_is_counted(tmp_path, caplog):
+    write(tmp_path / "in" / "a.html", PICTURE)
+    for name in ("b.warc.zst", "c.arc.gz", "d.jpg", "e.jpg", "README"):
+        write(tmp_path / "in" / name, b"")
+    assert find_inputs([str(tmp_path / "in")])[1] == [f"{tmp_path}/in/a.html"]
+    assert caplog.messages == ["5 files are not read as pages: .jpg 2, no suffix 1, .warc.zst 1, .arc.gz 1"]
+    (tmp_path / "in" / "a.html").unlink()
+    with pytest.raises(NotFoundError, match=r"others are there: .*\.warc\.zst 1"):
+        find_inputs([str(tmp_path / "in")])
+
+
+def test_dropped_rows_say_where_they_came_from(tmp_path):
+    data = packed([page("http://a.example/1", b"\x99", "Content-Encoding: br"), page("http://a.example/2", PICTURE)])
+    write(tmp_path / "a.warc.gz", data + b"no record")
+    run(CrawlConfig(inputs=(str(tmp_path / "a.warc.gz"),), out=tmp_path / "out"), engine=Engine())
+    rows = pq.read_table(tmp_path / "out" / "dropped" / "part-00000.parquet").to_pylist()
+    told = [(row["page_url"], dict(row["details"])) for row in rows]
+    assert told[0] == ("http://a.example/1", {"crawl": "a.warc.gz", "offset": "0"})
+    assert told[1:] == [(None, {"crawl": "a.warc.gz", "offset": str(len(data))})]
 
 
 def test_inputs_that_are_not_there_are_named(tmp_path):

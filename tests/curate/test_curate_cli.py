@@ -1,5 +1,7 @@
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import website
 
@@ -64,6 +66,25 @@ def test_each_stage_alone_and_all_in_one_make_the_same_shards(site, tmp_path, ca
     assert "(100.00%) have a copy" in capsys.readouterr().out
 
 
+def test_a_run_that_is_left_with_nothing_shows_the_funnel_and_the_option(tmp_path, capsys):
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.html").write_text("<img src=a.jpg alt='a red circle on white'>")
+    (tmp_path / "list.txt").write_text("circle\n")
+    assert call("queries", "--out", tmp_path / "queries", "--lists", tmp_path / "list.txt") == 0
+    names = ("--work", tmp_path / "wit", "--queries", tmp_path / "queries", "--inputs", tmp_path / "pages")
+    capsys.readouterr()
+    assert call("run", *names, "--contact", "https://example.org/test", "--processes", 1) == 2
+    told = capsys.readouterr()
+    assert [line.split() for line in told.out.splitlines()[:2]] == [
+        ["stage", "rows", "kept", "dropped,", "by", "reason"],
+        ["crawl", "1", "0", "url_invalid", "1"],
+    ]
+    assert "crawl left none of its 1 rows (url_invalid 1)" in told.err
+    assert "`pages_at` in the table [crawl] of --settings" in told.err
+    assert (tmp_path / "wit" / "report.html").exists()
+    assert not (tmp_path / "wit" / "filter").exists()
+
+
 def test_samples_are_deleted_by_key_and_from_a_file(tmp_path, capsys):
     from samples import write_samples
 
@@ -84,12 +105,18 @@ def test_samples_are_deleted_by_key_and_from_a_file(tmp_path, capsys):
     [
         (("delete", "nowhere"), "nothing to delete was named"),
         (("filter", "--folder", "nowhere", "--out", "out"), "holds no finished stage"),
+        (
+            ("fetch", "--folder", "foreign", "--out", "out", "--contact", "a@b.example"),
+            "first is `diptych curate crawl`",
+        ),
         (("crawl", "--inputs", "nowhere.warc.gz", "--out", "out"), "no such file"),
         (("write", "--folder", "nowhere", "--out", "out"), "holds no finished stage"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign").mkdir()
+    pq.write_table(pa.table({"URL": ["http://a.example/b.jpg"], "TEXT": ["a"]}), tmp_path / "foreign" / "0.parquet")
     assert call(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -133,3 +160,11 @@ def test_the_engine_of_the_command_line_is_the_one_that_stages_take():
     assert (engine.kind, engine.processes, engine.redo) == ("local", 3, True)
     assert Engine.open(EngineConfig()).processes == os.cpu_count()
     assert Engine.open(EngineConfig(engine="ray")).processes == 0
+
+
+def test_a_misspelled_option_gets_its_like_and_the_help_of_its_stage(capsys):
+    assert call("queries", "--out", "x", "--listz", "a") == 2
+    told = capsys.readouterr().err
+    assert "--lists" in told
+    assert "run diptych curate queries --help " in told
+    assert len({len(line) for line in told.splitlines()}) == 1

@@ -73,11 +73,11 @@ def kept(tmp_path: Path, name: str, rows: list[dict], parts: int, **more) -> tup
 
 def test_order_files_and_buckets_do_not_change_what_stays(tmp_path):
     rows = make_rows(1)
-    first = kept(tmp_path, "first", rows, 1)
+    first = kept(tmp_path, "first", rows, 1, scope="site")
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert kept(tmp_path, "second", shuffled, 4, buckets=3) == first
+    assert kept(tmp_path, "second", shuffled, 4, scope="site", buckets=3) == first
     assert first[1].keys() == {"duplicate", "near_duplicate"}
-    assert kept(tmp_path, "third", rows, 2, seed=1)[0] != first[0]
+    assert kept(tmp_path, "third", rows, 2, scope="site", seed=1)[0] != first[0]
 
 
 def test_what_stays_is_no_copy_as_the_slow_twin_sees_it(tmp_path):
@@ -102,6 +102,15 @@ def test_scope_says_which_texts_may_be_copies(tmp_path):
     counts = {scope: len(kept(tmp_path, scope, rows, 2, scope=scope)[0]) for scope in ("image", "site", "all")}
     assert counts == {"image": 3, "site": 2, "all": 1}
     assert kept(tmp_path, "exact", rows, 1, near=False)[1] == {DUPLICATE: 1}
+
+
+def test_like_texts_of_different_pictures_stay(tmp_path):
+    texts = ["King Henry VII", "King Henry VIII", "Man riding a horse", "Horse riding a man", "methyl acetate tab 1"]
+    texts += ["methyl acetate tab 2", "a cotton T-shirt in red for summer", "a cotton T-shirt in rod for summer"]
+    rows = [row(f"http://i.example/{i}", text, "http://a.example/1") for i, text in enumerate(texts)]
+    again = row("http://i.example/0", "King Henry VII!", "http://a.example/2")
+    assert kept(tmp_path, "one", [*rows, again], 1)[1] == {"near_duplicate": 1}
+    assert kept(tmp_path, "site", rows, 1, scope="site")[1]["near_duplicate"] >= 2
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -141,7 +150,7 @@ def test_verdicts_of_other_rows_are_refused(tmp_path):
 
 def test_verdicts_are_made_once_for_the_same_signatures(tmp_path):
     write(tmp_path / "in", make_rows(4), 3)
-    config = NearTextConfig(folder=tmp_path / "in", out=tmp_path / "out")
+    config = NearTextConfig(folder=tmp_path / "in", out=tmp_path / "out", scope="site")
     record = tmp_path / "out_verdicts" / "verdicts.json"
     verdicts = tmp_path / "out_verdicts" / "part-00001.npy"
     first = run(config, engine=Engine())

@@ -44,7 +44,8 @@ def write_page(draw: random.Random, depth: int = 0) -> str:
             made.append(f"<img {' '.join(chosen)}>" if draw.random() < 0.8 else f"<IMG {' '.join(chosen)} />")
         elif kind < 6:
             made.append(
-                f"<figure>{write_page(draw, depth + 1)}<figcaption>{word()}<b>{word()}</b></figcaption></figure>"
+                f"<figure>{write_page(draw, depth + 1)}<figcaption>{word()}<b>{word()}</b>{word()}"
+                f"<{draw.choice(['p', 'i', 'h2', 'span'])}>{word()}</figcaption></figure>"
             )
         elif kind == 6:
             made.append("<!-- <img src=no alt=no> --><script>'<img src=no alt=no>'</script>")
@@ -101,6 +102,16 @@ def test_each_text_says_where_it_stood_and_how_large_the_picture_is():
     assert (found.widths, found.heights) == (["300", "300", None], ["12345", "12345", None])
 
 
+def test_words_of_a_caption_end_at_blocks_and_breaks_only():
+    for html, text in {
+        "The <b>W</b>ikipedia logo, H<sub>2</sub>O; caf<wbr>é": "The Wikipedia logo, H2O; café",
+        "Photo by <a href=x>Jane</a>, <b>Paris</b>": "Photo by Jane, Paris",
+        "<p>one</p><p>two</p>three<br>four<ul><li>five<li>six</ul>": "one two three four five six",
+        "<table><tr><td>a<td>b</table><div>c<div>d</div></div>e": "a b c d e",
+    }.items():
+        assert pairs(look(f"<figure><img src=i><figcaption>{html}</figcaption></figure>"))[0][1] == text
+
+
 def test_the_address_is_the_one_that_is_shown_in_the_end():
     for attributes, name in {
         "src=a data-src=b": "b",
@@ -126,6 +137,8 @@ def test_the_address_is_the_one_that_is_shown_in_the_end():
         ("<meta name=robots content=nofollow>", "", False),
         ("<meta name=robots content='no ai'>", "", False),
         ("", "noindex, noai", True),
+        ("", "nofollow;noindex", True),
+        ("", "otherbot: noindex; nofollow", False),
         ("", "otherbot: noai", False),
         ("", "diptych: noai", True),
         ("", "max-image-preview: large", False),
@@ -141,6 +154,9 @@ def test_opt_outs_are_honoured(meta, robots, out):
         ("é".encode(), "", "é"),
         (b"\xe9t\xe9 \x93", "", "été “"),
         (b"\xe9", "ISO-8859-1", "é"),
+        ("café".encode(), "ISO-8859-1", "café"),
+        (b"<meta charset=latin1>" + "café“".encode(), "", "café“"),
+        ("café".encode() + b"\xe9", "ISO-8859-1", "cafÃ©é"),
         ("Привет".encode("cp1251"), "windows-1251", "Привет"),
         (b"<meta charset='Shift_JIS'>" + "犬".encode("cp932"), "", "犬"),
         (b"<meta http-equiv=content-type content='text/html; charset=koi8-r'>" + "кот".encode("koi8_r"), "", "кот"),

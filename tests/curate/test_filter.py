@@ -70,6 +70,45 @@ def test_rules_can_be_turned_off_and_added_to():
     assert stage_of(min_words=3).judge()("红色的汽车") == "language"
 
 
+NAMES = """
+    Mona Lisa by Leonardo da Vinci | 2024 Toyota Corolla | Angela Merkel | Volkswagen Golf GTI | BMW X5 |
+    Schönbrunn Palace | San Pedro de Atacama | La La Land movie poster | Aloe vera | Rihanna |
+    Eiffel Tower, Paris | Lake Como, Italy | iPhone 15 Pro Max | Taj Mahal | Machu Picchu | Golden Gate Bridge |
+    Sagrada Família | Neuschwanstein Castle | Mount Kilimanjaro | Rio de Janeiro | Buenos Aires |
+    Cristiano Ronaldo | Lionel Messi | Barack Obama | Frida Kahlo | Pablo Picasso, Guernica |
+    Vincent van Gogh, Starry Night | Beyoncé at Coachella | Taylor Swift | Emmanuel Macron | Tesla Model S |
+    Ford Mustang 1967 | Mercedes-Benz C 300 | Porsche 911 Carrera | Boeing 747-400 | Airbus A380 | Nikon D850 |
+    Canon EOS R5 | Samsung Galaxy S23 Ultra | Sony PlayStation 5 | Nintendo Switch | Canis lupus familiaris |
+    Felis catus | Quercus robur | Panthera tigris | Homo sapiens | Monstera deliciosa | Star Wars logo |
+    Harry Potter | Breaking Bad poster | Spaghetti carbonara | Tiramisu | Pad Thai | Crème brûlée |
+    Chicken tikka masala | Sushi platter | Ludwig Mies van der Rohe | Château de Chambord |
+    Yellowstone National Park | Kyoto, Japan
+"""
+
+
+def test_names_are_of_no_language():
+    names = [name.strip() for name in NAMES.replace("\n", " ").split("|")]
+    judge, strict = stage_of().judge(), stage_of(names=False).judge()
+    kept = [name for name in names if judge(name) is None]
+    assert (len(names), len(kept), sum(strict(name) is None for name in names)) == (60, 50, 19)
+    for text in (
+        "Zwei alte Autos vor einem Haus",
+        "Une Voiture rouge",
+        "Ein rotes Auto vor dem Haus",
+        "Красная Машина Перед",
+    ):
+        assert judge(text) == "language", text
+
+
+def test_texts_with_lost_or_doubly_read_characters_are_damaged():
+    judge = stage_of(languages=()).judge()
+    for text in ("The caf\ufffd was closed", "cafÃ© in Paris", "the kingâ€™s crown", "Å\x81Ã³dÅº"):
+        assert judge(text) == "text_damaged", text
+    for text in ("café in Paris", "SÃO PAULO", "Ã la carte", "the king’s crown", "犬の写真 dog", "Łódź castle"):
+        assert judge(text) is None, text
+    assert stage_of(languages=(), damaged=False).judge()("The caf\ufffd was closed") is None
+
+
 def test_long_texts_made_to_stall_a_pattern_do_not():
     judge = stage_of(languages=()).judge()
     for text in ("a/" * 499 + " b", "a_" * 490 + "! x", "img " + "1 " * 490 + "z", "(a " * 330, "ab " * 333 + ".jp"):

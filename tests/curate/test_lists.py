@@ -93,3 +93,9 @@ def test_lists_are_lines_first_columns_or_json(tmp_path):
     assert list(read_list(str(tmp_path / "a.json"))) == ["0", "St. Louis"]
     with pytest.raises(UsageError, match="JSON list of strings"):
         list(read_list(str(tmp_path / "b.json")))
+
+
+@pytest.mark.parametrize("content", [b'{"items": [{"article": "Dog", "views": 5}]}', b"de Hund 3 0\n", b""])
+def test_a_file_without_views_of_the_project_is_refused(tmp_path, content):
+    with pytest.raises(UsageError, match=r"pageviews-1.gz holds no views of articles of the project en"):
+        views(tmp_path, [b"en Dog 3 0\n", content])

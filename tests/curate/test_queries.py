@@ -96,6 +96,9 @@ def test_lists_alone_are_enough(tmp_path):
     report = build(tmp_path / "a", corpus=(), pageviews=(), wordnet=None)
     assert list(rows(tmp_path / "a")) == ["Hot Dog", "St. Louis"]
     assert (report.tokens, list(report.sources)) == (0, ["list"])
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UsageError, match=r"empty\.txt holds no query"):
+        build(tmp_path / "b", corpus=(), pageviews=(), wordnet=None, lists=(str(tmp_path / "empty.txt"),))
 
 
 def test_no_source_and_no_sense_are_refused(tmp_path):

@@ -87,6 +87,14 @@ def test_a_product_that_is_named_is_not_judged_as_everybody():
     assert parse_robots("User-agent: *\nCrawl-delay: soon", "x").crawl_delay == 0
 
 
+@pytest.mark.parametrize("agent", ["User-agent", "Useragent", "user agent"])
+@pytest.mark.parametrize("key", ["Disallow", "Dissallow", "Disalow", "disallaw"])
+def test_usual_misspellings_are_forgiven(agent, key):
+    rules = parse_robots(f"{agent}: *\n{key}: /private\n", "diptych")
+    assert not rules.allows("/private/a.jpg")
+    assert rules.allows("/public")
+
+
 def test_no_rules_allow_and_an_unreachable_site_forbids():
     assert ALLOW_ALL.allows("/x")
     assert parse_robots("", "diptych").allows("/x")
@@ -119,6 +127,8 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
         ("noarchive, noimageai", True),
         ("noml", True),
         ("noindex", True),
+        ("nofollow;noindex", True),
+        ("googlebot: nofollow; noai", False),
         ("none", True),
         ("noarchive, nosnippet", False),
         ("diptych: noai", True),

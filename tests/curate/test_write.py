@@ -1,4 +1,7 @@
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +188,61 @@ def test_compacting_again_goes_on_from_what_a_killed_one_left(tmp_path):
     assert sorted(path.name for path in (tmp_path / "shards").glob("0000[01]*")) == [
         "00000-2.arrow", "00000-2.tar", "00001.arrow", "00001.tar",
     ]  # fmt: skip
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from diptych.curate import delete
+from diptych.curate.config import DeleteConfig
+
+start, work, keys = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3].split(","))
+events = 0
+
+def count(name, arguments, last):
+    global events
+    writes = name == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if name in ("os.rename", "os.remove", "os.mkdir") or writes:
+        events += 1
+        if events == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+for last in range(1, 1000):
+    folder = work / f"{last:03d}" / "shards"
+    shutil.copytree(start, folder)
+    child = os.fork()
+    if not child:
+        sys.addaudithook(lambda name, arguments: count(name, arguments, last))
+        delete.run(DeleteConfig(shards=folder, key=keys, compact=True))
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGKILL:
+        break
+"""
+
+
+@pytest.mark.slow
+def test_compacting_may_be_killed_anywhere(tmp_path):
+    fetched(tmp_path)
+    run(config(tmp_path))
+    pairs = list(load_dataset(tmp_path / "shards").pairs)
+    gone = [pairs[0], pairs[45], *pairs[20:30]]
+    keys = [pair.key for pair in gone]
+    delete.run(DeleteConfig(shards=tmp_path / "shards", key=tuple(keys[:2])))
+    (tmp_path / "killed").mkdir()
+    arguments = [str(tmp_path / "shards"), str(tmp_path / "killed"), ",".join(keys)]
+    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True)
+    *killed, whole = sorted((tmp_path / "killed").iterdir())
+    assert len(killed) > 20
+    kept = [pair for pair in pairs if pair not in gone]
+    for work in killed:
+        live = list(load_dataset(work / "shards").pairs)  # before or after the tombstones were written
+        assert live in (kept, [pair for pair in pairs if pair.key not in keys[:2]]), work
+        shutil.copytree(work / "shards", work / "again" / "shards")
+        shutil.copytree(tmp_path / "fetch", work / "again" / "fetch")
+        run(config(work / "again"))
+        assert {pair.key for pair in load_dataset(work / "again" / "shards").pairs} == {pair.key for pair in live}, work
+        delete.run(DeleteConfig(shards=work / "shards", key=tuple(keys), compact=True))
+        assert bytes_of(work / "shards") == bytes_of(whole / "shards"), work
 
 
 def test_wrong_use_of_delete_is_told(tmp_path):

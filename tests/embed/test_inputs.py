@@ -1,3 +1,4 @@
+import base64
 import os
 from pathlib import Path
 
@@ -106,6 +107,43 @@ def test_columns_hold_pictures_paths_or_captions(tmp_path):
         column("capton")
     with pytest.raises(UsageError, match="name the one to embed"):
         open_inputs([str(tmp_path / "t.parquet")])
+
+
+def test_columns_of_any_string_or_bytes_are_decoded(tmp_path):
+    write_tree(tmp_path, "pics/1.jpg")
+    paths, captions = ["pics/1.jpg", None], ["a cat", "a dog"]
+    coded = [base64.b64encode(RED).decode(), f"data:image/jpeg;base64,{base64.b64encode(BLUE).decode()}", None, "no"]
+    columns = {
+        "a:b": (pa.array(paths), [RED, "null"]),
+        "a.b": (pa.array([RED, None], pa.binary_view()), [RED, "null"]),
+        "a": (pa.array([{"b": 1}, {"b": 2}]), None),
+        "view": (pa.array(captions, pa.string_view()), captions),
+        "category": (pa.array(captions).dictionary_encode(), captions),
+        "coded paths": (pa.array(paths, pa.large_string()).dictionary_encode(), [RED, "null"]),
+        "fixed": (pa.array([RED, RED], pa.binary(len(RED))), [RED, RED]),
+        "numbers": (pa.array([list(RED), None], pa.list_(pa.uint8())), [RED, "null"]),
+        "captions": (pa.array([["a", "b"], ["c"]]), None),
+    }
+    pq.write_table(pa.table({name: column for name, (column, _) in columns.items()}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"64": coded, "b:64": coded}), tmp_path / "c.parquet")
+    for name, (_, wanted) in columns.items():
+        if wanted is None:
+            with pytest.raises(UsageError, match="name one of bytes"):
+                open_inputs([f"{tmp_path}/t.parquet:{name}"])
+            continue
+        (source,) = open_inputs([f"{tmp_path}/t.parquet:{name}"])
+        assert contents(source) == wanted, name
+    for given in (f"{tmp_path}/c.parquet:64", f"{tmp_path}/c*.parquet:b:64", f"{tmp_path}/c.parquet:b:64"):
+        (source,) = open_inputs([given])
+        assert (source.kind, contents(source)) == ("image", [RED, BLUE, "null", "bad_base64"])
+    (source,) = open_inputs([f"{tmp_path}/c.parquet:64"], "text")
+    assert contents(source)[0] == coded[0]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["t", "t"]), tmp_path / "t.parquet")
+    with pytest.raises(UsageError, match="has 2 columns 't'"):
+        open_inputs([f"{tmp_path}/t.parquet:t"])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 1000), (0, 7), (95, 205), (399, 400), (640, 1000), (123, 124)])
@@ -242,3 +280,24 @@ def test_paths_of_a_table_stay_in_its_folder_and_urls_are_not_fetched(tmp_path):
     pq.write_table(pa.table({"image": paths}), tmp_path / "table/a.parquet")
     (source,) = open_inputs([f"{tmp_path / 'table/a.parquet'}:image"])
     assert [row.reason for row in source.read(0, 4)] == ["", "outside_folder", "url", ""]
+
+
+def test_ranges_are_spelled_out_and_what_they_lack_is_named(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        write_tar(tmp_path / name, [("a.jpg", RED)])
+    pq.write_table(pa.table({"caption": ["a", "b"]}), tmp_path / "t0.parquet")
+    named = open_inputs([f"{tmp_path}/{{0..1}}.tar"])
+    assert [source.name for source in named] == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
+    assert [source.rows for source in open_inputs([f"{tmp_path}/t{{0..0}}.parquet:caption"])] == [2]
+    with pytest.raises(NotFoundError, match=r"no such input: .*2\.tar"):
+        open_inputs([f"{tmp_path}/{{0..2}}.tar"])
+
+
+@pytest.mark.parametrize("lines", ["a.jpg\n\nb/c.PNG\n", "https://a.example/1?x=y\nhttp://b.example/c.jpg\n"])
+def test_a_list_of_pictures_is_not_taken_for_captions(tmp_path, lines):
+    (tmp_path / "list.txt").write_text(lines)
+    with pytest.raises(UsageError, match=r"list\.txt lists pictures, like .*--kind text"):
+        open_inputs([str(tmp_path / "list.txt")])
+    assert open_inputs([str(tmp_path / "list.txt")], "text")[0].rows == lines.count("\n")
+    (tmp_path / "list.txt").write_text(f"{lines}a dog\n")
+    assert open_inputs([str(tmp_path / "list.txt")])[0].kind == "text"

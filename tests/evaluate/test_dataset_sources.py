@@ -1,11 +1,13 @@
 import contextlib
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,9 +21,9 @@ from diptych.embed.sources import fetch
 from diptych.errors import DatasetError, DownloadError, NotFoundError, UsageError
 from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.download import fetch_wds, locate
-from diptych.evaluate.datasets.labels import index_labels
+from diptych.evaluate.datasets.labels import doubt_names, index_labels
 from diptych.evaluate.datasets.layouts import find_layout, open_samples
-from diptych.evaluate.datasets.registry import Place, load_dataset_entry, load_own
+from diptych.evaluate.datasets.registry import Place, guess_place, load_dataset_entry, load_own
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.run import run
 from samples import TINY_VIT, make_loaded, write_samples, write_tar
@@ -230,7 +232,7 @@ def test_a_truncated_shard_of_ours_is_named(tmp_path):
         reopen(tmp_path)
 
 
-@pytest.mark.parametrize("label", [b"-1", b"circle", b"", b"1.0", b"9" * 5000])
+@pytest.mark.parametrize("label", [b"-1", b"cirkle", b"", b"1.5", b"\xff", b"9" * 5000])
 def test_labels_that_are_none_are_counted(tmp_path, label):
     samples = [(key, label if key == "red-cross" else str(number).encode(), data) for key, number, data in pictures()]
     opened = reopen(write_wds(tmp_path, samples))
@@ -256,7 +258,7 @@ def test_shards_without_end_are_not_listed(tmp_path, count):
 def test_folders_that_are_splits_are_no_classes(tmp_path, name):
     for folder in (name, "other"):
         (tmp_path / folder / "a").mkdir(parents=True)
-    with pytest.raises(NotFoundError, match=f"its folders {name} are splits"):
+    with pytest.raises(NotFoundError, match=f"no split test; there is {name}: name it in .data. of a TOML"):
         reopen(tmp_path)
 
 
@@ -318,6 +320,116 @@ def test_a_member_that_is_there_twice_is_named(tmp_path):
         reopen(tmp_path)
 
 
+# --- what others write ---
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        (
+            lambda number: None if number == 1 else float(number),
+            lambda number: number,
+        ),  # pandas, of a column with a gap
+        (lambda number: Decimal(number), lambda number: number),
+        (lambda number: number > 1, lambda number: int(number > 1)),
+        (lambda number: NAMES[number].encode(), lambda number: NAMES[number]),
+        (lambda number: math.nan if number == 1 else float(number), lambda number: number),
+    ],
+)
+def test_labels_of_other_types_are_read(tmp_path, write, read):
+    write_parquet(tmp_path, pictures(), names=(), label=write)
+    opened = reopen(tmp_path)
+    gaps = [number for _, number, _ in pictures() if write(number) is None or write(number) != write(number)]
+    assert opened.labels == [read(number) for _, number, _ in pictures() if number not in gaps]
+    assert opened.skipped == ({"no_label": 6} if gaps else {})
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (lambda number: number + 0.5, r"bad_label 24; a label is 0.5 .column 'label' of type double."),
+        (lambda number: {"name": NAMES[number]}, r"a label is {'name': 'circle'} .column 'label' of type struct"),
+        (lambda number: [number], r"a label is \[0\] .column 'label' of type list"),
+        (lambda number: -1, r"a label is -1 .column 'label' of type int64."),
+    ],
+)
+def test_labels_that_are_none_are_named_with_their_type(tmp_path, label, said):
+    write_parquet(tmp_path, pictures(), names=(), label=label)
+    with pytest.raises(DatasetError, match=said):
+        reopen(tmp_path)
+
+
+def test_names_in_label_files_are_the_classes_they_name(tmp_path):
+    named = [(key, NAMES[number].encode(), data) for key, number, data in pictures()]
+    assert expected(reopen(write_wds(tmp_path / "listed", named)))
+    assert reopen(write_wds(tmp_path / "bare", named, classnames=None)).labels[:4] == list(NAMES)
+
+
+def write_table(path, rows):
+    with open(path, "w", newline="") as handle:
+        csv.writer(handle, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels", "skipped"),
+    [
+        (["0.0", "1.0", "", "2.0"], [0, 1, 2], {"no_label": 1}),  # pandas, of a column with a gap
+        (["0", "1", "NaN", "-1"], [0, 1], {"no_label": 1, "bad_label": 1}),
+        (["747", "A380", "007", "DC-10"], ["747", "A380", "007", "DC-10"], {}),
+        (["nan", "roti", "1.5", "x"], ["nan", "roti", "1.5", "x"], {}),
+    ],
+)
+def test_a_column_is_of_numbers_or_of_names(tmp_path, cells, labels, skipped):
+    write_table(tmp_path / "test.tsv", [["image", "label"], *([f"{i}.png", cell] for i, cell in enumerate(cells))])
+    opened = reopen(tmp_path)
+    assert (opened.labels, opened.skipped) == (labels, skipped)
+
+
+def test_a_list_in_a_cell_is_several(tmp_path):
+    cell = json.dumps(["a dog", "two | dogs"])
+    rows = [["image", "captions"], ["a.png", cell], ["b.png", "[sic] a cat"], ["a.png", "late"], ["c.png", "[]"]]
+    write_table(tmp_path / "test.csv", rows)
+    opened = reopen(tmp_path, "captions")
+    assert opened.labels == [("a dog", "two | dogs", "late"), ("[sic] a cat",)]
+    assert opened.skipped == {"bad_label": 1}
+    write_table(tmp_path / "test.csv", [["image", "label"], ["a.png", '["x", "y"]'], ["b.png", "z|x"], ["c.png", ""]])
+    assert reopen(tmp_path, "multi").labels == [("x", "y"), ("z", "x"), ()]
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_rest(tmp_path):
+    (tmp_path / "test.csv").write_text('image,label\na.png,cat\nb.png,"dog\nc.png,cat\nd.png,cat\n')
+    with pytest.raises(DatasetError, match="cannot be read as CSV: unexpected end of data"):
+        reopen(tmp_path)
+    (tmp_path / "test.csv").write_text('image,label\na.png,"A" class\n')
+    assert reopen(tmp_path).labels == ["A class"]
+
+
+def test_splits_are_found_by_what_they_are_called_and_else_named(tmp_path):
+    for name in ("Training/a", "Training/b", "validation/a", "validation/b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    assert guess_place(tmp_path / "set") == Place(train="Training", test="validation", val="none")
+    write_table(tmp_path / "all.csv", [["image", "label", "split"], ["a.png", "x", "dev"], ["b.png", "x", "held out"]])
+    with pytest.raises(NotFoundError, match="no split test; its column `split` has dev, held out"):
+        reopen(tmp_path / "all.csv")
+
+
+def test_keys_that_begin_anew_in_every_shard_of_ours_stay_apart(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", [("0.jpg", b"x"), ("0.txt", b"a"), ("0.json", b'{"label": "cat"}')])
+    opened = reopen(tmp_path)
+    assert (opened.layout, opened.keys, opened.labels) == ("shards", ["0", "1/0"], ["cat", "cat"])
+
+
+def test_a_parquet_file_whose_pages_are_damaged_is_named(tmp_path):
+    write_parquet(tmp_path, pictures())
+    file = next(tmp_path.glob("*.parquet"))
+    with pq.ParquetFile(file) as opened:
+        at = opened.metadata.row_group(0).column(0).data_page_offset
+    file.write_bytes(file.read_bytes()[:at] + b"\xff" * 64 + file.read_bytes()[at + 64 :])
+    with pytest.raises(DatasetError, match="is damaged"):
+        read(reopen(tmp_path))
+
+
 # --- labels to classes ---
 
 
@@ -357,6 +469,35 @@ def test_numbers_without_names_need_a_word_on_their_order(tmp_path):
         index_labels(entry.resolve("paper"), samples, entry.data)
     with pytest.raises(DatasetError, match="nothing says what they are called"):
         index_labels(load_own(write_own(tmp_path / "d.toml")).resolve("paper"), samples, Place())
+
+
+def test_numbers_that_are_written_out_are_numbers_unless_classes_are_called_so(tmp_path):
+    write_parquet(tmp_path / "shapes", pictures(), names=(), label=str)
+    entry = load_own(
+        write_own(tmp_path / "mine.toml", f"classes = {list(NAMES)}", "path = 'shapes'\norder = 'registry'")
+    )
+    samples = open_samples(entry.data, tmp_path, "test", entry.kind)
+    assert samples.labels[:2] == ["0", "1"]
+    found = index_labels(entry.resolve("paper"), samples, entry.data)
+    assert [numbers[0] for numbers in found.numbers] == [number for _, number, _ in pictures()]
+    entry = load_own(write_own(tmp_path / "digits.toml", 'classes = ["3", "2", "1", "0"]'))
+    found = index_labels(entry.resolve("paper"), samples, entry.data)
+    assert [numbers[0] for numbers in found.numbers] == [3 - number for _, number, _ in pictures()]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["n01440764", "n01443537"], "WordNet's numbers, such as 'n01440764'"),
+        (["0", "1"], "numbers, such as '0'"),
+        (["001.Black footed Albatross", "002.Laysan Albatross"], "numbered"),
+        (["AnnualCrop", "Forest", "SeaLake"], "words written together, such as 'AnnualCrop'"),
+        (["747-400", "DC-10", "MD-80", "F-16A/B", "McDonnell"], ""),
+        (["annual crop", "iPhone", "USA"], ""),
+    ],
+)
+def test_names_that_are_none_are_doubted(names, said):
+    assert [said in warning for warning in doubt_names(names)] == [True] * bool(said)
 
 
 def test_clip_benchmarks_profile_takes_what_lies_beside_the_pictures(tmp_path):

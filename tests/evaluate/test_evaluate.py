@@ -61,6 +61,34 @@ def test_zero_shot_is_what_the_classifier_says(model, tmp_path):
     assert result.about["settings"]["images"] != facts.space  # features before the projection lie in another space
 
 
+def write_folders(folder, *splits):
+    for split in splits:
+        for key, number, data in pictures():
+            (folder / split / NAMES[number]).mkdir(parents=True, exist_ok=True)
+            (folder / split / NAMES[number] / f"{key}.jpg").write_bytes(data)
+
+
+def test_a_folder_or_a_table_is_evaluated_without_a_toml(model, tmp_path):
+    write_folders(tmp_path / "labelled", "Train", "validation")
+    report = evaluate(model, tmp_path, tmp_path / "labelled", protocols=("zeroshot", "probe"))
+    zero, probed = report.results
+    assert (zero.dataset, zero.profile, zero.images, zero.about["layout"]) == ("labelled", "own", 24, "folders")
+    assert not any("are in train too" in warning for warning in zero.warnings)
+    assert any("24 of 24 pictures of test are in train too" in warning for warning in probed.warnings)
+    lines = [f"labelled/validation/{NAMES[n]}/{key}.jpg,{NAMES[n]}" for key, n, _ in pictures()]
+    (tmp_path / "table.csv").write_text("\n".join(["image,label", *lines]))
+    assert evaluate(model, tmp_path, tmp_path / "table.csv").results[0].value == zero.value
+    write_captions(tmp_path / "described")
+    (result,) = evaluate(model, tmp_path, tmp_path / "described").results
+    assert (result.dataset, result.protocol) == ("described", "retrieval")
+
+
+def test_a_suite_that_is_none_leads_to_the_page_on_ones_own(model, tmp_path):
+    for name in (tmp_path / "nowhere", "labeled"):
+        with pytest.raises((UsageError, NotFoundError), match=r"a folder, a table or a TOML \(docs/evaluate\.md\)"):
+            evaluate(model, tmp_path, name)
+
+
 def test_it_goes_on_where_it_was_and_refuses_other_settings(model, tmp_path):
     write_shapes(tmp_path / "shapes")
     suite = write_own(tmp_path / "mine.toml")

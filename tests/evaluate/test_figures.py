@@ -12,11 +12,11 @@ from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate.metrics.robustness import effective_robustness, fit_shift, read_table
 from diptych.evaluate.references import KORNBLITH12, PAPER27, SHIFTS, reference
 from diptych.evaluate.report.captions import evaluate_command
-from diptych.evaluate.report.charts import Bars, Chart, Missing, Plot
 from diptych.evaluate.report.figures.build import FIGURES, build_charts
 from diptych.evaluate.report.figures.transfer import PAPER_EFFICIENCY
 from diptych.evaluate.report.results_table import Study, load_study
 from diptych.evaluate.results import save_model
+from diptych.report.charts import Bars, Chart, Missing, Plot
 
 pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
 
@@ -355,7 +355,7 @@ def test_a_published_name_can_be_given_and_is_checked(folder):
 
 
 def test_pictures_are_drawn_the_same_every_time(study, tmp_path):
-    from diptych.evaluate.report.draw import draw_svg, save_charts
+    from diptych.report.draw import draw_svg, save_charts
 
     some = [chart(study, "8"), chart(study, "14")]
     paths = save_charts(some, tmp_path)
@@ -370,13 +370,41 @@ def test_pictures_are_drawn_the_same_every_time(study, tmp_path):
 
 
 def test_a_picture_shows_every_mark_its_name_and_hollow_published_ones(study):
-    from diptych.evaluate.report.draw import draw_svg
+    from diptych.report.draw import draw_svg
 
     svg = draw_svg(chart(study, "8")).decode()
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
     assert {*PAPER27, "published, confirmed", "l336", "zero-shot (%)"} <= set(texts)
     hollow = re.findall(r'<use xlink:href="#[^"]+" x="[^"]+" y="[^"]+" style="fill-opacity: 0', svg)
     assert len(hollow) == 27 + 2, "27 published pairs, and two in the legend"
+
+
+@pytest.mark.parametrize(
+    "ends", [(0.9, 1.2), (2.1, 2.9), (1.0, 4.96), (0.004, 7.0), (3.0, 370.0), (1e-3, 1e3), (31.0, 33.0)]
+)
+def test_an_axis_of_logarithms_has_numbers_to_read_it_by(ends):
+    from diptych.evaluate.report.draw import _log_ticks
+
+    ticks = _log_ticks(*ends)
+    assert 2 <= len(ticks) <= 9
+    assert all(ends[0] <= tick <= ends[1] for tick in ticks)
+    assert ticks == sorted(ticks)
+
+
+def test_one_dataset_s_figure_7_has_numbers_on_its_axis_and_zero_shot_a_mark_of_its_own_in_figure_6(tmp_path):
+    from diptych.evaluate.report.draw import draw_svg
+
+    made.save_model(tmp_path, made.facts("mine", "runs/mine", 0.009))
+    shots = {"1": [0.3], "4": [0.4], "16": [0.5]}
+    made.save(tmp_path, "mine", "digits", "zeroshot", 0.4)
+    made.save(tmp_path, "mine", "digits", "probe", 0.6, details={"train_images": 100})
+    made.save(tmp_path, "mine", "digits", "fewshot", 0.5, details={"shots": shots, "efficiency": 3.1})
+    study = load_study(tmp_path)
+    assert {"1", "2", "3", "4"} <= set(re.findall(r"<text[^>]*>([^<]+)</text>", draw_svg(chart(study, "7")).decode()))
+    numbers = re.findall(r"<text[^>]*>(0\.\d+)</text>", draw_svg(chart(study, "10")).decode())
+    assert len(set(numbers)) > 1
+    marks = re.findall(r'<use xlink:href="#(m[^"]+)"[^>]*style="fill: #2457a6', draw_svg(chart(study, "6")).decode())
+    assert len(set(marks)) == 2, "a probe's dot, and zero-shot's star"
 
 
 def test_marks_at_the_ends_of_a_logit_axis_are_left_out(study):

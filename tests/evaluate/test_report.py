@@ -230,9 +230,50 @@ def test_the_command_writes_report_and_figures_and_names_what_is_missing(tmp_pat
     assert sorted(path.suffix for path in (tmp_path / "figures").iterdir()) == [".png"] * 3 + [".svg"] * 3
 
 
+def report_of_own(folder, capsys, classes):
+    made.save_model(folder, made.facts("mine", "runs/mine", 1.0))
+    names = [f"bird <{i}>" for i in range(classes)]
+    table = [[6 if i == j else 3 if j == i + 1 else 0 for j in range(classes)] for i in range(classes)]
+    per_class = [{"name": name, "images": 9, "recall": 2 / 3} for name in names]
+    made.save(folder, "mine", "birds", "zeroshot", 0.6, per_class=per_class, details={"confusion": table})
+    with pytest.raises(SystemExit):
+        main(["report", str(folder)])
+    return capsys.readouterr().out, (folder / "report.html").read_text("utf-8")
+
+
+def test_data_of_ones_own_have_a_confusion_matrix_and_no_list_of_the_paper_s_figures(tmp_path, capsys):
+    printed, page = report_of_own(tmp_path, capsys, 4)
+    assert len(printed.splitlines()) == 3
+    assert "not drawn, for none of the paper's datasets was measured: 4, 5, 6, 7" in printed
+    assert "<summary>15 figures of the paper, whose datasets were not measured</summary>" in page
+    matrix = page.split("What is taken for what")[1].split("</table>")[0]
+    assert re.findall(r"rgba\(36, 87, 166, ([\d.]+)\)[^>]*>(\d*)", matrix)[:5] == [
+        ("0.67", "6"),
+        ("0.33", "3"),
+        ("0.00", ""),
+        ("0.00", ""),
+        ("0.00", ""),
+    ]
+    assert "bird &lt;3&gt;" in matrix
+
+
+def test_many_classes_of_ones_own_have_the_pairs_that_are_confused_most(tmp_path, capsys):
+    _, page = report_of_own(tmp_path, capsys, 40)
+    matrix = page.split("What is taken for what")[1].split("</table>")[0]
+    assert matrix.count("<tr>") == 11
+    assert '<td>bird &lt;0&gt;<td class="text">bird &lt;1&gt;<td>3 of 9' in matrix
+
+
+def test_the_paper_s_figures_that_are_not_drawn_are_listed_beside_its_datasets(study, shown, page):
+    assert shown["own"] is False
+    assert shown["confusions"] == []
+    assert "whose datasets were not measured" not in page
+
+
 def test_without_the_extra_its_name_is_said(study, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(UsageError, match=r"needs jinja2.*diptych\[report\]"):
+    monkeypatch.delitem(sys.modules, "diptych.report.draw", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=r"needs matplotlib.*diptych\[report\]"):
         write_report(study, tmp_path / "r.html", title="", command="")
 
 

@@ -256,3 +256,30 @@ def test_a_run_killed_inside_an_evaluation_ends_with_the_same_bits(data, tmp_pat
     jobs.run(data, tmp_path / "killed", 1, **options)
     for name in ("metrics.jsonl", "step_00000012/model.safetensors", "step_00000012/training.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+
+
+def test_all_captions_under_another_name_count(tmp_path):
+    details = [{"texts": ["a dot", "a point"]}, {"texts": "a ring"}, {"title": "none"}]
+    members = [
+        member
+        for i, one in enumerate(details)
+        for member in ((f"{i}.jpg", encode(draw("red", "dot"))), (f"{i}.json", json.dumps(one).encode()))
+    ]
+    tar = write_tar(tmp_path / "a.tar", members)
+    evaluator, values = ask(f"a={tar}", caption_key="texts")
+    assert evaluator.exam.samples.labels == [("a dot", "a point"), ("a ring",)]
+    assert evaluator.exam.samples.skipped == {"no_caption": 1}
+    assert (evaluator.exam.protocol, values["a/images"]) == ("retrieval", 2.0)
+
+
+def test_labels_need_no_captions(tmp_path):
+    members = [
+        member
+        for i in range(4)
+        for member in (
+            (f"{i}.jpg", encode(draw("red", "dot"))),
+            (f"{i}.json", json.dumps({"label": "ab"[i % 2]}).encode()),
+        )
+    ]
+    evaluator, values = ask(f"a={write_tar(tmp_path / 'a.tar', members)}")
+    assert (evaluator.exam.protocol, values["a/images"]) == ("zeroshot", 4.0)

@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 from urllib.parse import urldefrag, urljoin
 
+BLOCKS = {"br", "p", "div", "li", "figure", "figcaption", "h2"}
 VOID = {"img", "base", "meta", "br", "hr", "input", "link", "source", "image"}
 
 
@@ -18,6 +19,7 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         attributes = dict(reversed(attrs))  # the first of two with one name counts
+        self._end_word(tag)
         if tag == "base" and self.base is None:
             self.base = attributes.get("href")
         if "template" not in self.open and tag == "img":
@@ -30,7 +32,12 @@ class _Page(HTMLParser):
             self.figures[-1]["text"] = []
             self.caption = self.figures[-1]
 
+    def _end_word(self, tag: str) -> None:
+        if tag in BLOCKS and self.caption is not None and "template" not in self.open:
+            self.caption["text"].append(" ")
+
     def handle_endtag(self, tag: str) -> None:
+        self._end_word(tag)
         if tag in self.open:
             while self.open.pop() != tag:
                 pass
@@ -53,7 +60,7 @@ def find_pairs(html: str, page_url: str, lazy: list[str]) -> list[tuple[str, str
     found = []
     for attributes, figure in page.pictures:
         texts = [attributes.get("alt"), attributes.get("title")]
-        texts.append(" ".join(figure["text"]) if figure and figure["text"] is not None else "")
+        texts.append("".join(figure["text"]) if figure and figure["text"] is not None else "")
         address = _largest(attributes.get("srcset") or "")
         for name in [*lazy, "src"]:
             address = address or attributes.get(name) or ""

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from contextlib import closing
 from itertools import islice
 
@@ -11,7 +12,7 @@ from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
 from diptych.shards.loader import Batch, Loader
 from diptych.shards.write import write_shards
-from samples import encode, make_pairs, noise, write_samples
+from samples import encode, make_pairs, noise, write_samples, write_tar
 
 
 def tokenize(captions: list[str]) -> torch.Tensor:
@@ -156,3 +157,60 @@ def test_impossible_loaders_are_refused_with_the_cure(data, tmp_path):
         build()
     with pytest.raises(NotFoundError, match="no such dataset"):
         build(tmp_path / "none")
+
+
+def test_a_picture_with_several_captions_has_one_of_them_at_each_visit(tmp_path):
+    several = {f"{i}": [f"{i} {word}" for word in ("one", "two", "three")] for i in range(6)}
+    members = [
+        member
+        for key, captions in several.items()
+        for member in (
+            (f"{key}.jpg", encode(noise(seed=int(key)))),
+            (f"{key}.txt", b"not these"),
+            (f"{key}.json", json.dumps({"texts": [*captions, " ", 7], "title": captions[0]}).encode()),
+        )
+    ]
+    nothing = [("x.jpg", encode(noise(seed=9))), ("x.json", b'{"texts": []}')]
+    tar = write_tar(tmp_path / "a.tar", members + nothing)
+    dataset = load_dataset(tar, caption_key="texts")
+    assert sorted(dataset.captions) == sorted(text for captions in several.values() for text in captions)
+    assert list(dataset.skipped) == [("a.tar", "x", "no_caption")]
+    batches = take(build(tar, batch_size=2, caption_key="texts"), 60)
+    seen = {key: set() for key in several}
+    for batch in batches:
+        for key, text in zip(batch.keys, batch.text.tolist(), strict=True):
+            seen[key].add(tuple(text))
+    assert {key: {tuple(row) for row in tokenize(captions).tolist()} for key, captions in several.items()} == seen
+    assert_same(batches, take(build(tar, batch_size=2, caption_key="texts", workers=3), 60))
+    resumed = build(tar, batch_size=2, caption_key="texts")
+    resumed.seek(batches[30].position)
+    assert_same(batches[31:], take(resumed, 29))
+    assert load_dataset(tar).content_hash != dataset.content_hash != load_dataset(tar, caption_key="title").content_hash
+
+
+def test_captions_under_another_name_are_found_in_shards_of_our_own_and_elsewhere(tmp_path):
+    write_samples(tmp_path / "data", count=20)
+    first = load_dataset(tmp_path / "data", caption_key="label")
+    assert set(first.captions) == {pair.details["label"] for pair in make_pairs(20)}
+    (tmp_path / "data" / "dataset.json").unlink()
+    assert load_dataset(tmp_path / "data", caption_key="label").content_hash == first.content_hash
+    remote = SourceConfig(url=f"file://{tmp_path}/data")
+    loaders = [build(one, caption_key="label", cache=tmp_path / "cache") for one in (tmp_path / "data", remote)]
+    assert_same(*(take(loader, 4) for loader in loaders))
+
+
+def test_shards_are_named_by_ranges_and_globs(tmp_path):
+    write_samples(tmp_path / "data", count=50, samples_per_shard=16)
+    whole = load_dataset(tmp_path / "data")
+    assert len(whole.shards) == 4
+    for name in ("{00000..00003}.tar", "*.tar", "{0..0}000[0-3].tar"):
+        assert load_dataset(tmp_path / "data" / name).content_hash == whole.content_hash
+    source = SourceConfig.parse(f"{tmp_path}/data/{{00001..00002}}.tar@2")
+    assert build(source).samples_per_epoch == 2 * sum(whole.sizes[1:3])
+    for name, message in (
+        ("{00003..00004}.tar", "no such shard: .*00004.tar"),
+        ("x*.tar", "no such dataset"),
+        ("{2..1}.tar", "the range"),
+    ):
+        with pytest.raises((NotFoundError, UsageError), match=message):
+            load_dataset(tmp_path / "data" / name)

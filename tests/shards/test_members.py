@@ -1,4 +1,6 @@
 import io
+import shutil
+import subprocess
 import tarfile
 
 import pytest
@@ -35,6 +37,29 @@ def test_links_folders_and_devices_are_no_members(tmp_path):
         (n, "not_a_file") for n in ("l.jpg", "dev.jpg")
     ]
     assert len(found) == 2
+
+
+def sparse_tar(path, format):
+    """A file of holes, as GNU's tar writes it, and a picture behind it."""
+    with open(path / "holes.jpg", "wb") as file:
+        for i in range(30):
+            file.seek(i * 100_000)
+            file.write(b"x" * 4096)
+    (path / "b.jpg").write_bytes(b"B" * 600)
+    subprocess.run(
+        ["tar", "--sparse", f"--format={format}", "-cf", "a.tar", "holes.jpg", "b.jpg"], cwd=path, check=True
+    )
+    return path / "a.tar"
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_files_with_holes_are_named_and_left_out(tmp_path, format):
+    holes, picture = iter_members(sparse_tar(tmp_path, format))
+    assert isinstance(holes, Damage)
+    assert (holes.name, holes.reason) == ("holes.jpg", "not_a_file")
+    assert isinstance(picture, Member)
+    assert (picture.name, picture.size) == ("b.jpg", 600)
 
 
 def test_a_damaged_header_is_reported_and_the_scan_goes_on(tmp_path):

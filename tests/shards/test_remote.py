@@ -11,6 +11,7 @@ import pytest
 import server
 import torch
 
+from diptych import files
 from diptych.config import from_dict, to_dict
 from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.shards import cache, order, remote
@@ -256,7 +257,7 @@ def test_a_stored_config_of_a_path_is_read_as_before():
 
 
 def test_ranges_are_written_out():
-    assert remote.expand_range("x/{08..10}.tar") == ["x/08.tar", "x/09.tar", "x/10.tar"]
-    assert remote.expand_range("x/{0..1}/{0..1}.tar") == ["x/0/0.tar", "x/0/1.tar", "x/1/0.tar", "x/1/1.tar"]
+    assert files.expand_range("x/{08..10}.tar") == ["x/08.tar", "x/09.tar", "x/10.tar"]
+    assert files.expand_range("x/{0..1}/{0..1}.tar") == ["x/0/0.tar", "x/0/1.tar", "x/1/0.tar", "x/1/1.tar"]
     with pytest.raises(UsageError, match="empty"):
-        remote.expand_range("x/{3..1}.tar")
+        files.expand_range("x/{3..1}.tar")

@@ -196,7 +196,7 @@ def test_nothing_that_changes_the_result_may_change_within_a_run():
         *("out", "batch_size", "workers", "prefetch", "cache", "cache_bytes"),
         *("checkpoint_every", "checkpoint_minutes", "keep_last", "keep_best", "mirror", "evaluate_every", "log"),
         *("device", "micro_batch_size", "sharding", "recompute", "timeout", "extend_to"),
-        *("cache_features", "feature_cache", "stop_when_lost"),
+        *("cache_features", "feature_cache", "stop_when_lost", "templates"),
     ])  # fmt: skip
 
 

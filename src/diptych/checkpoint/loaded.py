@@ -5,7 +5,7 @@ names and shapes against the config, and only then asks for memory.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ class Loaded(NamedTuple):
     model: CLIP
     preprocess: Preprocess
     tokenizer: BaseTokenizer
+
+    def turned(self) -> "Loaded":
+        """The same, but pictures are turned as their EXIF orientation says."""
+        return self._replace(preprocess=replace(self.preprocess, turn=True))
 
 
 @dataclass(frozen=True, kw_only=True)

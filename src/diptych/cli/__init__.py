@@ -4,12 +4,17 @@ One file a group of commands. Only these print, and only these and `recipes/` co
 """
 
 import contextlib
+import difflib
 import errno
 import io
+import itertools
 import os
+import re
 import select
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import tyro
@@ -26,7 +31,7 @@ from diptych.cli.plan import Plan
 from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets
-from diptych.errors import DiptychError, UsageError, unknown_name
+from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
 
 Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
@@ -45,6 +50,7 @@ COMMANDS: dict[str, type[Command]] = {
 }
 
 
+_STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 _PIPE_CLOSED = 128 + 13
 """What a shell makes of a program that SIGPIPE ended."""
 
@@ -70,7 +76,10 @@ def exit_on_error() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", PictureWarning)
+                warnings.showwarning = _show_warning
+                yield
         except DiptychError as error:
             _fail(str(error))
         except ModuleNotFoundError as error:
@@ -86,14 +95,20 @@ def exit_on_error() -> Iterator[None]:
         except KeyboardInterrupt:
             sys.exit(130)
         finally:
-            sys.stdout.flush()
+            if sys.stdout:  # there is none if it was closed
+                sys.stdout.flush()
     except BrokenPipeError:
-        gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream.fileno())]
+        gone = [stream for stream in (sys.stdout, sys.stderr) if stream and _has_no_reader(stream.fileno())]
         if not gone:  # it was another pipe, whose end is an error like any other
             raise
         for stream in gone:  # what is still held back would be written, and fail again, when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(_PIPE_CLOSED)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """One line, without the place in our code."""
+    print(f"warning: {shorten(message)}", file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:
@@ -131,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["--version"]:
             print(f"diptych {__version__}")
             sys.exit(0)
-        sys.exit(_parse(arguments)())
+        try:
+            sys.exit(_parse(arguments)())
+        except UsageError as error:
+            raise UsageError(name_flags(str(error), _list_flags(arguments))) from None
 
 
 def _parse(arguments: Sequence[str]) -> Command:
@@ -147,15 +165,94 @@ def _parse(arguments: Sequence[str]) -> Command:
                 prog="diptych",
                 description="Build and use CLIP models from end to end; --version tells which release this is.",
                 args=arguments,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                config=_STYLE,
             )
     except SystemExit as ended:
         if error := _find_usage_error(ended):
             told = io.StringIO()
             raise error from None
+        if ended.code and (refused := _read_box(told.getvalue())):
+            told = io.StringIO()
+            raise UsageError(_explain(refused, arguments)) from None
         raise
     finally:
-        sys.stderr.write(told.getvalue())
+        sys.stderr.write(_name_command(told.getvalue(), arguments))
+
+
+def _name_command(told: str, arguments: Sequence[str]) -> str:
+    """Tyro's box with the help of the command that was called, where it points to that of all."""
+    depth = 2 if arguments[:1] == ["curate"] else 1
+    called = itertools.takewhile(lambda one: not one.startswith("-"), arguments[:depth])
+    helped = " ".join(["run diptych", *called, "--help"])
+    return re.sub(r"run diptych --help *", lambda found: helped.ljust(len(found[0])), told)
+
+
+def _list_flags(arguments: Sequence[str]) -> list[str]:
+    """The flags of the command that the arguments name."""
+    told, command = io.StringIO(), arguments[: 2 if arguments[:1] == ["curate"] else 1]
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told), contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="diptych", args=[*command, "--help"], config=_STYLE)
+    return list(dict.fromkeys(re.findall(r"--[a-z][a-z0-9-]*", told.getvalue())))
+
+
+def name_flags(message: str, flags: Sequence[str]) -> str:
+    """A message about settings, with the settings called as on the command line.
+
+    >>> name_flags("batch_size 0 must be at least 1", ["--batch-size"])
+    '--batch-size 0 must be at least 1'
+    """
+    for flag in flags:
+        name = flag[2:].replace("-", "_")
+        found = rf"(?<![\w/.-]){name}(?![\w/.-])" if "_" in name else rf"^{name}(?= -?\d)"
+        message = re.sub(found, flag, message)
+    return message
+
+
+def _read_box(told: str) -> list[list[str]]:
+    """The parts of the box in which tyro refuses arguments, each as its lines: what is indented twice is left out. Its
+    lines are drawn with letters where the terminal has no others."""
+    parts: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", told).splitlines()[1:]:
+        text = line.strip("│╰╯")[0 if line.startswith("│") else 1 :]
+        if text.strip() and not text.strip(" ─-"):
+            parts.append([])
+        elif text.strip() and not text.startswith(" " * 9):
+            parts[-1].append(text.strip())
+    return [part for part in parts if part and not part[0].startswith(("For full helptext", "Argument helptext"))]
+
+
+def _explain(parts: Sequence[Sequence[str]], arguments: Sequence[str]) -> str:
+    """What tyro refuses as one line, with what may have been meant."""
+    command = " ".join(["diptych", *arguments[: 2 if arguments[:1] == ["curate"] else 1]])
+    said = []
+    for first, *rest in parts:
+        whole = " ".join([first, *rest])
+        if first.startswith("Missing from"):
+            said.append(f"{command} needs {', '.join(line.split(' ')[0] for line in rest)}")
+        elif first.startswith("Missing value for argument 'preset'"):
+            said.append(f"{command} needs PRESET, a positional argument")
+        elif first.startswith("Unrecognized options"):
+            unknown = [word.rstrip(",") for word in whole.partition(":")[2].split()]
+            said.append(f"unknown options: {' '.join(unknown)}{_suggest(unknown, arguments)}")
+        elif wrong := re.match(r"Error parsing (\S+): no type matching (?:{None}\|)?(\S+) .*? from \['(.*?)'\]", whole):
+            said.append(f"{wrong[1]} {wrong[3]} is no {wrong[2]}")
+        elif not first.startswith(("Perhaps you meant", "Got errors")):
+            said.append(whole)
+    return f"{'; '.join(said)} ({command} --help shows an example)"
+
+
+def _suggest(unknown: Sequence[str], arguments: Sequence[str]) -> str:
+    """What an option that is none may have been meant as."""
+    first = unknown[0]
+    flags = _list_flags(arguments)
+    known = difflib.get_close_matches(first, flags, 1, 0.75) or [flag for flag in flags if flag[2:] in first[2:]]
+    if first.startswith("--") and known:
+        return f"; did you mean {known[0]}?"
+    if Path(first).is_file():
+        return f"; a file whose name begins with a dash is named ./{first}"
+    if "--labels" in arguments and not first.startswith("--"):
+        return "; a label that begins with a dash stands in a file, a label on each line: --labels @FILE"
+    return ""
 
 
 def _find_usage_error(ended: SystemExit) -> UsageError | None:

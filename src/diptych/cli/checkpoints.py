@@ -9,14 +9,18 @@ from typing import Annotated, Any
 import tyro
 
 from diptych.checkpoint.config import LayoutName, Resize, WeightsDtype
+from diptych.cli.output import printable
 from diptych.model.config import Activation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Say what a checkpoint is: architecture, activation and what shows it, preprocessing, tokenizer, types, hashes."""
+    """Say what a checkpoint is: architecture, activation and what shows it, preprocessing, tokenizer, types, hashes.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych inspect ViT-B-32.pt
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     activation: Activation | None = None
     """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
@@ -30,7 +34,7 @@ class Inspect:
 
         found = inspect(self.model, activation=self.activation, preset=self.preset)
         if self.json:
-            print(json.dumps(found, indent=2, ensure_ascii=False))
+            print(json.dumps(found, indent=2))
         else:
             print_inspection(found)
         return 0
@@ -38,11 +42,14 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a checkpoint in another layout; features before and after must agree, or nothing is written."""
+    """Write a checkpoint in another layout; features before and after must agree, or nothing is written.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych convert ViT-B-32.pt out --to open_clip
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The new folder, or file (openai)."""
     to: LayoutName
     """The layout: our own folder, OpenCLIP's, transformers' (ViT only), OpenAI's state dict, or ONNX (no way back)."""
@@ -75,15 +82,18 @@ class Convert:
         what = "of the resized model and of what was written" if resized else "before and after"
         for tower, difference in differences.items():
             print(f"{tower} features {what} differ by {difference:.1e} of their length")
-        print(f"written: {self.out} ({self.to}, {self.precision})")
+        print(f"written: {printable(self.out)} ({self.to}, {self.precision})")
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read a checkpoint to its last byte: hashes, finite numbers, one forward pass."""
+    """Read a checkpoint to its last byte: hashes, finite numbers, one forward pass.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych verify runs/mine
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     activation: Activation | None = None
     """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
@@ -96,7 +106,7 @@ class Verify:
         found = verify(self.model, activation=self.activation, preset=self.preset)
         for name, sha256 in found.sha256.items():
             against = found.checked_against.get(name)
-            print(f"sha256 {sha256}  {name}" + (f"  (agrees with {against})" if against else ""))
+            print(f"sha256 {sha256}  {printable(name)}" + (f"  (agrees with {printable(against)})" if against else ""))
         print(f"{found.tensors} tensors, every number finite; temperature {found.temperature:.4g}")
         print(f"forward pass: {found.features}")
         print("sound" if found.checked_against else "sound, as far as a file without a stored hash can show")
@@ -133,9 +143,9 @@ def print_inspection(found: dict[str, Any]) -> None:
     if "preprocessing" in evidence:
         lines["preprocessing"] += f" ({evidence['preprocessing']})"
     for name, answer in lines.items():
-        print(f"{name + ':':15} {answer}")
+        print(f"{name + ':':15} {printable(answer)}")
     for name, file in found["files"].items():
-        print(f"{'file:':15} {name}  {file['bytes']:,} bytes  sha256 {file['sha256']}")
+        print(f"{'file:':15} {printable(name)}  {file['bytes']:,} bytes  sha256 {file['sha256']}")
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from diptych.curate.images.config import ContaminationConfig, PicturesConfig
 from diptych.curate.pages.config import CrawlConfig
 from diptych.curate.queries.config import QueriesConfig
 from diptych.curate.text.config import FilterConfig, NearTextConfig
+from diptych.errors import UsageError
 from diptych.stage.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """Build the list of queries from texts, page views, WordNet and lists of one's own."""
+    """Build the list of queries from texts, page views, WordNet and lists of one's own.
+
+    Example: diptych curate queries --out queries --wordnet wordnet/ --corpus enwiki.xml.bz2
+    """
 
     queries: QueriesConfig
 
@@ -45,7 +49,10 @@ class Queries:
 
 @dataclass(frozen=True, kw_only=True)
 class Crawl:
-    """Web pages (WARC, WAT, HTML) -> candidates: every picture with a text about it."""
+    """Web pages (WARC, WAT, HTML) -> candidates: every picture with a text about it.
+
+    Example: diptych curate crawl --inputs crawl/a.warc.gz --out wit/crawl
+    """
 
     crawl: CrawlConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -58,7 +65,10 @@ class Crawl:
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Candidates -> those whose text may be worth learning from."""
+    """Candidates -> those whose text may be worth learning from.
+
+    Example: diptych curate filter --folder wit/crawl --out wit/filter
+    """
 
     filter: FilterConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -71,7 +81,10 @@ class Filter:
 
 @dataclass(frozen=True, kw_only=True)
 class Distinct:
-    """Candidates -> those that are no copy, or near copy, of another."""
+    """Candidates -> those that are no copy, or near copy, of another.
+
+    Example: diptych curate distinct --folder wit/filter --out wit/distinct
+    """
 
     distinct: NearTextConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -84,7 +97,10 @@ class Distinct:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Candidates -> those whose text contains a query, with the queries."""
+    """Candidates -> those whose text contains a query, with the queries.
+
+    Example: diptych curate match --pairs wit/distinct --queries queries/queries.parquet --out wit/match
+    """
 
     match: MatchConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -97,7 +113,10 @@ class Match:
 
 @dataclass(frozen=True, kw_only=True)
 class Balance:
-    """Matched pairs -> a share of them, so that common queries do not drown the rare ones."""
+    """Matched pairs -> a share of them, so that common queries do not drown the rare ones.
+
+    Example: diptych curate balance --pairs wit/match --queries queries/queries.parquet --out wit/balance
+    """
 
     balance: BalanceConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -113,7 +132,10 @@ class Balance:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Pairs with the addresses of pictures -> pairs with pictures; run it again to try again what failed."""
+    """Pairs with the addresses of pictures -> pairs with pictures; run it again to try again what failed.
+
+    Example: diptych curate fetch --folder wit/balance --out wit/fetch --contact https://me.example
+    """
 
     fetch: FetchConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -129,7 +151,10 @@ class Fetch:
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Pairs with pictures -> those whose picture is no copy, was not tested on, and fits its text."""
+    """Pairs with pictures -> those whose picture is no copy, was not tested on, and fits its text.
+
+    Example: diptych curate pictures --folder wit/fetch --out wit/pictures
+    """
 
     pictures: PicturesConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -145,7 +170,10 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Write:
-    """Pairs with pictures -> shards, in an order that does not depend on where a pair was found."""
+    """Pairs with pictures -> shards, in an order that does not depend on where a pair was found.
+
+    Example: diptych curate write --folder wit/pictures --out wit/shards
+    """
 
     write: WriteConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -158,7 +186,10 @@ class Write:
 
 @dataclass(frozen=True, kw_only=True)
 class Contamination:
-    """Which pictures of an evaluation set are, or look like, pictures of a training set."""
+    """Which pictures of an evaluation set are, or look like, pictures of a training set.
+
+    Example: diptych curate contamination --data wit/shards --against pets/ --out overlap
+    """
 
     contamination: ContaminationConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -185,9 +216,12 @@ class Contamination:
 
 @dataclass(frozen=True, kw_only=True)
 class Delete:
-    """Delete samples from shards: who reads them leaves these out; --compact takes out their bytes."""
+    """Delete samples from shards: who reads them leaves these out; --compact takes out their bytes.
 
-    shards: Annotated[Path, tyro.conf.Positional]
+    Example: diptych curate delete wit/shards --key 00001 00002
+    """
+
+    shards: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """Folder of shards."""
     key: tuple[str, ...] = ()
     """Keys of samples."""
@@ -218,6 +252,8 @@ class Run:
     """All stages in one work folder: crawl, filter, distinct, match, balance, fetch, pictures, shards; then the funnel.
 
     Stop it whenever you like; the same command goes on.
+
+    Example: diptych curate run --work wit --inputs crawl/a.warc.gz --queries queries --contact https://me.example
     """
 
     pipeline: PipelineConfig
@@ -230,6 +266,8 @@ class Run:
             report = pipeline.run(self.pipeline, engine=engine, scorer=ClipScore)
         print(report.funnel)
         print(f"report: {report.html}")
+        if report.left_nothing:
+            raise UsageError(report.left_nothing)
         print(f"shards: {report.folder}  (manifest {report.hash})")
         return 0
 
@@ -268,7 +306,10 @@ Stage = (
 
 @dataclass(frozen=True, kw_only=True)
 class Curate:
-    """Make a dataset of web pages: a stage at a time, each from a folder into a folder, or `run` for all."""
+    """Make a dataset of web pages: a stage at a time, each from a folder into a folder, or `run` for all.
+
+    Example: diptych curate run --work wit --inputs crawl/a.warc.gz --queries queries --contact https://me.example
+    """
 
     stage: Stage
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diptych.cli.output import ProgressBar, counted, format_time, list_counts, printable
+from diptych.cli.output import ProgressBar, counted, format_time, list_counts, list_others, printable
 from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
 from diptych.errors import PASSING
 from diptych.model.config import Activation
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Embed many images or texts into a folder of features. Resumable: rerun the same command to continue."""
+    """Embed many images or texts into a folder of features. Resumable: rerun the same command to continue.
 
-    model: Annotated[str, tyro.conf.Positional]
+    Example: diptych embed ViT-B-32/openai photos/ --out features
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT ...")]
     """Folders, globs, pictures, shards (.tar, or a folder of them), file.parquet:column, text files of one text a
     line."""
     out: Path
@@ -82,5 +85,5 @@ def print_report(report: "EmbedReport", *, as_json: bool) -> None:
     if report.cut:
         print(f"texts that were longer than the model reads, and cut: {report.cut:,}")
     if report.passed_over:
-        print(f"files that were not taken for pictures: {list_counts(report.passed_over)}")
+        print(f"files that were not taken for pictures: {list_others(report.passed_over)}")
     print(f"features: {printable(report.out / 'features')}")

@@ -26,7 +26,10 @@ _WIDTH = 160
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(EvaluateConfig):
-    """Evaluate models by the paper's protocols. Resumable: rerun the same command to continue."""
+    """Evaluate models by the paper's protocols. Resumable: rerun the same command to continue.
+
+    Example: diptych evaluate --model ViT-B-32/openai --suite kornblith12 --data datasets
+    """
 
     models: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="model")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name; NAME=SOURCE gives it a name.

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diptych.cli.output import print_on_first_rank
-from diptych.cli.training import build_evaluators, describe_evaluator, open_evaluators, run_and_report
+from diptych.cli.output import print_on_first_rank, printable
+from diptych.cli.training import (
+    build_evaluators,
+    choose_templates,
+    describe_evaluator,
+    open_evaluators,
+    run_and_report,
+    write_page,
+)
 from diptych.errors import UsageError
 from diptych.model.config import Activation
 from diptych.shards.config import LoaderConfig, SourceConfig
@@ -22,6 +29,7 @@ from diptych.train.config import (
 from diptych.train.recipe import FINETUNE
 
 if TYPE_CHECKING:
+    from diptych.report.page import Example
     from diptych.train.finetune.wise_ft import Point
 
 RISKY_LR = 1e-4
@@ -33,19 +41,23 @@ class Finetune:
     """Train a model further on other pairs, with safe defaults, or continue the unfinished run in --out.
 
     Says after each epoch what each evaluation won or lost beside the model it started from.
+
+    Example: diptych finetune ViT-B-32/openai --data shards/ --out runs/tuned --evaluate pets=pets/
     """
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint of any layout, hf-hub:owner/name, or a published name (ViT-B-32/openai)."""
     data: tuple[str, ...]
-    """Folders of shards or tars, here or at a URL; PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
+    """Folders of shards, tars, or ranges of them, here or at a URL; PATH@0.5 sees half of it in an epoch, PATH@2 all
+    of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config; with LoRA also adapter/, which peft reads."""
     evaluate: tuple[str, ...] = ()
     """NAME=PATH of sets to be asked about before, during and after: class folders of pictures, shards with labels
     (zero-shot accuracy) or with captions (retrieval). NAME=zeroshot:PATH or NAME=retrieval:PATH chooses."""
-    templates: tuple[str, ...] = ("simple",)
-    """For zero-shot sets: names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
+    templates: tuple[str, ...] | None = None
+    """For zero-shot sets: names of template lists (simple: a photo of a {}; none: the bare name; imagenet_80,
+    imagenet_7), or templates with a {}. By default those that the checkpoint names, else simple."""
     start: StartConfig = field(default_factory=StartConfig)
     loader: LoaderConfig = FINETUNE.loader
     loss: LossConfig = FINETUNE.loss
@@ -69,7 +81,8 @@ class Finetune:
             start=self.start,
         )
         preprocess, tokenizer = opened.preprocess, opened.tokenizer
-        evaluators = open_evaluators(self.evaluate, lambda: tokenizer, preprocess, self.templates, self.run)
+        templates = choose_templates(self.templates, opened.config)
+        evaluators = open_evaluators(self.evaluate, lambda: tokenizer, preprocess, templates, config)
         return run_and_report(config, evaluators)
 
     def _refuse_early(self) -> None:
@@ -93,18 +106,20 @@ class WiseFT:
 
     Weights are (1 - alpha) * start + alpha * fine-tuned, for alpha 0, 0.1, ..., 1. The best is the one with the highest
     mean over evaluations (acc1, or else the mean of both recalls at 1); of equal ones the nearest to the start.
+
+    Example: diptych wise-ft ViT-B-32/openai runs/tuned --evaluate pets=pets/ --out between
     """
 
-    start: Annotated[str, tyro.conf.Positional]
+    start: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="START")]
     """The model before fine-tuning: a run's folder, a checkpoint of any layout, or a published name."""
-    finetuned: Annotated[str, tyro.conf.Positional]
+    finetuned: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FINETUNED")]
     """The model after it."""
     evaluate: tuple[str, ...]
     """NAME=PATH of sets to be asked about, as in `diptych finetune`."""
     out: Path
-    """New folder: wise_ft.json, the whole curve, and model/, the best model."""
-    templates: tuple[str, ...] = ("simple",)
-    """For zero-shot sets: names of template lists, or templates with a {}."""
+    """New folder: wise_ft.json, the whole curve; model/, the best model; report.html, to look at."""
+    templates: tuple[str, ...] | None = None
+    """For zero-shot sets, as in `diptych finetune`."""
     activation: Activation | None = None
     """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     device: str = "cpu"
@@ -122,19 +137,29 @@ class WiseFT:
         models = [layouts.load(m, device=device, activation=self.activation) for m in (self.start, self.finetuned)]
         start, tuned = models
         wise_ft.require_same_kind(start, tuned)
-        evaluators = build_evaluators(self.evaluate, start.tokenizer, start.preprocess, self.templates)
+        templates = choose_templates(self.templates, start.model.config)
+        evaluators = build_evaluators(self.evaluate, start.tokenizer, start.preprocess, templates)
         for evaluator in evaluators:
             print(describe_evaluator(evaluator))
         names = [name for evaluator in evaluators for name in evaluator.metrics if name.endswith(guard.HEADLINES)]
         print("alpha  score   " + "  ".join(names))
-        points = wise_ft.sweep(start.model, tuned.model, evaluators, on_point=lambda point: _print_point(point, names))
+        shown: dict[float, dict[str, list[Example]]] = {}
+
+        def keep(point: "Point") -> None:
+            _print_point(point, names)
+            shown[point.alpha] = {evaluator.name: evaluator.examples for evaluator in evaluators}
+
+        points = wise_ft.sweep(start.model, tuned.model, evaluators, on_point=keep)
         best = wise_ft.choose(points)
         files.make_folder(self.out)
         loaded = start._replace(model=wise_ft.interpolate(start.model, tuned.model, best.alpha))
         layouts.save(loaded, self.out / "model")
         files.write_json(self.out / "wise_ft.json", self._describe(points, best))
         print(f"best: alpha {best.alpha:.1f} ({wise_ft.RULE})")
-        print(f"written: {self.out / 'model'} and {self.out / 'wise_ft.json'}")
+        print(printable(f"written: {self.out / 'model'} and {self.out / 'wise_ft.json'}"))
+        write_page(
+            lambda page: page.write_wise_ft_page(self.out, self.start, self.finetuned, points, best, shown[best.alpha])
+        )
         return 0
 
     def _describe(self, points: "list[Point]", best: "Point") -> dict[str, Any]:

@@ -49,6 +49,13 @@ def list_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{printable(name) or 'no suffix'} {-count:,}" for count, name in ranked)
 
 
+def list_others(suffixes: Mapping[str, int]) -> str:
+    """Files that were not taken for pictures, by suffix, and what would read the pictures of phones among them."""
+    heic = any(suffix in (".heic", ".heif") for suffix in suffixes)
+    hint = "; HEIC is read with the extra `heic`: pip install '.[heic]'" if heic else ""
+    return list_counts(suffixes) + hint
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for its job (`torchrun` and `srun` start several)."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -57,7 +64,7 @@ def is_first_rank() -> bool:
 def print_on_first_rank(line: str) -> None:
     """One line of a job, said once."""
     if is_first_rank():
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 class ProgressBar:
@@ -68,7 +75,7 @@ class ProgressBar:
 
     def __init__(self, what: str = "") -> None:
         self._console = Console(stderr=True)
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+        columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn()
         status = TextColumn("{task.fields[status]}", markup=False)
         self._bar = Progress(*columns, status, console=self._console)
         self._task = self._bar.add_task(what, total=None, status="")
@@ -87,6 +94,9 @@ class ProgressBar:
             return
         what = self._what if what is None else printable(what)
         if self._console.is_terminal:
+            room = self._console.width - len(f"{what} {done}/{total} ")
+            self._bar.columns[2].bar_width = min(40, max(4, room - len(status) - 1))  # type: ignore[attr-defined]
+            status = status[: max(0, room - 6)]  # the numbers in front are what must be seen
             self._bar.start()
             self._bar.update(self._task, description=what, total=total, completed=done, status=status)
         elif time.monotonic() - self._said_at >= LINE_SECONDS or (done == total and self._said != f"{what} {total}"):

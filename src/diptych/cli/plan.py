@@ -16,9 +16,12 @@ from diptych.train.plan import PlanConfig, PlanReport
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say what a run will cost before it starts: memory of a device, bytes on the wire, time. Arithmetic."""
+    """Say what a run will cost before it starts: memory of a device, bytes on the wire, time. Arithmetic.
 
-    preset: Annotated[str, tyro.conf.Positional]
+    Example: diptych plan ViT-L-14 --devices 64
+    """
+
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     json: bool = False

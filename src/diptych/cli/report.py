@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make a report of a results folder: one HTML file with all numbers and the paper's figures inside."""
+    """Make a report of a results folder: one HTML file with all numbers and the paper's figures inside.
 
-    results: Annotated[Path, tyro.conf.Positional]
+    Example: diptych report results --figures figures
+    """
+
+    results: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The folder that `diptych evaluate` wrote."""
     out: Path | None = None
     """The file to write; by default report.html in the results folder."""
@@ -81,7 +84,10 @@ def print_report(written: "ReportFiles", *, as_json: bool) -> None:
         print(json.dumps({"results": written.results, "drawn": list(written.drawn), "missing": missing, **where}))
         return
     print(f"{counted(written.results, 'result')}; figures drawn: {', '.join(written.drawn) or 'none'}")
-    for one in written.missing:
+    if written.own and written.missing:
+        numbers = ", ".join(one.number for one in written.missing)
+        print(f"not drawn, for none of the paper's datasets was measured: {numbers} (the report says why)")
+    for one in () if written.own else written.missing:
         print(f"figure {one.number} is not drawn: {one.why}")
     if written.figures:
         print(f"figures: {written.figures[0].parent}")

@@ -13,6 +13,7 @@ from diptych.cli.training import open_evaluators, run_and_report
 from diptych.errors import UsageError
 from diptych.model.config import PRESETS, get_preset
 from diptych.shards.config import LoaderConfig, SourceConfig
+from diptych.templates import parse_templates
 from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
 from diptych.train.recipe import CONTINUED, get_recipe
 
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model from scratch, or continue the unfinished run in --out."""
+    """Train a model from scratch, or continue the unfinished run in --out.
 
-    preset: Annotated[str, tyro.conf.Positional]
+    Example: diptych train ViT-B-32 --data shards/ --out runs/mine
+    """
+
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
     data: tuple[str, ...]
-    """Folders of shards or tars, here or at a URL (s3://bucket/shards, https://host/{00000..00099}.tar); PATH@0.5 sees
-    half of it in an epoch, PATH@2 all of it twice."""
+    """Folders of shards, tars, or ranges of them, here or at a URL (s3://bucket/shards, shards/{00000..00099}.tar);
+    PATH@0.5 sees half of it in an epoch, PATH@2 all of it twice."""
     out: Path
     """The run's folder: checkpoints, logs, config."""
     recipe: str | None = None
@@ -40,7 +44,8 @@ class Train:
     """NAME=PATH of sets to be asked about during training: class folders of pictures, shards with labels (zero-shot
     accuracy) or with captions (retrieval). NAME=zeroshot:PATH or NAME=retrieval:PATH chooses."""
     templates: tuple[str, ...] = ("simple",)
-    """For zero-shot sets: names of template lists (simple, imagenet_80, imagenet_7, none), or templates with a {}."""
+    """For zero-shot sets: names of template lists (simple: a photo of a {}; none: the bare name; imagenet_80,
+    imagenet_7), or templates with a {}. The checkpoint remembers them for `classify` and `evaluate`."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -60,6 +65,8 @@ class Train:
 
             text = dataclasses.replace(model.text, vocab_size=Tokenizer.load(self.tokenizer).vocab_size)
             model = dataclasses.replace(model, text=text)
+        if self.templates != ("simple",):
+            model = dataclasses.replace(model, templates=parse_templates(self.templates))
         config = TrainConfig(
             model=model,
             data=tuple(SourceConfig.parse(text) for text in self.data),
@@ -77,7 +84,8 @@ class Train:
         from diptych.train.setup import load_tokenizer
 
         preprocess = Preprocess(image_size=config.model.vision.image_size)
-        return open_evaluators(self.evaluate, lambda: load_tokenizer(config), preprocess, self.templates, config.run)
+        templates = parse_templates(self.templates)
+        return open_evaluators(self.evaluate, lambda: load_tokenizer(config), preprocess, templates, config)
 
 
 def with_recipe(arguments: Sequence[str]) -> type[Train]:

@@ -1,13 +1,25 @@
 """What `train`, `finetune` and `wise-ft` share: evaluation sets, progress, and what is said at the end."""
 
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from diptych.cli.output import ProgressBar, format_time, is_first_rank, list_counts, print_on_first_rank, printable
+from diptych.cli.output import (
+    ProgressBar,
+    format_time,
+    is_first_rank,
+    list_counts,
+    print_on_first_rank,
+    printable,
+    shorten,
+)
 from diptych.errors import UsageError, unknown_name
-from diptych.train.config import RunConfig, TrainConfig
+from diptych.model.config import CLIPConfig
+from diptych.templates import SIMPLE, parse_templates
+from diptych.train.config import TrainConfig
 
 LOST_STATUS = 3
 """Exit status of a run that the guard ended."""
@@ -24,25 +36,33 @@ def build_evaluators(
     specs: tuple[str, ...],
     tokenizer: "BaseTokenizer",
     preprocess: "Preprocess",
-    templates: tuple[str, ...] = ("simple",),
+    templates: tuple[str, ...] = SIMPLE,
+    caption_key: str | None = None,
 ) -> "list[TrainingEvaluator]":
     """Open the sets that `--evaluate` names; raises UsageError or NotFoundError for one that cannot be used."""
     from diptych.evaluate.results import Protocol
     from diptych.evaluate.training_evaluators import KINDS, TrainingEvaluator, open_set
-    from diptych.templates import parse_templates
 
-    prompts = parse_templates(templates)
     evaluators: dict[str, TrainingEvaluator] = {}
     for spec in specs:
         name, equals, place = spec.partition("=")
+        if not equals and Path(spec).exists():  # its own name is as good as any
+            name, equals, place = Path(spec).resolve().stem, "=", spec
         if not (equals and name and place) or "/" in name:
             raise UsageError(f"{spec!r} is not NAME=PATH, NAME=zeroshot:PATH or NAME=retrieval:PATH (no / in the name)")
         if name in evaluators:
             raise UsageError(f"two evaluation sets are named {name!r}; give each a name of its own")
         protocol: Protocol | None = next((one for one in KINDS if place.startswith(f"{one}:")), None)
-        exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol)
-        evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, prompts)
+        exam = open_set(Path(place.removeprefix(f"{protocol}:")), protocol, caption_key)
+        evaluators[name] = TrainingEvaluator(name, exam, tokenizer, preprocess, templates)
     return list(evaluators.values())
+
+
+def choose_templates(given: tuple[str, ...] | None, config: CLIPConfig) -> tuple[str, ...]:
+    """The templates that are asked for, else those that the model was trained for."""
+    from diptych.zeroshot import suitable_templates
+
+    return suitable_templates(config) if given is None else parse_templates(given)
 
 
 def open_evaluators(
@@ -50,12 +70,13 @@ def open_evaluators(
     load_tokenizer: "Callable[[], BaseTokenizer]",
     preprocess: "Preprocess",
     templates: tuple[str, ...],
-    run: RunConfig,
+    config: TrainConfig,
 ) -> "list[TrainingEvaluator]":
     """Open what `--evaluate` names before training and say so: a set that is not there, or a misspelled metric, must
     not be found out at its end."""
-    evaluators = build_evaluators(specs, load_tokenizer(), preprocess, templates) if specs else []
-    check_keep_best(run.keep_best, evaluators)
+    key = config.loader.caption_key
+    evaluators = build_evaluators(specs, load_tokenizer(), preprocess, templates, key) if specs else []
+    check_keep_best(config.run.keep_best, evaluators)
     for evaluator in evaluators:
         print_on_first_rank(describe_evaluator(evaluator))
     return evaluators
@@ -69,11 +90,25 @@ def run_and_report(config: TrainConfig, evaluators: "Sequence[TrainingEvaluator]
         for evaluator in evaluators:
             if evaluator.broken:
                 print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
+        told = report.resumed_from == report.steps and (config.out / "report.html").exists()
+        if not told and report.stopped_by != "SIGTERM":  # whoever sends it waits for seconds only
+            examples = {evaluator.name: evaluator.examples for evaluator in evaluators}
+            write_page(lambda page: page.write_run_page(config, report, examples))
         if report.lost:
             print(f"stopped: more than {config.start.stop_when_lost:g} points lost in {', '.join(report.lost)}")
     if report.lost:
         return LOST_STATUS
     return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
+
+
+def write_page(write: "Callable[[ModuleType], Path]") -> None:
+    """Write the page that a run ends with, and say where. The run is whole whatever becomes of it."""
+    try:
+        from diptych.train import page
+
+        print(f"report: {printable(write(page))}")
+    except Exception as error:
+        print(f"warning: report.html was not written: {shorten(error) or type(error).__name__}", file=sys.stderr)
 
 
 def check_keep_best(name: str | None, evaluators: "Sequence[TrainingEvaluator]") -> None:

@@ -64,7 +64,7 @@ def run(config: DeleteConfig) -> DeleteReport:
 def _read_list(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise NotFoundError(f"no such file: {path} (a key or an address on each line)")
-    for line in path.read_text("utf-8").splitlines():
+    for line in files.read_text(path, files.MAX_TABLE).splitlines():
         if line.strip():
             yield line.strip()
 
@@ -75,24 +75,28 @@ def _addresses(details: str) -> list[str]:
 
 
 def _compact(folder: Path) -> CompactReport:
-    """Compact the shards and say so in the manifest, if a stage wrote them."""
+    """Compact the shards and say so in the manifest, if a stage wrote them and it says something else: of this run, or
+    of one that was killed in between."""
     report = compact(folder)
-    if not (folder / MANIFEST_FILE).exists() or not report.shards:
+    if not (folder / MANIFEST_FILE).exists():
         return report
-    manifest = parts.read_manifest(folder)
+    manifest, dataset = parts.read_manifest(folder), load_dataset(folder)
+    gone = manifest.kept - len(dataset)
+    if not gone:
+        return report
     for record in (folder / "done").glob("*.json"):
         record.unlink()  # what they vouch for is gone
-    taken = int(manifest.config.get(COMPACTED, 0)) + report.samples
+    taken = int(manifest.config.get(COMPACTED, 0)) + gone
     listed = {name: digest for name, digest in manifest.files.items() if (folder / name).exists()}
-    for shard in load_dataset(folder).shards:
+    for shard in dataset.shards:
         for path in (shard.path, shard.path.with_suffix(".arrow")):
             listed.setdefault(path.name, files.sha256(path))
     config = {**manifest.config, COMPACTED: taken}
-    dropped = {**manifest.dropped, DELETED: manifest.dropped.get(DELETED, 0) + report.samples}
+    dropped = {**manifest.dropped, DELETED: manifest.dropped.get(DELETED, 0) + gone}
     changed = replace(
         manifest,
         config=config,
-        kept=manifest.kept - report.samples,
+        kept=len(dataset),
         dropped=dict(sorted(dropped.items())),
         files=dict(sorted(listed.items())),
     )

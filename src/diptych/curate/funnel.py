@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow.parquet as pq
 
-from diptych import assets, files
+from diptych import files
 from diptych.errors import ShardError
+from diptych.report.page import render
 from diptych.stage import folder as parts
 from diptych.stage.folder import Manifest, read_manifest
 
@@ -72,11 +72,9 @@ def _step(manifest: Manifest) -> FunnelStage:
 def write_report(work: Path, funnel: Funnel) -> Path:
     """Write funnel.json and report.html into a work folder; returns the latter."""
     files.write_json(work / "funnel.json", asdict(funnel))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["thousands"] = lambda number: f"{number:,}"
-    template = environment.from_string((Path(assets.__path__[0]) / "funnel.html.j2").read_text("utf-8"))
     most = max((step.rows for step in funnel.stages), default=0)
-    html = template.render(
+    html = render(
+        "funnel.html.j2",
         stages=[_shown(work, step, most) for step in funnel.stages],
         queries=list(_query_tables(work)),
         samples=list(_samples(work / funnel.stages[-2].name)) if len(funnel.stages) > 1 else [],

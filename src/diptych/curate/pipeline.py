@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diptych import files
 from diptych.config import from_dict
 from diptych.curate import write
 from diptych.curate.balance import balance, match
@@ -19,7 +20,7 @@ from diptych.curate.balance.config import BalanceConfig, MatchConfig
 from diptych.curate.config import PipelineConfig, WriteConfig
 from diptych.curate.fetch import run as fetch
 from diptych.curate.fetch.config import FetchConfig
-from diptych.curate.funnel import Funnel, read_funnel, write_report
+from diptych.curate.funnel import Funnel, FunnelStage, read_funnel, write_report
 from diptych.curate.images import select
 from diptych.curate.images.config import PicturesConfig
 from diptych.curate.images.select import Score
@@ -29,10 +30,23 @@ from diptych.curate.text import dedup
 from diptych.curate.text import filter as filters
 from diptych.curate.text.config import FilterConfig, NearTextConfig
 from diptych.errors import NotFoundError, UsageError, unknown_name
+from diptych.stage.folder import read_manifest
 from diptych.stage.run import Engine
 
 STAGES = ("crawl", "filter", "distinct", "match", "balance", "fetch", "pictures", "shards")
 """Folders of the stages, in order."""
+_CURES = {
+    "url_invalid": "say where the pages were: `pages_at` in the table [crawl] of --settings",
+    "page_no_pair": "the pages have no picture with a text; see `texts` and `lazy` in the table [crawl] of --settings",
+    "opt_out": "the pages ask not to be trained on",
+    "language": "see `languages` and `language_margin` in the table [filter] of --settings",
+    "no_query": "no text has any of the queries; take another list (--queries)",
+    **dict.fromkeys(
+        ("address", "port"),
+        "only public addresses and the usual ports are asked; a machine of your own is named by --allow-host HOST:PORT",
+    ),
+}
+"""The first reason of a stage that left nothing -> what to do."""
 _TABLES = (*STAGES[:-1], "write")
 
 Config = TypeVar("Config")
@@ -49,6 +63,8 @@ class PipelineReport:
     """The funnel for people."""
     hash: str
     """SHA-256 of the last stage's manifest, and so of everything before it."""
+    left_nothing: str = ""
+    """Why no row was left, by which stage, and what changes it; the stages behind it were not run."""
 
 
 def run(
@@ -58,18 +74,36 @@ def run(
     scorer: Callable[[str], Score] | None = None,
     until: str = STAGES[-1],
 ) -> PipelineReport:
-    """Run what is not finished yet, up to and with the stage `until`; `scorer` opens a model that rates pairs."""
+    """Run what is not finished yet, up to and with the stage `until`, or one that leaves nothing; `scorer` opens a
+    model that rates pairs."""
     if until not in STAGES:
         raise unknown_name("stage", until, STAGES)
     done = STAGES[: STAGES.index(until) + 1]
     if "match" in done:
         match.queries_file(config.queries)  # says now if there is none
     steps = _build_steps(config, engine, scorer)
-    for name in done:
+    for number, name in enumerate(done):
         steps[name]()
+        if not read_manifest(config.work / name).kept:
+            done = done[: number + 1]
+            break
     funnel = read_funnel([config.work / name for name in done])
     html = write_report(config.work, funnel)
-    return PipelineReport(folder=config.work / until, funnel=funnel, html=html, hash=funnel.stages[-1].hash)
+    last = funnel.stages[-1]
+    return PipelineReport(
+        folder=config.work / done[-1],
+        funnel=funnel,
+        html=html,
+        hash=last.hash,
+        left_nothing="" if last.kept else _explain_nothing(last),
+    )
+
+
+def _explain_nothing(stage: FunnelStage) -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in stage.dropped.items())
+    usual = f"see the options of `diptych curate {stage.name} --help`; those without a flag of `run` go into --settings"
+    advice = _CURES.get(next(iter(stage.dropped), ""), usual)
+    return f"{stage.name} left none of its {stage.rows:,} rows ({reasons or 'none came'}), so the run ends; {advice}"
 
 
 def _build_steps(
@@ -127,7 +161,7 @@ class _Settings:
         if path is None:
             return
         try:
-            self._tables = tomllib.loads(path.read_text("utf-8"))
+            self._tables = tomllib.loads(files.read_text(path))
         except FileNotFoundError:
             raise NotFoundError(f"no such file: {path} (a TOML file with a table for each stage)") from None
         except (ValueError, RecursionError) as error:

@@ -11,12 +11,14 @@ clock and no random generator, so it gives the same rows wherever and however of
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import xxhash
 
+from diptych.errors import UsageError
 from diptych.pair import SCHEMA
-from diptych.stage.folder import REASON
+from diptych.stage.folder import REASON, reading
 
 CANDIDATES = SCHEMA
 MATCHED = CANDIDATES.append(pa.field("queries", pa.list_(pa.int32())))
@@ -25,6 +27,18 @@ BALANCED = MATCHED.append(pa.field("query", pa.int32())).append(pa.field("draw",
 """`query` is what the pair is charged to, or whose draw admitted it; `draw` is that draw, in [0, 1)."""
 FETCHED = BALANCED
 """With pictures."""
+
+
+def read_queries(path: Path) -> pa.Table:
+    """A list of queries: `id`, which counts from 0, and `text`; UsageError if it is none."""
+    with reading(path) as file:
+        schema = file.schema_arrow
+        if not {"id", "text"} <= {*schema.names} or not pa.types.is_string(schema.field("text").type):
+            raise UsageError(f"{path} is no list of queries, which has the columns id and text; it has {schema.names}")
+        table = file.read(["id", "text"]).sort_by("id")
+    if table["id"].to_pylist() != list(range(len(table))) or table["text"].null_count:
+        raise UsageError(f"ids in {path} are not 0, 1, 2, ... with a text each; write the list again")
+    return table
 
 
 def outcome(schema: pa.Schema) -> pa.Schema:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from diptych import files
 from diptych.curate.config import WriteConfig
+from diptych.curate.rows import read_queries
 from diptych.errors import NotFoundError, UsageError
 from diptych.pair import Pair
 from diptych.shards.dataset import DATASET_FILE, Dataset, describe
@@ -77,7 +78,8 @@ def run(config: WriteConfig, *, engine: Engine) -> StageReport:
     report = engine.run_job(gather, buckets, prepare=prepare)
     names = [name for name in parts.read_manifest(config.out).files if name.endswith(".tar")]
     if not names:
-        raise UsageError(f"no pair was left to write into {config.out}; dropped: {report.dropped or 'none came'}")
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in report.dropped.items())
+        raise UsageError(f"no pair was left to write into {config.out}; dropped: {counts or 'none came'}")
     dataset = Dataset.from_indexes(config.out, [load_index(config.out / name) for name in sorted(names)])
     files.write_json(config.out / DATASET_FILE, describe(dataset))
     shutil.rmtree(scatter.folder, ignore_errors=True)
@@ -248,5 +250,4 @@ def _query_texts(path: Path | None) -> tuple[str, ...]:
     """Texts of a list of queries by their number; none without a list."""
     if path is None:
         return ()
-    table = pq.read_table(path, columns=["id", "text"]).sort_by("id")
-    return tuple(table["text"].to_pylist())
+    return tuple(read_queries(path)["text"].to_pylist())

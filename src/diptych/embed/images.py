@@ -4,10 +4,14 @@ On a CPU many pictures are computed by threads that each take a whole batch on o
 the middle of a product, so nothing is lost when the cores are shared with decoding or with other programs.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +22,10 @@ from torch.nn import functional as F
 
 from diptych.checkpoint.loaded import Loaded
 from diptych.config import to_dict
+from diptych.decode import ODDITIES, find_oddities, read_file
 from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.embed.stream import ImageEncoder, Tower, best_streams, encode_stream
-from diptych.errors import CheckpointError, PictureError, UsageError
+from diptych.errors import CheckpointError, PictureError, PictureWarning, UsageError
 from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
 from diptych.model.inference.precision import Resolved, choose_precision
@@ -78,10 +83,16 @@ class ImageTower:
         self.precision: Resolved = choose_precision(precision, self.device)
         self.embed_dim: int = model.visual.pooled_width if pooled else model.config.embed_dim
         self._project = None if pooled else partial(project, loaded)
+        self.oddities, self._lock = Counter[str](), Lock()
         self._encode: Encode = get_encoder(model.visual, self.precision, self.preprocess.mean, self.preprocess.std)
 
     def read(self, picture: Picture) -> UInt8[np.ndarray, "3 H W"]:
         """Decode and resize; raises PictureError for what is no usable picture."""
+        if isinstance(picture, str | Path):
+            picture = read_file(Path(picture))
+        if isinstance(picture, bytes) and (odd := find_oddities(picture)):
+            with self._lock:
+                self.oddities.update(odd)
         if self.precision == "exact":
             return self.preprocess.pixels(open_picture(picture))
         with torch.inference_mode():
@@ -98,6 +109,16 @@ class ImageTower:
         """Batches that are best computed at the same time."""
         return best_streams(self.device)
 
+    def warn(self) -> None:
+        """Say once how many of the pictures read so far are not seen as people see them."""
+        with self._lock:
+            seen, self.oddities = self.oddities, Counter()
+        if self.preprocess.turn:
+            del seen["turned"]
+        for name, count in seen.items():
+            remedy = " (--turn, or Loaded.turned(), applies it)" if name == "turned" else ""
+            warnings.warn(f"pictures with {ODDITIES[name]}: {count:,}{remedy}", PictureWarning, stacklevel=2)
+
 
 @torch.inference_mode()
 def project(loaded: Loaded, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
@@ -107,12 +128,20 @@ def project(loaded: Loaded, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"
 
 
 def encode_each(
-    tower: Tower, pictures: Iterable[Picture], batch_size: int = BATCH_SIZE
+    tower: Tower,
+    pictures: Iterable[Any],
+    batch_size: int = BATCH_SIZE,
+    *,
+    fetch: Callable[[Any], Picture] | None = None,
 ) -> Generator[Float[Tensor, " E"] | PictureError]:
-    """The feature of each picture, or why it has none, in order; see `diptych.embed.stream`."""
-    with closing(encode_stream(ImageEncoder(tower), enumerate(pictures), batch_size=batch_size)) as outcomes:
+    """The feature of each picture, or why it has none, in order; see `diptych.embed.stream`. `fetch` brings the picture
+    of each item, where items are no pictures."""
+    encoder = ImageEncoder(tower, fetch and (lambda item: tower.read(fetch(item))))
+    with closing(encode_stream(encoder, enumerate(pictures), batch_size=batch_size)) as outcomes:
         for _, outcome in outcomes:
             yield outcome
+    if isinstance(tower, ImageTower):
+        tower.warn()
 
 
 def image_space(loaded: Loaded, precision: Precision, *, pooled: bool = False) -> str:

@@ -8,31 +8,34 @@ as the rows are the same, the samples that were `lost` on opening with their rea
 What cannot be used is a row with a reason, so that every row is accounted for.
 """
 
+import base64
+import binascii
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from diptych import files
 from diptych.decode import read_file
 from diptych.embed.config import InputKind
-from diptych.errors import PictureError, UsageError
-from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES
+from diptych.errors import DatasetError, PictureError, UsageError
+from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES, find_format
 from diptych.shards.index import is_metadata_of_macos, load_index, split_name
 from diptych.shards.members import Damage, iter_members
 
 _COMPANIONS = frozenset({"txt", "json", "cls"})
 """Suffixes of the other members of a sample."""
-MAX_LINE = 1 << 20
-"""Bytes of a text; a longer line is `text_too_large`."""
-
 READ_ROWS = 64
 """Rows of a Parquet file that are brought into memory at a time."""
+_LOOKED_AT = 100
+"""Values of a column of text that decide what it holds."""
 
 
 class Extent(NamedTuple):
@@ -182,7 +185,7 @@ class ParquetSource:
 
     path: Path
     column: str
-    holds: Literal["bytes", "struct", "paths", "texts"]
+    holds: Literal["bytes", "struct", "paths", "base64", "texts"]
     fingerprint: str
     rows: int
     lost: tuple[tuple[str, str], ...] = ()
@@ -202,7 +205,14 @@ class ParquetSource:
         return "text" if self.holds == "texts" else "image"
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
-        """Only the row groups of the range are read, and of them only this column."""
+        """Only the row groups of the range are read, and of them only this column; DatasetError for damage."""
+        try:
+            yield from self._read(start, stop)
+        except (pa.ArrowException, OSError) as error:
+            said = f"{self.path} is damaged ({str(error).splitlines()[0][:100]}); fetch or write it again"
+            raise DatasetError(said) from None
+
+    def _read(self, start: int, stop: int) -> Iterator[Row]:
         with pq.ParquetFile(self.path) as file:
             first, groups, before = None, [], 0
             for number in range(file.num_row_groups):
@@ -214,7 +224,7 @@ class ParquetSource:
             row = first or 0
             for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=[self.column]):
                 if row + len(batch) > start and row < stop:
-                    for i, value in enumerate(read_values(batch[0]), row):
+                    for i, value in enumerate(read_values(batch.column(self.column)), row):
                         if start <= i < stop:
                             yield self._row(i, value)
                 row += len(batch)
@@ -223,18 +233,61 @@ class ParquetSource:
 
     def _row(self, number: int, value: object) -> Row:
         if isinstance(value, dict):
-            value = value["bytes"] if value["bytes"] is not None else Path(str(value.get("path")))
+            value = value["bytes"] if value["bytes"] is not None else value.get("path")
+        elif isinstance(value, list):
+            value = None if None in value else bytes(value)
         if value is None or isinstance(value, UnicodeDecodeError):
             return Row(str(number), None, "null" if value is None else "bad_text")
         if self.holds == "texts":
             return _text_row(number, str(value))
-        if not isinstance(value, str | Path):
+        if self.holds == "base64":
+            data = decode_base64(str(value))
+            return Row(str(number), data, "" if data is not None else "bad_base64")
+        if not isinstance(value, str):
             return Row(str(number), value)  # type: ignore[arg-type]
-        if "://" in str(value):
+        if "://" in value:
             return Row(str(number), None, "url")  # nothing is fetched here; `diptych curate fetch` does that
         if leaves_folder(value):
             return Row(str(number), None, "outside_folder")
         return Row(str(number), self.path.parent / value)
+
+
+def pictures_of_type(dtype: pa.DataType) -> Literal["bytes", "struct", "paths"] | None:
+    """How a column of this type holds pictures, if it can: paths are any strings. None if it cannot."""
+    kinds = pa.types
+    if kinds.is_dictionary(dtype):
+        return pictures_of_type(dtype.value_type)
+    if kinds.is_struct(dtype):  # as Hugging Face datasets keep pictures
+        return "struct" if dtype.get_field_index("bytes") >= 0 else None
+    if kinds.is_list(dtype) or kinds.is_large_list(dtype) or kinds.is_list_view(dtype):
+        return "bytes" if kinds.is_uint8(dtype.value_type) else None
+    if kinds.is_binary(dtype) or kinds.is_large_binary(dtype) or kinds.is_binary_view(dtype):
+        return "bytes"
+    if kinds.is_fixed_size_binary(dtype):
+        return "bytes"
+    strings = kinds.is_string(dtype) or kinds.is_large_string(dtype) or kinds.is_string_view(dtype)
+    return "paths" if strings else None
+
+
+def first_texts(file: pq.ParquetFile, column: str) -> list[str]:
+    """The first values of a column of strings that are not empty."""
+    batches = file.iter_batches(_LOOKED_AT, columns=[column])
+    values = (value for batch in batches for value in read_values(batch.column(column)))
+    return list(itertools.islice((value for value in values if value and isinstance(value, str)), _LOOKED_AT))
+
+
+def are_base64(values: list[str]) -> bool:
+    """Whether any of these is a picture, written as text: no caption begins as one."""
+    heads = [decode_base64(value.partition(";base64,")[2] or value, 64) for value in values]
+    return any(head is not None and find_format(head) for head in heads)
+
+
+def decode_base64(text: str, size: int | None = None) -> bytes | None:
+    """The bytes (of the first `size` signs) of base64 or of a data: URL; None for what is none."""
+    try:
+        return base64.b64decode((text.partition(";base64,")[2] or text)[:size], validate=size is None)
+    except (binascii.Error, ValueError):
+        return None
 
 
 def read_values(column: pa.Array) -> Iterator[object]:
@@ -272,15 +325,15 @@ class TextSource:
             if head in (b"\xff\xfe", b"\xfe\xff"):
                 raise UsageError(f"{path} is UTF-16; save it as UTF-8")
             file.seek(0)
-            for part in iter(lambda: file.read(MAX_LINE), b""):
+            while part := file.read(files.MAX_LINE):
                 digest.update(part)
             file.seek(0)
-            rows = sum(1 for _ in _iter_lines(file))
+            rows = sum(1 for _ in files.iter_lines(file))
         return cls(path=path, fingerprint=digest.hexdigest(), rows=rows)
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
         with open(self.path, "rb") as file:
-            for number, line in enumerate(_iter_lines(file)):
+            for number, line in enumerate(files.iter_lines(file)):
                 if number >= stop:
                     return
                 if number < start:
@@ -294,17 +347,6 @@ class TextSource:
                     yield Row(str(number), None, "bad_text")
                 else:
                     yield _text_row(number, text.rstrip("\r\n"))
-
-
-def _iter_lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Lines in bounded memory; None for one of more than MAX_LINE bytes."""
-    while line := file.readline(MAX_LINE):
-        if len(line) < MAX_LINE or line.endswith(b"\n"):
-            yield line
-            continue
-        while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-            pass
-        yield None
 
 
 def leaves_folder(path: str | Path) -> bool:
@@ -328,6 +370,6 @@ def stamp(file: Path) -> str:
     """Size and time of change, by which content is known without reading it; both alike is taken for unchanged."""
     try:
         status = file.stat()
-    except OSError:  # a link that leads nowhere is counted when it is read
+    except (OSError, ValueError):  # a link that leads nowhere, a NUL: counted when it is read
         return "unreadable"
     return f"{status.st_size} {status.st_mtime_ns}"

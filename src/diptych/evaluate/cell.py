@@ -128,6 +128,8 @@ class Cell:
         if "test" in problems:
             return CellReport(refused=(self._refuse("", problems["test"]),))
         used = self.entry.resolve(self.config.profile)
+        if self.model.templates and not used.has_templates:
+            used = replace(used, templates=self.model.templates)
         settings: dict[Protocol, dict[str, Any]] = {one: self._settings(one, used, opened) for one in wanted}
         done = self._find_done(settings)
         pending: list[Protocol] = [one for one in wanted if one not in done]
@@ -238,7 +240,8 @@ class Cell:
             if embedded.kept:
                 splits[name] = replace(split, embedded=embedded)
             else:
-                problems[name] = f"no picture can be used ({dict(embedded.skipped)})"
+                counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(embedded.skipped.items()))
+                problems[name] = f"no picture can be used ({counts})"
         return splits, problems
 
     def _tell(self, split: str, total: int) -> Callable[[int], None]:
@@ -309,6 +312,9 @@ class Cell:
         )
         started = time.monotonic()
         result, arrays = PROTOCOL_SPECS[protocol].measure(task)
+        if "train" in PROTOCOL_SPECS[protocol].splits and (same := count_shared(splits)):
+            said = f"{same:,} of {len(task.test.embedded.kept):,} pictures of test are in train too"
+            result = replace(result, warnings=(said, *result.warnings))
         about = {
             "diptych": diptych.__version__,
             "torch": torch.__version__,
@@ -329,6 +335,14 @@ class Cell:
             save_arrays(path.with_suffix(".npz"), arrays)  # before the result, whose file says that all is there
         save_result(self.config.out, result)
         return load_result(path)
+
+
+def count_shared(splits: Mapping[str, Split]) -> int:
+    """How many pictures of the test split have the very features of one of the training split: they are the same."""
+    if "train" not in splits:
+        return 0
+    train = {row.tobytes() for row in splits["train"].embedded.pooled.numpy()}
+    return sum(row.tobytes() in train for row in splits["test"].embedded.pooled.numpy())
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:

@@ -19,8 +19,8 @@ class EvaluateConfig:
     models: tuple[str, ...]
     """Runs' folders, checkpoints of any layout, hf-hub:owner/name, published names; NAME=SOURCE gives one a name."""
     suite: tuple[str, ...] = ("paper27",)
-    """Suites (paper27, kornblith12, shifts, retrieval, clip_benchmark, made), datasets by id, or TOML files of one's
-    own."""
+    """Suites (paper27, kornblith12, shifts, retrieval, clip_benchmark, made), datasets by id, or one's own: folders,
+    tables, and TOML files that describe them."""
     out: Path = Path("results")
     """The results folder: new, or one to go on with."""
     data: Path = Path("data")
@@ -35,6 +35,8 @@ class EvaluateConfig:
     """Activation function of the weights (quick_gelu or gelu). Needed only where the file does not show it."""
     preset: str | None = None
     """Architecture of a bare file whose shapes do not tell the number of heads."""
+    turn: bool = False
+    """Turn pictures as their EXIF orientation says; OpenAI's preprocessing leaves them as they are stored."""
     device: str = "auto"
     """`cpu`, `cuda`, ...; auto takes a GPU if there is one."""
     batch_size: int = 64
@@ -62,7 +64,9 @@ class EvaluateConfig:
         if not self.models:
             raise UsageError("no model was named; give --model at least once")
         if not self.suite:
-            raise UsageError("no suite was named; give --suite paper27, a dataset's id or a TOML file")
+            raise UsageError(
+                "no suite was named; give --suite paper27, a dataset's id, or a folder or TOML of your own"
+            )
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise unknown_name("protocol", protocol, PROTOCOLS)

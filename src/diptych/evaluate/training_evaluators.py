@@ -9,13 +9,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.embed.images import BATCH_SIZE
@@ -23,8 +23,8 @@ from diptych.embed.sources import Row, fetch
 from diptych.embed.stream import encode_stream
 from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.labels import NO_CLASSES, ClassIndex, index_labels
-from diptych.evaluate.datasets.layouts import guess_place, open_samples
-from diptych.evaluate.datasets.registry import OWN, Dataset, DatasetKind, Place, Profile
+from diptych.evaluate.datasets.layouts import open_samples
+from diptych.evaluate.datasets.registry import OWN, Dataset, DatasetKind, Place, Profile, guess_place
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.metrics.measures import accuracy, mean_per_class_recall, retrieval
 from diptych.evaluate.models.features import Gathered, gather_features
@@ -32,6 +32,7 @@ from diptych.evaluate.results import Protocol
 from diptych.image import Preprocess, open_picture
 from diptych.model.clip import CLIP
 from diptych.ranks import current
+from diptych.report.page import Example, pick_rows
 from diptych.tokens import BaseTokenizer
 from diptych.zeroshot import EmbedTexts, build_classifier
 
@@ -54,14 +55,16 @@ class EvalSet:
         return tuple(names[0] for names in self.classes.names)
 
 
-def open_set(path: Path, protocol: Protocol | None = None) -> EvalSet:
-    """Open a set; without a protocol it is zero-shot if anything carries a label, else retrieval.
+def open_set(path: Path, protocol: Protocol | None = None, caption_key: str | None = None) -> EvalSet:
+    """Open a set; without a protocol it is zero-shot if anything carries a label, else retrieval. `caption_key` names
+    captions in the JSON of shards; all of a picture count.
 
     Raises NotFoundError for a path that is not there and UsageError for a set that cannot be evaluated.
     """
     if not path.exists():
         raise NotFoundError(f"no such evaluation set: {path} (class folders with pictures, a folder of shards, a .tar)")
     place, problems = guess_place(path), []
+    place = place if caption_key is None else replace(place, captions=caption_key)
     for one in (protocol,) if protocol else KINDS:
         try:
             samples = open_samples(place, path, "test", KINDS[one], on_damage="count")
@@ -96,6 +99,8 @@ class TrainingEvaluator:
     templates: Sequence[str]
     broken: Counter[str] = field(default_factory=Counter)
     """Reason -> pictures of the last evaluation that could not be used, over all ranks."""
+    answers: Sequence[tuple[int, str, Sequence[tuple[str, float]]]] = ()
+    """Zero-shot: some samples of the last evaluation, what they are, and the likeliest labels."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -115,7 +120,7 @@ class TrainingEvaluator:
 
         images = _encode(model, self._read_image, encode_image, samples.rows.read, len(samples))
         self.broken = images.skipped
-        measure = self._classify if self.exam.protocol == "zeroshot" else self._retrieve
+        measure = partial(self._classify, model) if self.exam.protocol == "zeroshot" else self._retrieve
         found = measure(images, partial(embed_shared_texts, model, self.tokenizer)) if images.kept else {}
         found |= {"images": float(len(images.kept)), "skipped": float(len(samples) - len(images.kept))}
         return {metric: float(found.get(metric.removeprefix(f"{self.name}/"), 0.0)) for metric in self.metrics}
@@ -123,15 +128,35 @@ class TrainingEvaluator:
     def _read_image(self, row: Row) -> Tensor:
         return torch.from_numpy(self.preprocess.pixels(open_picture(cast(bytes, fetch(row)))))
 
-    def _classify(self, images: Gathered, embed: EmbedTexts) -> dict[str, float]:
+    @property
+    def examples(self) -> list[Example]:
+        """Right and wrong answers of the last evaluation, with their pictures."""
+        rows = sorted(row for row, *_ in self.answers)  # tables are read in rising order
+        pictures = dict(zip(rows, map(fetch, self.exam.samples.rows.read(rows)), strict=True))
+        return [
+            Example(picture=cast(bytes, pictures[row]), label=label, answers=answers)
+            for row, label, answers in self.answers
+        ]
+
+    def _classify(self, model: CLIP, images: Gathered, embed: EmbedTexts) -> dict[str, float]:
         numbers = self.exam.classes.numbers
         labels = torch.tensor([numbers[i][0] for i in images.kept], device=images.features.device)
         scores = images.features @ build_classifier(embed, self.exam.classes.names, self.templates)
+        self._keep_answers(scores * model.logit_scale.exp(), labels, images.kept)
         return {
             "acc1": accuracy(scores, labels),
             "acc5": accuracy(scores, labels, top=5),
             "mean_per_class_recall": mean_per_class_recall(scores, labels),
         }
+
+    def _keep_answers(self, logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"], kept: Sequence[int]) -> None:
+        rows = pick_rows((logits.argmax(dim=-1) == labels).cpu().numpy())
+        names = self.exam.classnames
+        top = logits[rows].softmax(dim=-1).topk(min(5, len(names)))
+        self.answers = [
+            (kept[row], names[int(labels[row])], [(names[i], p) for i, p in zip(ids, shares, strict=True)])
+            for row, ids, shares in zip(rows, top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
 
     def _retrieve(self, images: Gathered, embed: EmbedTexts) -> dict[str, float]:
         captions = [cast(tuple[str, ...], self.exam.samples.labels[i]) for i in images.kept]

@@ -7,7 +7,9 @@ ones that others trained since, and small ones for small machines.
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from diptych.config import LATER, MAY_CHANGE
 from diptych.errors import UsageError, unknown_name
+from diptych.templates import fill_template
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 ImagePool = Literal["class", "mean", "latent", "queries"]
@@ -45,33 +47,33 @@ class ViTConfig:
     """`patch`: one strided convolution, as in the paper; `patch_bias`: with a bias (SigLIP). `conv`: a pyramid of 3x3
     stride-2 convolutions (Xiao et al. 2021), which learns faster from little data; for small models of our own.
     `mobile`: three convolutions that do not overlap, of sides 4, 2 and 2 (MobileCLIP-B, Vasu et al. 2023)."""
-    cut_edge: bool = False
+    cut_edge: bool = field(default=False, metadata=LATER)
     """Whether image_size may be no multiple of patch_size: what is left over at the right and below is not seen
     (SigLIP SO400M at 384 px)."""
-    class_token: bool = True
+    class_token: bool = field(default=True, metadata=LATER)
     """Whether a token of its own stands before the patches."""
-    class_position: bool = True
+    class_position: bool = field(default=True, metadata=LATER)
     """Whether the class token has a position as the patches have."""
-    ln_pre: bool = True
+    ln_pre: bool = field(default=True, metadata=LATER)
     """LayerNorm before the blocks: the paper's, which later models leave out."""
-    norm_eps: float = 1e-5
+    norm_eps: float = field(default=1e-5, metadata=LATER)
     """Added to the variance in every LayerNorm."""
-    activation: Activation | None = None
+    activation: Activation | None = field(default=None, metadata=LATER)
     """Activation of this tower's MLPs; None: the model's."""
-    pool: ImagePool = "class"
+    pool: ImagePool = field(default="class", metadata=LATER)
     """What is read of the last block's tokens. class: the class token. mean: the mean of the patches, then LayerNorm
     (CLIPA). latent: LayerNorm, then attention of one learned query over all, then an MLP (SigLIP, PE). queries: the
     first of `QUERIES` learned queries, whose attention is in the joint space's width (CoCa)."""
-    pool_heads: int | None = None
+    pool_heads: int | None = field(default=None, metadata=LATER)
     """Attention heads of a learned query; None: as many as the blocks have."""
-    pool_mlp_ratio: float | None = None
+    pool_mlp_ratio: float | None = field(default=None, metadata=LATER)
     """Hidden channels of the latent pool's MLP; None: as the blocks have."""
-    rotary_grid: int | None = None
+    rotary_grid: int | None = field(default=None, metadata=LATER)
     """Patches along one side of the pictures that rotary positions (Su et al. 2021) were trained on; None: there are
     none. Half of a head's channels are turned by the column, half by the row; the class token is not turned."""
-    rotary_start: float = 0.0
+    rotary_start: float = field(default=0.0, metadata=LATER)
     """Row and column of the first patch."""
-    projection: Projection = "matrix"
+    projection: Projection = field(default="matrix", metadata=LATER)
     """From `width` to the joint space."""
 
     def __post_init__(self) -> None:
@@ -171,18 +173,18 @@ class TextConfig:
     """Attention heads; the paper keeps 64 channels a head."""
     mlp_ratio: float = 4.0
     """Hidden channels of the MLP, in multiples of `width`."""
-    is_causal: bool = True
+    is_causal: bool = field(default=True, metadata=LATER)
     """Whether a token sees only what stands before it. Where it sees all, it sees padding too (SigLIP)."""
-    pool: TextPool = "end"
+    pool: TextPool = field(default="end", metadata=LATER)
     """What is read of the last block's tokens. end: the end token. last: the last place, padding or not (SigLIP,
     CLIPA). class: a learned token that is put behind the text (CoCa)."""
-    end_id: int | None = None
+    end_id: int | None = field(default=None, metadata=LATER)
     """The end token; None: the largest id of a text, which it is in CLIP's vocabulary."""
-    pad_id: int = 0
+    pad_id: int = field(default=0, metadata=LATER)
     """What stands behind a text."""
-    norm_eps: float = 1e-5
+    norm_eps: float = field(default=1e-5, metadata=LATER)
     """Added to the variance in every LayerNorm."""
-    projection: Projection = "matrix"
+    projection: Projection = field(default="matrix", metadata=LATER)
     """From `width` to the joint space."""
 
     def __post_init__(self) -> None:
@@ -227,6 +229,8 @@ class CLIPConfig:
     """Activation of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
     logit_bias: bool = False
     """Whether logits have a bias: what the sigmoid loss (SigLIP) needs, and the paper's loss has no use for."""
+    templates: tuple[str, ...] = field(default=(), compare=False, metadata=MAY_CHANGE | LATER)
+    """Prompt templates that suit its captions, for whoever names none; empty: a photo of a {}."""
 
     def __post_init__(self) -> None:
         _check_positive(self)
@@ -237,6 +241,8 @@ class CLIPConfig:
                     raise UsageError(f"{name} has no projection: its width {width} must be embed_dim {self.embed_dim}")
         if isinstance(self.vision, ViTConfig) and self.vision.pool == "queries":
             _check_block(self.embed_dim, self.vision.pool_heads or self.vision.heads, 4.0)
+        for template in self.templates:
+            fill_template(template, "")
 
 
 def check_activation(name: str) -> Activation:

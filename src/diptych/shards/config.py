@@ -12,7 +12,7 @@ MAX_WEIGHT = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One folder of shards, or one tar: at a path of this machine, or at a URL."""
+    """One folder of shards, one tar, or a range or glob of them: at a path of this machine, or at a URL."""
 
     path: Path | None = None
     """Where it lies."""
@@ -64,6 +64,9 @@ class LoaderConfig:
     """Seed of the sample order and the crops."""
     min_crop: float = 0.9
     """Side of the random square crop: uniform between this share of the shorter side and all of it."""
+    caption_key: str | None = None
+    """Name in the samples' JSON of the caption, or of a list of several, of which every visit draws one; by default the
+    caption is the .txt beside the picture, or `caption` in its JSON."""
     augment: bool = True
     """Random crops. Without, a picture is prepared as it is when the model is used, the same at every pass."""
     workers: int = field(default=1, metadata=MAY_CHANGE)

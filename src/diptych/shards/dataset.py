@@ -47,6 +47,10 @@ class Dataset:
     def __len__(self) -> int:
         return int(self.sizes.sum())
 
+    def choose_captions(self, name: str) -> "Dataset":
+        """The same with the captions under a name of the samples' JSON."""
+        return Dataset.from_indexes(self.path, [shard.choose_captions(name) for shard in self.shards], self.deleted)
+
     @cached_property
     def sizes(self) -> np.ndarray:
         """Samples in each shard, int64 [shards]."""
@@ -66,15 +70,16 @@ class Dataset:
 
     @property
     def captions(self) -> Iterator[str]:
-        """All captions but those of deleted samples, in order."""
+        """All captions but those of deleted samples, in order; all of a picture that has several."""
         for shard in self.shards:
             for key, caption in zip(shard.table["key"].to_pylist(), shard.table["caption"].to_pylist(), strict=True):
                 if key not in self.deleted:
-                    yield caption
+                    yield from caption.split("\n") if shard.several else [caption]
 
     @property
     def pairs(self) -> Iterator[Pair]:
-        """All pairs with their pictures but the deleted ones, in order, one shard open at a time."""
+        """All pairs with their pictures but the deleted ones, in order, one shard open at a time; of several captions
+        the first."""
         for shard in self.shards:
             with open(shard.path, "rb") as tar:
                 for row in shard.table.to_pylist():
@@ -83,26 +88,41 @@ class Dataset:
                     tar.seek(row["offset"])
                     details = {key: str(value) for key, value in files.parse_json(row["details"]).items()}
                     image = tar.read(row["size"])
-                    yield Pair(key=row["key"], caption=row["caption"], image=image, details=details)
+                    caption = row["caption"].partition("\n")[0] if shard.several else row["caption"]
+                    yield Pair(key=row["key"], caption=caption, image=image, details=details)
 
 
-def load_dataset(path: Path | str) -> Dataset:
-    """Open a folder of shards, or a single tar.
+def load_dataset(path: Path | str, *, caption_key: str | None = None, captionless: bool = False) -> Dataset:
+    """Open a folder of shards, a single tar, or several by a range or a glob (`shards/{00000..00099}.tar`).
 
     A folder with a dataset.json is held to it: a missing or changed shard raises ShardError. Any other folder is
-    taken as a set of foreign tars in name order.
+    taken as a set of foreign tars in name order. Captions are those under `caption_key` of the samples' JSON, where
+    one is given; with `captionless`, samples of foreign tars need none.
     """
     path = Path(path)
+    if path.is_dir() and (path / DATASET_FILE).exists():
+        dataset = _load_described(path)
+        return dataset if caption_key is None else dataset.choose_captions(caption_key)
+    shards = _find_shards(path)
+    indexes = [load_index(shard, captionless=captionless or caption_key is not None) for shard in shards]
+    deleted = frozenset[str]().union(*(read_tombstones(folder) for folder in {shard.parent for shard in shards}))
+    if caption_key is not None:
+        indexes = [index.choose_captions(caption_key) for index in indexes]
+    return Dataset.from_indexes(path, indexes, deleted)
+
+
+def _find_shards(path: Path) -> list[Path]:
     if path.is_file():
-        return Dataset.from_indexes(path, [load_index(path)], read_tombstones(path.parent))
-    if not path.is_dir():
-        raise NotFoundError(f"no such dataset: {path} (a folder of .tar shards, or one .tar)")
-    if (path / DATASET_FILE).exists():
-        return _load_described(path)
-    shards = sorted(path.glob("*.tar"))
-    if not shards:
+        return [path]
+    if path.is_dir():
+        if shards := sorted(path.glob("*.tar")):
+            return shards
         raise NotFoundError(f"no .tar shards in {path}{_name_others(path)}")
-    return Dataset.from_indexes(path, [load_index(shard) for shard in shards], read_tombstones(path))
+    named = [Path(name) for name in files.spell_out(str(path))]
+    shards = [shard for shard in named if shard.suffix == ".tar"]
+    if named == [path] or not shards:
+        raise NotFoundError(f"no such dataset: {path} (a folder of .tar shards, one .tar, a range or glob of them)")
+    return shards
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -160,7 +180,7 @@ def _explain(path: Path | str, reasons: Mapping[str, int]) -> str:
     elif set(reasons) == {"no_image"}:
         hint = "; the suffix of a file is all behind the first dot of its name, so `2.0 (a).jpg` is no .jpg"
     elif set(reasons) == {"no_caption"}:
-        hint = "; a caption is key.txt beside key.jpg, or `caption` in key.json"
+        hint = "; a caption is key.txt beside key.jpg, or `caption` in key.json, or what --caption-key names there"
     else:
         hint = ""
     return f"{counts or 'nothing found'}{hint}"

@@ -23,14 +23,14 @@ import pyarrow as pa
 import xxhash
 
 from diptych import files
-from diptych.errors import NotFoundError, ShardError
+from diptych.errors import NotFoundError, ShardError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, MAX_BYTES
 from diptych.shards.members import Damage, Member, iter_members
 
 INDEX_VERSION = 2
 READ_VERSIONS = (1, INDEX_VERSION)
 """Version 1 has no checksum."""
-SCAN_VERSION = 3
+SCAN_VERSION = 4
 """Version of the rules by which a foreign tar is read: a cached index by other rules is rebuilt."""
 MAX_TEXT_BYTES = 1 << 20
 """Bytes of a caption, or of a sample's JSON."""
@@ -57,6 +57,8 @@ class ShardIndex:
     table: pa.Table
     skipped: tuple[tuple[str, str], ...]
     """(key, reason) of each sample that cannot be used."""
+    several: bool = False
+    """Whether every line of a caption is a caption of its own."""
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -64,7 +66,7 @@ class ShardIndex:
     @cached_property
     def content_hash(self) -> str:
         """Hash of what training sees of the index; the same wherever the shard lies."""
-        digest = xxhash.xxh3_128()
+        digest = xxhash.xxh3_128(b"several" if self.several else b"")
         for column in ("key", "caption", "offset", "size", "xxh3"):
             digest.update(json.dumps(self.table.column(column).to_pylist(), ensure_ascii=False).encode())
         return digest.hexdigest()
@@ -74,9 +76,32 @@ class ShardIndex:
         """Hash of all that the index says."""
         return files.digest(json.dumps([self.content_hash, self.table.column("details").to_pylist(), self.skipped]))
 
+    def choose_captions(self, name: str) -> "ShardIndex":
+        """The samples that have a caption, or a list of several, under a name of their JSON; the others are skipped."""
+        found = [_captions_of(details, name) for details in self.table["details"].to_pylist()]
+        usable = pa.array([captions is not None for captions in found], pa.bool_())
+        lost = [
+            (key, "no_caption") for key, one in zip(self.table["key"].to_pylist(), found, strict=True) if one is None
+        ]
+        captions = pa.array([captions for captions in found if captions is not None], pa.string())
+        place = INDEX_SCHEMA.get_field_index("caption")
+        table = self.table.filter(usable).set_column(place, INDEX_SCHEMA.field(place), captions)
+        return ShardIndex(self.path, table, (*self.skipped, *lost), several=True)
 
-def load_index(shard: Path) -> ShardIndex:
-    """Open the index of a shard: the one beside it, the cached one, or a new one."""
+
+def _captions_of(details: str, name: str) -> str | None:
+    """Captions under a name of a sample's JSON, one a line; None if there is none that can be used."""
+    try:
+        found = files.parse_json(details).get(name)
+        texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+        lines = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+        return "\n".join(lines).encode().decode() or None  # JSON can hold half a surrogate pair, a caption cannot
+    except (ValueError, AttributeError):
+        return None
+
+
+def load_index(shard: Path, *, captionless: bool = False) -> ShardIndex:
+    """Open the index of a shard: the one beside it, the cached one, or a new one, `captionless` as in `build_index`."""
     if not shard.is_file():
         raise NotFoundError(f"no such shard: {shard}")
     beside = shard.with_suffix(".arrow")
@@ -85,10 +110,10 @@ def load_index(shard: Path) -> ShardIndex:
         _require_same(index, beside)
         return index
     with contextlib.suppress(OSError, ShardError):  # there is none, it is damaged, or there is no cache
-        return read_index(shard, _cache_path(shard), shard.stat().st_size)
-    index = build_index(shard)
+        return read_index(shard, _cache_path(shard, captionless), shard.stat().st_size)
+    index = build_index(shard, captionless=captionless)
     try:
-        cached = _cache_path(shard)
+        cached = _cache_path(shard, captionless)
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_index(index, cached)
     except OSError as error:
@@ -105,11 +130,11 @@ def read_index(shard: Path, path: Path, tar_bytes: int | None = None) -> ShardIn
 
     With `tar_bytes`, the size of the shard, every picture must lie inside of it.
     """
-    with open(path, "rb") as file:
-        data = file.read(MAX_INDEX_BYTES + 1)
     try:
-        if len(data) > MAX_INDEX_BYTES:
-            raise ValueError(f"more than {MAX_INDEX_BYTES:,} bytes")
+        data = files.read_bytes(path, MAX_INDEX_BYTES)
+    except UsageError as error:
+        raise ShardError(f"{error}; delete it and it is built anew") from None
+    try:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
         metadata = table.schema.metadata or {}
         version = int(metadata.get(b"version", 0))
@@ -139,10 +164,13 @@ def write_index(index: ShardIndex, path: Path) -> None:
     files.write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def build_index(shard: Path) -> ShardIndex:
-    """Scan a tar of any origin. Samples are runs of neighbouring members with the same key (the WebDataset rule)."""
+def build_index(shard: Path, *, captionless: bool = False) -> ShardIndex:
+    """Scan a tar of any origin. Samples are runs of neighbouring members with the same key (the WebDataset rule).
+
+    With `captionless` a picture needs no caption: labels, or captions under another name, may be in its JSON.
+    """
     with open(shard, "rb") as tar:
-        rows, skipped = _scan(tar, shard)
+        rows, skipped = _scan(tar, shard, captionless)
         for row in rows:
             row["xxh3"] = xxhash.xxh3_64_intdigest(os.pread(tar.fileno(), row["size"], row["offset"]))
     return ShardIndex(shard, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), tuple(skipped))
@@ -178,7 +206,7 @@ def _require_same(index: ShardIndex, beside: Path) -> None:
             note.touch()
 
 
-def _scan(tar: BinaryIO, shard: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def _scan(tar: BinaryIO, shard: Path, captionless: bool = False) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Rows of the index, without the hashes of pictures, and (key, reason) of what is no sample."""
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
@@ -192,7 +220,7 @@ def _scan(tar: BinaryIO, shard: Path) -> tuple[list[dict[str, Any]], list[tuple[
             skipped.append((key, "duplicate_key"))
             return
         seen.add(key)
-        row = _read_sample(tar, key, members)
+        row = _read_sample(tar, key, members, captionless)
         if isinstance(row, str):
             skipped.append((key, row))
         else:
@@ -216,7 +244,7 @@ def _scan(tar: BinaryIO, shard: Path) -> tuple[list[dict[str, Any]], list[tuple[
     return rows, skipped
 
 
-def _read_sample(tar: BinaryIO, key: str, members: dict[str, Member]) -> dict[str, Any] | str:
+def _read_sample(tar: BinaryIO, key: str, members: dict[str, Member], captionless: bool) -> dict[str, Any] | str:
     """Build the index row of one sample, or say why there is none."""
     image = next((member for suffix, member in members.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
     if image is None:
@@ -237,9 +265,11 @@ def _read_sample(tar: BinaryIO, key: str, members: dict[str, Member]) -> dict[st
         return "bad_text"
     if not isinstance(parsed, dict):
         return "bad_text"
+    if captionless and not isinstance(text, str):
+        text = ""
     if text is None:
         return "no_caption"
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not (text.strip() or captionless):
         return "empty_caption"
     return {
         "key": key,
@@ -267,8 +297,8 @@ def is_metadata_of_macos(name: str) -> bool:
     return file.startswith("._") or "__MACOSX" in folder.split("/")
 
 
-def _cache_path(shard: Path) -> Path:
-    return files.cache_folder("index") / f"{_name(shard)}.arrow"
+def _cache_path(shard: Path, captionless: bool) -> Path:
+    return files.cache_folder("index") / f"{_name(shard)}{'-captionless' if captionless else ''}.arrow"
 
 
 def _name(shard: Path) -> str:

@@ -1,8 +1,9 @@
 """Shards to batches, exactly: the same batches for any number of workers or ranks, from any position.
 
-Batch b of an epoch is the positions [b B, (b + 1) B) of `EpochOrder`; rank r of W takes its W-th of them. Crops are
-drawn from a hash of (seed, epoch, position). So a batch is a pure function of its number, workers only decide who
-computes it, and resuming is an addition. What is left at the end of an epoch, less than a batch, is not used.
+Batch b of an epoch is the positions [b B, (b + 1) B) of `EpochOrder`; rank r of W takes its W-th of them. Crops, and
+the caption of a picture that has several, are drawn from a hash of (seed, epoch, position). So a batch is a pure
+function of its number, workers only decide who computes it, and resuming is an addition. What is left at the end of an
+epoch, less than a batch, is not used.
 
 A picture that does not decode, or is not the bytes that were indexed, gives its place to the next row of the same
 source and is named in `Batch.skipped`; with `strict` it ends the run. A sample that was deleted gives its place up in
@@ -185,6 +186,7 @@ class Loader:
         first = position.samples_consumed + self.rank * share
         places = np.arange(first, first + share, dtype=np.int64)
         draws = uniforms(derive_seed("crop", self.config.seed, position.epoch), places, 3)
+        choices = uniforms(derive_seed("caption", self.config.seed, position.epoch), places, 1)
         of_image = self.stored is not None and self.stored.image
         pixels = 0 if of_image else self.image_size
         image = np.empty((share, 3, pixels, pixels), dtype=np.uint8)
@@ -199,7 +201,7 @@ class Loader:
                     image[i] = sample.image
                 if sample.feature is not None:
                     features.append(sample.feature)
-                captions.append(sample.caption)
+                captions.append(self._choose_caption(sample.caption, float(choices[i, 0])))
                 keys.append(sample.key)
                 pictures.append(sample.xxh3)
         return Batch(
@@ -222,6 +224,12 @@ class Loader:
                 if mine:
                     stack.enter_context(source.at_hand(mine))
             yield
+
+    def _choose_caption(self, caption: str, draw: float) -> str:
+        if self.config.caption_key is None:
+            return caption
+        several = caption.split("\n")
+        return several[int(draw * len(several))]
 
     def _read_sample(self, chosen: Place, crop: Crop, skipped: list[tuple[str, str]]) -> "_Sample":
         source = self.sources[chosen.source]
@@ -351,10 +359,10 @@ def _open_sources(configs: Sequence[SourceConfig], config: LoaderConfig) -> list
     sources: list[_Source] = []
     for source in configs:
         if source.path is not None:
-            dataset = load_dataset(source.path)
+            dataset = load_dataset(source.path, caption_key=config.caption_key)
             sources.append(_Source(dataset, SourceOrder(dataset.sizes, dataset.content_hash, config.seed)))
         elif source.url is not None and cache is not None:
-            remote.append(open_remote(source.url, cache))
+            remote.append(open_remote(source.url, cache, config.caption_key))
             dataset = remote[-1].dataset
             order = SourceOrder(dataset.sizes, dataset.content_hash, config.seed)
             sources.append(_Source(dataset, order, Fetcher(cache, remote[-1].shards, dataset.shards, order)))

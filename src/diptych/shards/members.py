@@ -13,9 +13,11 @@ BLOCK = 512
 MAX_NAME = 1 << 20
 """Bytes of a long name or of PAX records that are looked at."""
 _ZERO = bytes(BLOCK)
-_REGULAR = b"0\0"  # type flags of an ordinary file; old tars write NUL
+_REGULAR = b"0\0007"  # type flags of an ordinary file; old tars write NUL, 7 asks for one in one piece
 _FOLDER = b"5"
-_LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
+_NO_CONTENT = b"123456"  # links, devices, folders, pipes: some tools write a size, but never what it is of
+_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
+_SPARSE = b"S"  # GNU's: blocks with more of the map of holes stand before the content, and its size is without them
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Damage:
     """A stretch of the tar that is no member."""
 
     reason: str
-    """`damaged_header`, `zero_blocks` (an end, with more behind it), `truncated` or `not_a_file` (links, devices)."""
+    """`damaged_header`, `zero_blocks` (an end, with more behind it), `truncated` or `not_a_file` (links, devices,
+    files with holes that are left out)."""
     offset: int
     """Where it begins, bytes."""
     name: str = ""
@@ -78,6 +81,11 @@ def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
         in_damage = False
         kind = header[156:157]
         content = position + BLOCK
+        more = header[482] if kind == _SPARSE else 0
+        while more and content + BLOCK <= end:
+            more = tar[content + 504]
+            content += BLOCK
+        size = 0 if kind in _NO_CONTENT else size
         position = content + -(-size // BLOCK) * BLOCK
         if kind == _LONG_NAME:
             long_name = _text(tar[content : content + min(size, MAX_NAME)])
@@ -85,13 +93,14 @@ def _scan(tar: mmap.mmap) -> Iterator[Member | Damage]:
         if kind == _PAX:
             pax = _read_pax(tar[content : content + min(size, MAX_NAME)])
             continue
-        if kind == _PAX_GLOBAL:
+        if kind in (_PAX_GLOBAL, _LONG_LINK):
             continue
-        name = pax.get("path") or long_name or _name(header)
+        name = pax.get("GNU.sparse.name") or pax.get("path") or long_name or _name(header)
+        sparse = any(key.startswith("GNU.sparse.") for key in pax)
         long_name, pax = "", {}
         if kind == _FOLDER or name.endswith("/"):
             continue
-        if kind not in _REGULAR:  # links, devices, pipes, sparse files: never followed
+        if kind not in _REGULAR or sparse:  # links, devices, pipes, sparse files: never followed
             yield Damage("not_a_file", content, name)
             continue
         if content + size > end:

@@ -8,12 +8,10 @@ Indexes are kept here for good. A tar without one is fetched and indexed when it
 """
 
 import hashlib
-import itertools
 import logging
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ from diptych.shards.tombstones import TOMBSTONES_FILE, parse_tombstones
 LOG = logging.getLogger(__name__)
 
 _THREADS = 8
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,17 @@ class RemoteDataset:
         return sum(sorted((shard.size or 0 for shard in self.shards), reverse=True)[:BLOCK_SHARDS])
 
 
-def open_remote(url: str, cache: ShardCache) -> RemoteDataset:
-    """Find the shards at a URL and their indexes."""
+def open_remote(url: str, cache: ShardCache, caption_key: str | None = None) -> RemoteDataset:
+    """Find the shards at a URL and their indexes; `caption_key` as in `load_dataset`."""
     store, root = _connect(url)
-    names = expand_range(url)
+    names = files.expand_range(url)
     if len(names) > 1 or url.endswith(".tar"):
-        return _open_foreign(store, url, names, cache)
+        return _open_foreign(store, url, names, cache, caption_key)
     name = f"{url}/{DATASET_FILE}"
     description = _require_end(with_retries(name, lambda: _read_optional(store, f"{root}/{DATASET_FILE}")), name)
     if description is not None:
-        return _open_described(store, root, url, description, cache)
+        found = _open_described(store, root, url, description, cache)
+        return replace(found, dataset=found.dataset.choose_captions(caption_key)) if caption_key else found
     listed = with_retries(url, lambda: store.ls(root, detail=False))
     tars = sorted({str(place).rstrip("/").rpartition("/")[2] for place in listed})
     tars = [name for name in tars if name.endswith(".tar")]
@@ -63,7 +61,7 @@ def open_remote(url: str, cache: ShardCache) -> RemoteDataset:
         raise NotFoundError(
             f"neither {DATASET_FILE} nor .tar shards at {url}; a range is named {url}/{{00000..00099}}.tar"
         )
-    return _open_foreign(store, url, [f"{url}/{name}" for name in tars], cache)
+    return _open_foreign(store, url, [f"{url}/{name}" for name in tars], cache, caption_key)
 
 
 def require_room(sources: list[RemoteDataset], cache: ShardCache) -> None:
@@ -74,17 +72,6 @@ def require_room(sources: list[RemoteDataset], cache: ShardCache) -> None:
             f"cache_bytes {cache.limit} cannot hold one block of {BLOCK_SHARDS} shards of each source, which takes up "
             f"to {needed} bytes; use --cache-bytes {2 * needed} (two blocks, so that the next one is fetched ahead)"
         )
-
-
-def expand_range(url: str) -> list[str]:
-    """`a/{00..02}.tar` -> a/00.tar, a/01.tar, a/02.tar; any number of ranges."""
-    parts = _RANGE.split(url)
-    choices = [[f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-               for first, last in zip(parts[1::3], parts[2::3], strict=True)]  # fmt: skip
-    if not all(choices):
-        raise UsageError(f"the range in {url} is empty; the smaller number comes first")
-    return ["".join(x for pair in itertools.zip_longest(parts[::3], some, fillvalue="") for x in pair)
-            for some in itertools.product(*choices)]  # fmt: skip
 
 
 def _connect(url: str) -> tuple[Any, str]:
@@ -125,7 +112,7 @@ def _open_described(store: Any, root: str, url: str, text: bytes, cache: ShardCa
     return RemoteDataset(dataset, shards)
 
 
-def _open_foreign(store: Any, url: str, urls: list[str], cache: ShardCache) -> RemoteDataset:
+def _open_foreign(store: Any, url: str, urls: list[str], cache: ShardCache, caption_key: str | None) -> RemoteDataset:
     def look(one: str) -> RemoteShard:
         _, place = fsspec.core.url_to_fs(one)
         info = with_retries(one, lambda: store.info(place))
@@ -138,17 +125,20 @@ def _open_foreign(store: Any, url: str, urls: list[str], cache: ShardCache) -> R
         shards = tuple(pool.map(look, urls))
     folders = {(shard.place.rpartition("/")[0], shard.url.rpartition("/")[0]) for shard in shards}
     deleted = frozenset[str]().union(*(_deleted(store, place, folder) for place, folder in sorted(folders)))
-    return RemoteDataset(Dataset.from_indexes(url, _indexes(shards, cache), deleted), shards)
+    indexes = _indexes(shards, cache, captionless=caption_key is not None)
+    if caption_key is not None:
+        indexes = [index.choose_captions(caption_key) for index in indexes]
+    return RemoteDataset(Dataset.from_indexes(url, indexes, deleted), shards)
 
 
-def _indexes(shards: tuple[RemoteShard, ...], cache: ShardCache) -> list[ShardIndex]:
+def _indexes(shards: tuple[RemoteShard, ...], cache: ShardCache, *, captionless: bool = False) -> list[ShardIndex]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda shard: _index(shard, cache), shards))
+        return list(pool.map(lambda shard: _index(shard, cache, captionless), shards))
 
 
-def _index(shard: RemoteShard, cache: ShardCache) -> ShardIndex:
+def _index(shard: RemoteShard, cache: ShardCache, captionless: bool) -> ShardIndex:
     """The index that is here, the one beside the shard, or one made of the shard."""
-    here = shard.local.with_suffix(".arrow")
+    here = shard.local.with_suffix(".captionless.arrow" if captionless else ".arrow")
     if not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         beside = shard.place.removesuffix(".tar") + ".arrow"
@@ -156,7 +146,7 @@ def _index(shard: RemoteShard, cache: ShardCache) -> ShardIndex:
         if (found := _require_end(data, beside, MAX_INDEX_BYTES)) is not None:
             files.write_bytes(here, found)
         else:
-            _make_index(shard, here, cache)
+            _make_index(shard, here, cache, captionless)
     try:
         return read_index(shard.local, here, shard.size)
     except ShardError:
@@ -164,10 +154,10 @@ def _index(shard: RemoteShard, cache: ShardCache) -> ShardIndex:
         raise
 
 
-def _make_index(shard: RemoteShard, here: Path, cache: ShardCache) -> None:
+def _make_index(shard: RemoteShard, here: Path, cache: ShardCache, captionless: bool) -> None:
     descriptor = cache.open(shard, None)
     try:
-        write_index(build_index(shard.local), here)
+        write_index(build_index(shard.local, captionless=captionless), here)
     finally:
         if descriptor is not None:
             os.close(descriptor)

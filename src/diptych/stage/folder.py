@@ -32,7 +32,10 @@ GROUP_ROWS = 16384
 """Rows of a row group that is written ..."""
 GROUP_BYTES = 64 << 20
 """... or fewer, if they take more than this."""
-DROPPED = pa.schema([pa.field(name, pa.string()) for name in ("key", "image_url", "caption")]).append(REASON)
+_DETAILS = pa.field("details", pa.map_(pa.string(), pa.string()))
+DROPPED = pa.schema(
+    [*(pa.field(name, pa.string()) for name in ("key", "image_url", "page_url", "caption")), _DETAILS, REASON]
+)
 """What is kept of a row that is dropped."""
 
 
@@ -111,8 +114,10 @@ class PartWriter:
         self.counts.update(reasons.to_pylist())
         self._kept.write(batch.filter(reasons.is_null()).select(self.schema.names))
         dropped = batch.filter(reasons.is_valid())
-        nothing = pa.nulls(dropped.num_rows, pa.string())
-        columns = [dropped.column(name) if name in dropped.schema.names else nothing for name in DROPPED.names]
+        columns = [
+            dropped.column(one.name) if one.name in dropped.schema.names else pa.nulls(dropped.num_rows, one.type)
+            for one in DROPPED
+        ]
         self._dropped.write(pa.RecordBatch.from_arrays(columns, schema=DROPPED))
 
     def close(self) -> None:
@@ -284,8 +289,14 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**content, hash=digest)
     except NotFoundError:
         raise
-    except FileNotFoundError:
-        raise NotFoundError(f"{folder} holds no finished stage: no {MANIFEST_FILE}; run that stage first") from None
+    except (FileNotFoundError, NotADirectoryError):
+        said = f"{folder} holds no finished stage: no {MANIFEST_FILE}"
+        if folder.is_file() or any(folder.glob("*.parquet")):
+            raise NotFoundError(
+                f"{said}, so its tables are not from `diptych curate`; every stage reads the folder that the one "
+                "before it wrote, and the first is `diptych curate crawl`"
+            ) from None
+        raise NotFoundError(f"{said}; run that stage first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise

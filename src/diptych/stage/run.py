@@ -4,7 +4,7 @@
       manifest.json                what it is begun with: stage, settings, the parent's hash; at the end also counts,
                                    files and its own hash
       part-00000.parquet           the rows that stay
-      dropped/part-00000.parquet   key, image_url, caption and reason of those that do not
+      dropped/part-00000.parquet   addresses, caption, details and reason of those that do not
       done/part-00000.json         written last: counts, SHA-256 of both files, a fingerprint of settings and inputs
 
 The tasks decide which files there are and what is in them; an engine only decides where and when a task runs. So any

@@ -35,7 +35,7 @@ from diptych.model.config import CLIPConfig
 from diptych.ranks import Ranks
 from diptych.tokenizer import Tokenizer
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 3
 DESCRIPTION, WEIGHTS = "checkpoint.json", "model.safetensors"
 TRAINING, TRAINING_TENSORS = "training.json", "training.safetensors"
 STEP_PREFIX = "step_"
@@ -196,15 +196,9 @@ def _to_version_3(description: dict[str, Any]) -> dict[str, Any]:
     return description | {"version": 3, "model": {"logit_bias": False} | description["model"]}
 
 
-def _to_version_4(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 4 knows towers of other families: what it does not name is as the paper has it."""
-    return description | {"version": 4}
-
-
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _to_version_2,
     2: _to_version_3,
-    3: _to_version_4,
 }
 """From this version to the next. A published version is never forgotten."""
 

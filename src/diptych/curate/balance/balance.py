@@ -26,7 +26,7 @@ from diptych import files
 from diptych.curate.balance.config import BalanceConfig, Policy
 from diptych.curate.balance.match import queries_file
 from diptych.curate.balance.policies import BINS, Common, Matches, Plan, charge, hash_keys
-from diptych.curate.rows import BALANCED, with_reason
+from diptych.curate.rows import BALANCED, read_queries, with_reason
 from diptych.errors import ShardError, UsageError
 from diptych.stage.folder import Manifest, part_paths, read_manifest, read_rows
 from diptych.stage.job import Task
@@ -215,7 +215,7 @@ def run(config: BalanceConfig, *, engine: Engine) -> BalanceReport:
     config = replace(config, queries=queries_file(config.queries))
     parent = read_manifest(config.pairs)
     _check_list(config, parent)
-    texts = pq.read_table(config.queries, columns=["id", "text"]).sort_by("id")
+    texts = read_queries(config.queries)
     planner = _Planner(config, parent.hash, len(texts), engine)
     counts = planner.counts()
     chosen: list[Policy] = [policy for policy in POLICIES if config.compare or policy == config.policy]

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from diptych.curate.balance.config import MatchConfig, Rule
 from diptych.curate.balance.trie import UNKNOWN, WordTrie
-from diptych.curate.rows import MATCHED, with_reason
+from diptych.curate.rows import MATCHED, read_queries, with_reason
 from diptych.curate.text.words import split_metaclip, split_words
 from diptych.errors import NotFoundError, UsageError
 from diptych.stage.folder import read_manifest
@@ -86,10 +85,7 @@ def queries_file(path: Path) -> Path:
 
 @lru_cache(maxsize=2)
 def _load_matcher(path: str, changed: int, rule: Rule) -> Matcher:  # noqa: ARG001 (a new file is a new matcher)
-    table = pq.read_table(path, columns=["id", "text"]).sort_by("id")
-    if table["id"].to_pylist() != list(range(len(table))):
-        raise UsageError(f"ids in {path} are not 0, 1, 2, ...; a query list numbers its rows so; write the list again")
-    return Matcher(table["text"].to_pylist(), rule)
+    return Matcher(read_queries(Path(path))["text"].to_pylist(), rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ REFUSALS = frozenset(
         "too_large",  # more bytes than allowed
         "encoding",  # packed in a way that was not asked for and is not known, or wrongly
         "empty",  # no bytes
-        "not_a_picture",  # of no format that is taken
+        "not_a_picture",  # of no known format
+        "format",  # of one that is not taken from strangers
     }
 )
 """What another try would not change. So are all `http_` statuses that are not transient."""

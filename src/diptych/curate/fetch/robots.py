@@ -21,6 +21,11 @@ MAX_CRAWL_DELAY = 30.0
 
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _PRODUCT = re.compile(r"[a-zA-Z_-]+|\*")
+_MISSPELLED = {
+    **dict.fromkeys(("useragent", "user agent"), "user-agent"),
+    **dict.fromkeys(("dissallow", "dissalow", "disalow", "diasllow", "disallaw"), "disallow"),
+}
+"""Keys that RFC 9309 lets a crawler forgive, and Google's parser does."""
 _WITH_VALUE = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 _RESERVED_USES = ("train-ai", "ai", "tdm")
 
@@ -85,7 +90,8 @@ def _lines(text: str) -> Iterable[tuple[str, str]]:
     for line in re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")):
         key, colon, value = line.partition("#")[0].partition(":")
         if colon:
-            yield key.strip().lower(), value.strip()
+            key = key.strip().lower()
+            yield _MISSPELLED.get(key, key), value.strip()
 
 
 def _seconds(value: str) -> float:
@@ -169,9 +175,9 @@ def _read_tag(value: str, product: str, words: Collection[str], now: datetime) -
 
 
 def _directives(value: str) -> list[str]:
-    """Split at commas, but not at the one inside a date: Sunday, 25-Jun-2023 15:00:00 GMT."""
+    """Split at commas and semicolons, but not at the one inside a date: Sunday, 25-Jun-2023 15:00:00 GMT."""
     parts: list[str] = []
-    for part in value.split(","):
+    for part in re.split("[,;]", value):
         if parts and "unavailable_after" in parts[-1].lower() and re.match(r"\s*\d", part):
             parts[-1] += "," + part
         else:

@@ -123,8 +123,9 @@ class _Fetcher:
 
     async def _check(self, picture: FetchedImage) -> None:
         """Before anything is written."""
-        if find_format(picture.data) not in FORMATS:
-            raise NotFetched("not_a_picture", repr(picture.data[:16]))
+        found = find_format(picture.data)
+        if found not in FORMATS:
+            raise NotFetched("not_a_picture" if found is None else "format", found or repr(picture.data[:16]))
         listed = await asyncio.to_thread(self._known, picture.data) if self._known is not None else None
         if listed is not None:
             raise NotFetched("known_hash", listed)

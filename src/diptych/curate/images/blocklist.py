@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diptych import files
 from diptych.curate.images.prepare import hash_picture
 from diptych.decode import MAX_PIXELS
 from diptych.errors import NotFoundError, PictureError, UsageError
@@ -53,7 +54,7 @@ def read_known(paths: Iterable[Path], max_distance: int, max_pixels: int = MAX_P
     for path in paths:
         if not path.is_file():
             raise NotFoundError(f"no such list of hashes: {path}")
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(files.read_text(path, files.MAX_TABLE).splitlines(), 1):
             text = line.partition("#")[0].strip().lower()
             if not text:
                 continue

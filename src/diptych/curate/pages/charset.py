@@ -2,7 +2,8 @@
 
 A byte order mark wins, then the Content-Type header, then a `meta` tag in the first 1024 bytes. A page that says
 nothing is UTF-8 if its bytes are valid UTF-8; otherwise it is guessed, else windows-1252. The labels and codecs of the
-Encoding standard are those of webencodings.
+Encoding standard are those of webencodings. One departure: a page that says latin-1, but is UTF-8 to the last byte, is
+UTF-8. A server's default says latin-1 of all pages, and text in latin-1 is hardly ever valid UTF-8.
 """
 
 import re
@@ -30,7 +31,7 @@ def decode(body: bytes, header: str, guess: Callable[[bytes], str | None] | None
         name = _name((guess and guess(body)) or "")
         if name in (None, "utf-8", "replacement"):  # it is no UTF-8, and a guess must not empty a page
             name = "windows-1252"
-    if name == "utf-8":
+    if name == "utf-8" or (name == "windows-1252" and _is_utf8(body, whole=True)):
         return body
     encoding = webencodings.lookup("gb18030" if name == "gbk" else name)  # as the standard says
     assert encoding is not None
@@ -43,12 +44,12 @@ def _name(label: str) -> str | None:
     return encoding.name if encoding else None
 
 
-def _is_utf8(body: bytes) -> bool:
-    """Whether the bytes are UTF-8, or would be if they were not cut in the middle of a character."""
+def _is_utf8(body: bytes, *, whole: bool = False) -> bool:
+    """Whether the bytes are UTF-8, or, unless they must be `whole`, would be but for a cut in their last character."""
     try:
         body.decode()
     except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
+        return not whole and error.reason == "unexpected end of data"
     return True
 
 

@@ -3,10 +3,13 @@
     WARC, WAT, HTML --pages--> Page --sandbox, extract--> Found --> rows of CANDIDATES, some with a reason
 
 A row with a reason may stand for more than a picture: a page that gave nothing (`page_...`, `opt_out`), a damaged
-record (`record_...`) or a file that cannot be read. Those have an empty caption, and `offset` in their details.
+record (`record_...`) or a file that cannot be read. Those have an empty caption, and the page's address or `offset` in
+the file, by which they can be looked at.
 """
 
+import logging
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,7 @@ from diptych.stage.run import Engine, StageReport, Task, part_name
 if TYPE_CHECKING:
     from diptych.curate.pages.extract import Extract
 
+LOG = logging.getLogger(__name__)
 NO_PAIR = "page_no_pair"
 """The reason of a page without a picture that has a text."""
 
@@ -131,6 +135,7 @@ def find_inputs(inputs: Sequence[str], prefix: str = "") -> tuple[list[str], lis
     """Archives and plain files that the inputs name, each sorted and once, and the folders among the inputs."""
     archives: set[str] = set()
     plain: set[str] = set()
+    others = Counter[str]()
     roots: set[str] = set()
     for given in inputs:
         for place in _read_list(given, prefix) if given.endswith(LISTS) else [given]:
@@ -142,12 +147,24 @@ def find_inputs(inputs: Sequence[str], prefix: str = "") -> tuple[list[str], lis
                 found = _list_folder(place)
                 archives.update(path for path in found if path.endswith(ARCHIVES))
                 plain.update(path for path in found if path.endswith(PLAIN))
+                others.update(_suffixes(path) for path in sorted(found) if not path.endswith((*ARCHIVES, *PLAIN)))
                 roots.add(place.rstrip("/"))
+    unread = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in others.most_common(8))
     if not archives and not plain:
         raise NotFoundError(
             f"no page in {', '.join(inputs)}; files that end with {', '.join((*ARCHIVES, *PLAIN))} are read"
+            + (f", others are there: {unread}" if unread else "")
         )
+    if unread:
+        LOG.warning("%s files are not read as pages: %s", f"{others.total():,}", unread)
     return sorted(archives), sorted(plain), tuple(sorted(roots))
+
+
+def _suffixes(path: str) -> str:
+    """The suffix of a file, with the one before it where that says what was packed: .warc.zst."""
+    stem, suffix = posixpath.splitext(posixpath.basename(path))
+    before = posixpath.splitext(stem)[1]
+    return f"{before if before in ('.warc', '.arc', '.wat', '.wet', '.html') else ''}{suffix}"
 
 
 def _as_input(place: str) -> Path | str:

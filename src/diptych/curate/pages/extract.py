@@ -24,6 +24,11 @@ TEXT_TOO_LONG = "text_too_long"
 
 _MOST_PICTURES = 10_000
 _MOST_TEXT = 8192
+_BLOCKS = (
+    "address,article,aside,blockquote,br,caption,dd,details,div,dl,dt,fieldset,figcaption,figure,footer,form,h1,h2,h3,h4,h5,"
+    "h6,header,hr,li,main,nav,ol,option,p,pre,section,summary,table,tbody,td,tfoot,th,thead,tr,ul"
+)
+"""Elements that the standard's style sheet shows as blocks or cells: a word ends where they begin and end."""
 _NAMES = ("robots", "diptych")
 _SPACE = " \t\n\f\r"
 _ROBOTS_WORDS = re.compile(r"[a-z]+")
@@ -160,7 +165,7 @@ class Extract:
     def _opts_out(self, value: str, *, header: bool) -> bool:
         if not value or not self.opt_outs:
             return False
-        for directive in value.lower().split(","):
+        for directive in re.split("[,;]", value.lower()):
             agent, colon, rest = directive.partition(":")
             if header and colon and agent.strip() not in (*_NAMES, "*"):
                 continue  # for another robot, or a directive with a value, such as max-image-preview
@@ -197,7 +202,10 @@ def _captions_by_picture(captions: list[LexborNode]) -> dict[int, str]:
         if figure is None or figure.mem_id in seen:
             continue
         seen.add(figure.mem_id)
-        text = caption.text(separator=" ")
+        for block in caption.css(_BLOCKS):
+            block.insert_before(" ")
+            block.insert_after(" ")
+        text = caption.text()
         for picture in figure.css("img"):
             if _closest_figure(picture) == figure.mem_id:
                 texts[picture.mem_id] = text

@@ -1,7 +1,7 @@
 """Files of a crawl -> pages as they were sent, with what the server said about them.
 
-WARC responses are freed of transfer and content encodings, never to more than the limit. What is no HTML page answered
-with 200 is passed over in silence; a page that cannot be had is a `Drop` with a reason.
+WARC responses are freed of transfer and content encodings, never to more than the limit. What says that it is no HTML
+page, or was not answered with 200, is passed over in silence; a page that cannot be had is a `Drop` with a reason.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diptych import files
 from diptych.curate.pages.warc import TOO_LARGE, Damage, Readable, Record, read_records
 from diptych.errors import NotFoundError, UsageError
 
@@ -17,10 +18,14 @@ Kind = Literal["html", "wat"]
 
 PAGE_TOO_LARGE = "page_too_large"
 PAGE_ENCODING = "page_encoding"
+PAGE_TYPE = "page_type"
+"""Nothing says what it is: there is no Content-Type."""
 FILE_UNREADABLE = "file_unreadable"
 
 ARCHIVES = (".warc", ".warc.gz", ".wat", ".wat.gz")
 PLAIN = (".html", ".htm", ".xhtml", ".html.gz", ".htm.gz")
+MAX_ENCODINGS = 4
+"""Content encodings of a page, one inside the other."""
 _HEAD_BYTES = 1 << 16
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -58,6 +63,7 @@ def open_input(path: str) -> Any:
     """A file at a path or fsspec URL, as a stream of its stored bytes."""
     import fsspec  # not in the parser's process, which starts sooner without it
 
+    files.require_file(path)
     try:
         store, place = fsspec.core.url_to_fs(path)
         return store.open(place, "rb")
@@ -121,21 +127,21 @@ def _read_record(record: Record, limit: int) -> Page | Drop | None:
         name, value = name.strip().lower(), value.strip()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     kind = headers.get("content-type", "")
-    if not kind.lower().startswith(_HTML_TYPES):
+    if kind and not kind.lower().startswith(_HTML_TYPES):
         return None
     body: bytes | None = record.body[end.end() :]
     if not record.cut:
         if headers.get("transfer-encoding", "").lower().endswith("chunked"):
             body = _join_chunks(body)
-        encoding = headers.get("content-encoding", "").lower()
-        if encoding not in ("", "identity", "none", "utf-8"):
-            body = _decode(body, encoding, limit)
+        body = _decode_all(body, headers.get("content-encoding", ""), limit)
     if body is None:
         return Drop(url, PAGE_ENCODING, record.offset)
     return _finish(record, url, kind, headers.get("x-robots-tag", ""), body, limit)
 
 
 def _finish(record: Record, url: str, kind: str, robots: str, body: bytes, limit: int) -> Page | Drop | None:
+    if not kind:
+        return Drop(url, PAGE_TYPE, record.offset)
     if not kind.lower().startswith(_HTML_TYPES):
         return None
     if record.cut or len(body) > limit:
@@ -157,6 +163,18 @@ def _join_chunks(body: bytes) -> bytes:
     return b"".join(parts) if parts else body
 
 
+def _decode_all(body: bytes, encodings: str, limit: int) -> bytes | None:
+    """Undo a list of content encodings, the last one first; None if that is not possible."""
+    listed = [encoding for one in encodings.lower().split(",") if (encoding := one.strip())]
+    listed = [encoding for encoding in listed if encoding not in ("identity", "none", "utf-8")]
+    decoded: bytes | None = body if len(listed) <= MAX_ENCODINGS else None
+    for encoding in reversed(listed):
+        if decoded is None or len(decoded) > limit:
+            break
+        decoded = _decode(decoded, encoding, limit)
+    return decoded
+
+
 def _decode(body: bytes, encoding: str, limit: int) -> bytes | None:
     """Undo one content encoding; None if that is not possible."""
     if encoding in ("gzip", "x-gzip"):
@@ -166,7 +184,20 @@ def _decode(body: bytes, encoding: str, limit: int) -> bytes | None:
     if encoding == "deflate":
         unpacked = _inflate(body, 15, limit)
         return unpacked if unpacked is not None else _inflate(body, -15, limit)
+    if encoding in ("br", "zstd"):
+        return _decompress(body, "brotli" if encoding == "br" else encoding, limit)
     return None
+
+
+def _decompress(body: bytes, codec: str, limit: int) -> bytes | None:
+    """At most one byte more than the limit, unpacked piece by piece."""
+    import pyarrow as pa  # not in the parser's process, which starts sooner without it
+
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(body), codec) as stream:
+            return stream.read(limit + 1)
+    except OSError:
+        return None
 
 
 def _inflate(body: bytes, bits: int, limit: int) -> bytes | None:

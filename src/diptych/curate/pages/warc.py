@@ -216,7 +216,6 @@ class _Reader:
     def read(self) -> Record | None:
         """The next wanted record; None at the end of the file."""
         while self._find_start():
-            self.offset = self._base if self._source.gzip else self._base + self._place
             headers = self._read_header()
             try:
                 length = int(headers["content-length"])
@@ -231,6 +230,11 @@ class _Reader:
             self._check_sum()
             return Record(self.offset, headers, body, length > self._limit)
         return None
+
+    @property
+    def damaged_at(self) -> int:
+        """Offset of the record, or of the gzip member, that was being read last."""
+        return max(self.offset, self._source.offset) if self._source.gzip else self.offset
 
     def recover(self, lost: bool) -> None:
         """After damage: go to what looks like the next record. What is damaged on the way is not counted again."""
@@ -278,6 +282,7 @@ class _Reader:
         while len(self._buffer) - self._place < 12:
             if not self._fill(self._buffer[self._place :]):
                 raise _DamagedError(TRUNCATED)
+        self.offset = self._base if self._source.gzip else self._base + self._place
         if not _BEGIN.match(self._buffer, self._place):
             self._place += 1
             raise _DamagedError(DAMAGED)
@@ -369,7 +374,7 @@ def read_records(raw: Readable, wanted: Collection[str], limit: int) -> Iterator
         try:
             record = reader.read()
         except _DamagedError as error:
-            yield Damage(reader.offset, error.reason)
+            yield Damage(reader.damaged_at, error.reason)
             reader.recover(error.lost)
             continue
         if record is None:

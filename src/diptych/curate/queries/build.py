@@ -25,10 +25,11 @@ import pyarrow.parquet as pq
 
 from diptych import files
 from diptych.curate.queries.config import QueriesConfig
-from diptych.curate.queries.corpus import find_inputs
+from diptych.curate.queries.corpus import find_inputs, kind_of
 from diptych.curate.queries.lists import clean_title, count_views, read_list, read_wordnet
 from diptych.curate.queries.ngrams import count_ngrams, remove_scratch
 from diptych.curate.text.words import normalise, split_words
+from diptych.errors import UsageError
 
 SOURCES = ("words", "bigrams", "titles", "wordnet", "list")
 SCHEMA = pa.schema(
@@ -135,6 +136,8 @@ def _build(config: QueriesConfig) -> QueriesReport:
         "wordnet": [config.wordnet] if config.wordnet else [],
         "lists": find_inputs(config.lists),
     }
+    for place in inputs["corpus"]:
+        kind_of(place)  # now, and not after hours of counting
     ngrams = count_ngrams(
         inputs["corpus"],
         scratch / "words",
@@ -163,7 +166,12 @@ def _build(config: QueriesConfig) -> QueriesReport:
     if config.wordnet:
         queries.add("wordnet", (Query(text=text) for text in sorted(set(read_wordnet(config.wordnet)))))
     if inputs["lists"]:
-        listed = {text for place in inputs["lists"] for text in read_list(place) if text}
+        listed = set[str]()
+        for place in inputs["lists"]:
+            of_list = set(filter(None, read_list(place)))
+            if not of_list:
+                raise UsageError(f"{place} holds no query")
+            listed |= of_list
         queries.add("list", (Query(text=text) for text in sorted(listed)))
     report = QueriesReport(
         queries=len(queries.queries),

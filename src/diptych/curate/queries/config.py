@@ -13,8 +13,8 @@ class QueriesConfig:
     out: Path
     """Folder to write: queries.parquet, queries.tsv, report.json."""
     corpus: tuple[str, ...] = ()
-    """Texts to count words in: dumps of a wiki (.xml), lines (.txt), Parquet with a column `caption` or `text`; packed
-    (.bz2, .gz, .xz) or not, at paths or URLs, with * for several."""
+    """Texts to count words in: dumps of a wiki (.xml), lines (.txt), JSON lines (.jsonl) or Parquet with `caption` or
+    `text`; packed (.bz2, .gz, .xz) or not, at paths or URLs, with * for several."""
     pageviews: tuple[str, ...] = ()
     """Hourly files of page views (`en Title 12 0`), packed or not."""
     wordnet: str | None = None

@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec
@@ -28,7 +29,7 @@ def count_views(
 
     A line of an hourly file is `en Title views bytes`, where the mobile site `en.m` counts as well; of a daily one
     `en.wikipedia Title page device views hours`. Titles of other namespaces hold a colon without a space behind it and
-    are left out.
+    are left out. UsageError for a file without any line about the project.
     """
     total = Runs(scratch / "all", memory)
     for number, place in enumerate(places):
@@ -36,11 +37,17 @@ def count_views(
             seen = total
         else:
             seen = Runs(scratch / f"file-{number:06d}", memory)
+        found = False
         with open_input(place) as file:
-            for line in file:
+            for line in filter(None, files.iter_lines(file)):
                 title, views = _read_views(line, project)
                 if title:
+                    found = True
                     seen.add(title, views)
+        if not found:
+            raise UsageError(
+                f"{place} holds no views of articles of the project {project}; a line is `{project} Title 12 0`"
+            )
         if seen is not total:
             for title, views in seen.items():
                 if views >= least_a_file:
@@ -75,7 +82,7 @@ def read_wordnet(place: str) -> Iterator[str]:
         if PurePosixPath(name).name not in _WORDNET_FILES:
             continue
         found = True
-        for line in lines:
+        for line in filter(None, files.iter_lines(lines)):
             fields = line.decode("utf-8", "replace").split(" ")
             if len(fields) > 5 and fields[0].isdigit():  # lines of the licence begin with a space
                 yield _MARKER.sub("", fields[4]).replace("_", " ")
@@ -83,26 +90,26 @@ def read_wordnet(place: str) -> Iterator[str]:
         raise NotFoundError(f"{place} holds none of WordNet's files {', '.join(_WORDNET_FILES)}")
 
 
-def _open_wordnet(place: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+def _open_wordnet(place: str) -> Iterator[tuple[str, Any]]:
     name = place.lower()
     if name.endswith(".zip"):
         with open_input(place, unpack=False) as file, _damaged(place), zipfile.ZipFile(file) as archive:
             for member in sorted(archive.namelist()):
                 if PurePosixPath(member).name in _WORDNET_FILES:
                     with archive.open(member) as lines:
-                        yield member, iter(lines)
+                        yield member, lines
     elif name.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
         with open_input(place, unpack=False) as file, _damaged(place), tarfile.open(fileobj=file) as archive:
             for member in archive:
                 lines = archive.extractfile(member) if member.isfile() else None
                 if lines is not None:
-                    yield member.name, iter(lines)
+                    yield member.name, lines
     else:
         system, path = fsspec.core.url_to_fs(place)
         for member in sorted(str(one) for one in system.find(path)):
             if PurePosixPath(member).name in _WORDNET_FILES:
                 with system.open(member, "rb") as lines:
-                    yield member, iter(lines)
+                    yield member, lines
 
 
 @contextlib.contextmanager
@@ -123,14 +130,16 @@ def read_list(place: str) -> Iterator[str]:
             )
         if name.endswith(".json"):
             try:
-                content = files.parse_json(file.read())
+                content = files.parse_json(file.read(files.MAX_TABLE))
             except ValueError as error:
                 raise UsageError(f"{place} is no JSON ({error}); a query list is a list of strings") from None
             if not isinstance(content, list) or not all(isinstance(query, str) for query in content):
                 raise UsageError(f"{place} is not a JSON list of strings; a query list is")
             yield from content
             return
-        for number, line in enumerate(file):
+        for number, line in enumerate(files.iter_lines(file)):
+            if line is None:
+                raise UsageError(f"{place} has a line of more than {files.MAX_LINE:,} bytes, which is no query")
             if number == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise UsageError(f"{place} is UTF-16; save it as UTF-8")
             text = line.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip("\r\n")

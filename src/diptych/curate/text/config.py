@@ -20,6 +20,9 @@ class FilterConfig:
     language_margin: float = 6.0
     """A text is dropped if another language is this much (in nats) more likely than each of these. 6 keeps 91 % of
     English texts of 15 to 30 characters and 20 % of others, 96 % and 10 % of those of 30 to 60."""
+    names: bool = True
+    """Keep what is written like a name (`Mona Lisa by Leonardo da Vinci`), whatever its language: up to six words, each
+    capitalised, a number, or one that joins names."""
     min_characters: int = 5
     """Shortest text that stays."""
     max_characters: int = 1000
@@ -30,6 +33,8 @@ class FilterConfig:
     """Most words."""
     min_letters: float = 0.4
     """Smallest share of letters among the characters that are not spaces."""
+    damaged: bool = True
+    """Drop texts with lost characters (U+FFFD), and UTF-8 that was read as latin-1."""
     file_names: bool = True
     """Drop texts that are a file name, an address or a camera's number."""
     boilerplate: bool = True
@@ -65,8 +70,9 @@ class NearTextConfig:
     """Folder for what stays."""
     near: bool = True
     """Drop near copies too, not only pairs with the same picture address and text."""
-    scope: Scope = "site"
-    """Texts are near copies only within the same `image` address, the same `site` (host of the page), or in `all`."""
+    scope: Scope = "image"
+    """Texts are near copies only within the same `image` address, the same `site` (host of the page), or in `all`.
+    Texts of different pictures are alike and mean it: Henry VII and Henry VIII, the shirt in red and in blue."""
     similarity: float = 0.8
     """Texts that share this much of their three-letter pieces (Jaccard) are near copies."""
     hashes: int = 128

@@ -1,7 +1,8 @@
 """Candidates -> those whose text may be worth learning from. Each rule looks at one text alone and has a reason.
 
 The language comes from py3langid: its model is in the wheel, so nothing is downloaded. It is unsure of short texts; a
-text is dropped only if another language is more likely than each wanted one by `language_margin` nats.
+text is dropped only if another language is more likely than each wanted one by `language_margin` nats. Names are of no
+language, and what zero-shot classification is asked about, so that what is written like one is not judged.
 """
 
 import re
@@ -23,10 +24,13 @@ TEXT_SHORT = "text_short"
 TEXT_LONG = "text_long"
 TEXT_WORDS = "text_words"
 TEXT_LETTERS = "text_letters"
+TEXT_DAMAGED = "text_damaged"
 FILE_NAME = "file_name"
 BOILERPLATE = "boilerplate"
 LANGUAGE = "language"
 
+_NAME_WORDS = 6
+_JOINING = re.compile("an?|and|at|by|da|del?|der|di|do|du|et?|el|en|for|in|las?|le|los|of|on|the|und|v[ao]n|with|y")
 _ENDING = r"\.(?:jpe?g|jfif|png|gif|webp|avif|svg|bmp|tiff?|ico|heic|cr2|nef|psd|pdf|mp4|html?|php|aspx?)"
 _FILE_NAMES = re.compile(
     rf"""\S*{_ENDING}(?:\?\S*)?                            # name.jpg
@@ -59,6 +63,8 @@ _PHRASES = """
     alt text | title | caption | note | tip | warning | caution | important | image loading | lazy loaded image
     map | flag
 """
+_TO_BYTES = {ord(bytes([byte]).decode("cp1252", "ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)}
+"""What windows-1252 has where latin-1 has control characters -> the byte, as a character of latin-1."""
 _BOILERPLATE = frozenset(normalise(phrase) for line in _PHRASES.strip().splitlines() for phrase in line.split("|"))
 _BEGINNINGS = (
     "image may contain ",
@@ -94,6 +100,8 @@ class Filter:
             reason = self._judge_length(text)
             if reason is not None:
                 return reason
+            if self.rules.damaged and _is_damaged(text):
+                return TEXT_DAMAGED
             if self.rules.file_names and _FILE_NAMES.fullmatch(text.strip()):
                 return FILE_NAME
             if not self._has_letters(text):
@@ -103,7 +111,9 @@ class Filter:
                 return TEXT_WORDS
             if self.rules.boilerplate and (plain in furniture or plain.startswith(_BEGINNINGS)):
                 return BOILERPLATE
-            return LANGUAGE if speaks is not None and not speaks(text) else None
+            if speaks is None or (self.rules.names and _is_name(text)) or speaks(text):
+                return None
+            return LANGUAGE
 
         return judge
 
@@ -117,6 +127,34 @@ class Filter:
     def _has_letters(self, text: str) -> bool:
         written = [character for character in text if not character.isspace()]
         return bool(written) and sum(map(str.isalpha, written)) >= self.rules.min_letters * len(written)
+
+
+def _is_damaged(text: str) -> bool:
+    """Whether characters were lost (U+FFFD), or UTF-8 was read as latin-1 (`cafÃ©`)."""
+    if text.isascii():
+        return False
+    try:
+        return "\ufffd" in text or bool(text.translate(_TO_BYTES).encode("latin-1").decode())
+    except UnicodeError:
+        return False
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text is a few words of Latin letters that are capitalised, numbers, or such as join names.
+
+    >>> _is_name("Mona Lisa by Leonardo da Vinci"), _is_name("Ein rotes Auto")
+    (True, False)
+    """
+    words = text.split()
+    return (
+        len(words) <= _NAME_WORDS
+        and not text.endswith((".", "!", "?"))
+        and all(
+            ord(letter) < 0x250 for letter in text if letter.isalpha()
+        )  # other scripts have no capitals, or are told
+        and all(not word[0].islower() or _JOINING.fullmatch(word) for word in words)
+        and any(word[0].isupper() for word in words)
+    )
 
 
 def _language_test(languages: tuple[str, ...], margin: float) -> Callable[[str], bool]:

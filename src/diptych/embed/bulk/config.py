@@ -40,6 +40,8 @@ class WorkConfig:
     precision: Precision = "auto"
     """Precision of the towers: exact, float32, bfloat16, int8 (image tower only); auto: bfloat16 where the
     device multiplies it fast, else float32. All but exact preprocess quickly."""
+    turn: bool = False
+    """Turn pictures as their EXIF orientation says; OpenAI's preprocessing leaves them as they are stored."""
     batch_size: int = 32
     """Pictures that go through the tower at once."""
     threads: int | None = None

@@ -67,11 +67,11 @@ def write_features(
     )
     sources = pa.DictionaryArray.from_arrays(np.zeros(len(ids), dtype=np.int32), [source])
     table = pa.table({"id": pa.array(ids, pa.string()), "source": sources, "feature": vectors})
-    with files.atomic_file(folder / file) as temporary:
+    with files.atomic_file(folder / file) as temporary, open(temporary, "wb") as handle:  # Arrow takes names in UTF-8
         if format == "parquet":
-            pq.write_table(table, temporary, compression="zstd", compression_level=1)
+            pq.write_table(table, handle, compression="zstd", compression_level=1)
         else:
-            with pa.ipc.new_file(str(temporary), table.schema) as writer:
+            with pa.ipc.new_file(handle, table.schema) as writer:
                 writer.write_table(table)
     return [file]
 
@@ -80,6 +80,11 @@ def _read_npy(path: Path) -> Features:
     with open(path.with_suffix(".ids.jsonl"), encoding="utf-8", newline="\n") as lines:
         rows = [files.parse_json(line) for line in lines]
     return Features([row["id"] for row in rows], [row["source"] for row in rows], np.load(path))
+
+
+def _read_parquet(path: Path) -> Features:
+    with open(path, "rb") as file:
+        return _split(pq.read_table(file))
 
 
 def _read_arrow(path: Path) -> Features:
@@ -94,7 +99,7 @@ def _split(table: pa.Table) -> Features:
 
 
 _READERS: dict[str, Callable[[Path], Features]] = {
-    ".parquet": lambda path: _split(pq.read_table(path)),
+    ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".npy": _read_npy,
 }

@@ -1,7 +1,7 @@
 """What is to be embedded, as sources: lists of rows with a fixed order, of which any range can be read anywhere.
 
     photos/  'photos/**/*.png'  a.jpg   pictures; the id is the path relative to the folder, or where the glob begins
-    shards/  00000.tar                  the pictures of shards, or with kind text their captions; the id is the key
+    shards/  00000.tar  {00..99}.tar    the pictures of shards, or with kind text their captions; the id is the key
     pairs.parquet:image                 a column of encoded pictures, paths or captions; the id is the row number
     prompts.txt                         one text a line; the id is the line number
 
@@ -10,26 +10,37 @@ unique. A source is a plain value that travels to other machines; what it lists 
 of a kind that is known or refused; others that a folder or a glob has too are counted as passed over.
 """
 
-import glob
 import itertools
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diptych import files
 from diptych.embed.config import InputKind
-from diptych.embed.sources import ParquetSource, PictureSource, ShardSource, Source, TextSource, read_values
+from diptych.embed.sources import (
+    ParquetSource,
+    PictureSource,
+    ShardSource,
+    Source,
+    TextSource,
+    are_base64,
+    first_texts,
+    pictures_of_type,
+)
 from diptych.errors import NotFoundError, UsageError
 from diptych.image_file import IMAGE_SUFFIXES, find_images
 
 _OTHER_SUFFIXES = frozenset({".tar", ".parquet", ".txt"})
 _KNOWN = f"pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), shards (.tar), columns (.parquet:COLUMN) and texts (.txt)"
 _LOOKED_AT = 100
-"""Values of a column of text that decide whether it holds paths."""
+"""Lines of text that decide whether they are paths."""
+_LONGEST_PATH = 1 << 14
 
 
 def open_inputs(inputs: Sequence[str], kind: InputKind | None = None) -> list[Source]:
@@ -39,8 +50,9 @@ def open_inputs(inputs: Sequence[str], kind: InputKind | None = None) -> list[So
     """
     if not all(inputs) or not inputs:
         raise UsageError("no input was named; give folders, globs, shards, file.parquet:column or text files")
-    pictures = [given for given in inputs if _is_picture(given)]
-    others = [given for given in inputs if not _is_picture(given)]
+    named = [one for given in inputs for one in ([given] if Path(given).exists() else files.expand_range(given))]
+    pictures = [given for given in named if _is_picture(given)]
+    others = [given for given in named if not _is_picture(given)]
     sources = [source for given in others for source in _open(given, kind)]
     if pictures:
         sources.append(_open_pictures([Path(picture) for picture in pictures]))
@@ -89,19 +101,24 @@ def _open(given: str, kind: InputKind | None) -> list[Source]:
     path = Path(place)
     if path.is_dir():
         return _open_folder(path, column, kind)
+    files.require_file(path)
     if path.exists():
         return [_open_file(path, column, kind)]
-    if not any(sign in place for sign in "*?["):
+    if not files.is_glob(place):
         raise NotFoundError(f"no such input: {given} (a folder, glob, picture, .tar, file.parquet:column or .txt)")
     return _open_glob(place, column, kind)
 
 
 def _split(given: str) -> tuple[str, str | None]:
-    """`file.parquet:column` in two; a path that exists is a path, whatever is in its name."""
-    place, colon, column = given.rpartition(":")
-    if not colon or Path(given).exists():
+    """`file.parquet:column` in two; a path that exists is a path, whatever is in its name, and a column's name may have
+    a colon too."""
+    ends = [match.start() for match in re.finditer(":", given)]
+    if not ends or Path(given).exists():
         return given, None
-    return place, column
+    there = [end for end in ends if Path(given[:end]).exists()]
+    tables = [end for end in ends if given[:end].lower().endswith(".parquet")]
+    end = [*there[-1:], *tables[:1], ends[-1]][0]
+    return given[:end], given[end + 1 :]
 
 
 def _open_file(path: Path, column: str | None, kind: InputKind | None) -> Source:
@@ -113,8 +130,22 @@ def _open_file(path: Path, column: str | None, kind: InputKind | None) -> Source
     if suffix == ".tar":
         return ShardSource.open(path, kind or "image")
     if suffix == ".txt":
+        if kind is None:
+            _refuse_list(path)
         return TextSource.open(path)
     raise UsageError(f"{path} is of no kind that can be embedded; known are {_KNOWN}: convert or rename it")
+
+
+def _refuse_list(path: Path) -> None:
+    """Raise UsageError for lines that all name pictures: as texts, nobody means them."""
+    with open(path, "rb") as file:
+        read = itertools.islice(iter(lambda: file.readline(_LONGEST_PATH), b""), _LOOKED_AT)
+        named = [text for line in read if (text := line.decode("utf-8-sig", "replace").strip())]
+    if named and all("://" in line or os.path.splitext(line)[1].lower() in IMAGE_SUFFIXES for line in named):
+        raise UsageError(
+            f"{path} lists pictures, like {named[0][:80]}; name the pictures, their folder or a column of paths in a "
+            ".parquet (URLs are not fetched), or add --kind text to embed its lines as texts"
+        )
 
 
 def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> list[Source]:
@@ -137,7 +168,7 @@ def _open_folder(folder: Path, column: str | None, kind: InputKind | None) -> li
 
 def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list[Source]:
     """Shards, Parquet and text files are a source each, the pictures one; other files are passed over."""
-    found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    found = [Path(path) for path in files.expand_glob(pattern)]
     if not found:
         raise NotFoundError(f"nothing matches {pattern}")
     special = [path for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
@@ -151,7 +182,7 @@ def _open_glob(pattern: str, column: str | None, kind: InputKind | None) -> list
     if not pictures and not special:
         raise UsageError(f"{pattern} matches {found[0]}, and no file that can be embedded; known are {_KNOWN}")
     if pictures:
-        fixed = itertools.takewhile(lambda part: not any(sign in part for sign in "*?["), Path(pattern).parts[:-1])
+        fixed = itertools.takewhile(lambda part: not files.is_glob(part), Path(pattern).parts[:-1])
         root = Path(*fixed)
         names = tuple(str(path.relative_to(root)) for path in pictures)
         sources.append(PictureSource.open(pattern, root, names))
@@ -166,35 +197,29 @@ def open_column(path: Path, column: str | None, kind: InputKind | None) -> Parqu
     try:
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
-            if column not in schema.names:
-                raise UsageError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
-            holds = _what_it_holds(path, column, schema.field(column).type, kind, _first_values(file, column))
+            if (count := schema.names.count(column)) != 1:
+                said = f"{count} columns" if count else "no column"
+                raise UsageError(f"{path} has {said} {column!r}; it has {', '.join(schema.names)}")
+            holds = _what_it_holds(path, column, file, kind)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read as Parquet ({error}); write it again") from None
     return ParquetSource.open(path, column, holds, rows)
 
 
-def _what_it_holds(path: Path, column: str, dtype: pa.DataType, kind: InputKind | None, first: Iterable[str]) -> str:
-    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
-        holds = "bytes"
-    elif pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:  # as Hugging Face datasets keep pictures
-        holds = "struct"
-    elif pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
-        values = list(first)
-        ends = bool(values) and all(os.path.splitext(value)[1].lower() in IMAGE_SUFFIXES for value in values)
-        holds = "paths" if kind == "image" or (kind is None and ends) else "texts"
-    else:
+def _what_it_holds(path: Path, column: str, file: pq.ParquetFile, kind: InputKind | None) -> str:
+    dtype = file.schema_arrow.field(column).type
+    holds = pictures_of_type(dtype)
+    if holds is None:
         raise UsageError(f"column {column!r} of {path} is {dtype}; name one of bytes (pictures) or of strings")
-    if kind == "text" and holds != "texts":
+    if holds == "paths":
+        values = first_texts(file, column)
+        ends = bool(values) and all(os.path.splitext(value)[1].lower() in IMAGE_SUFFIXES for value in values)
+        if kind != "text" and are_base64(values):
+            return "base64"
+        return "paths" if kind == "image" or (kind is None and ends) else "texts"
+    if kind == "text":
         raise UsageError(f"column {column!r} of {path} holds pictures; leave --kind text out, or name one of strings")
     return holds
-
-
-def _first_values(file: pq.ParquetFile, column: str) -> Iterator[str]:
-    if not pa.types.is_string(kind := file.schema_arrow.field(column).type) and not pa.types.is_large_string(kind):
-        return
-    values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in read_values(batch[0]))
-    yield from itertools.islice((value for value in values if value and isinstance(value, str)), _LOOKED_AT)
 
 
 def _name_a_column(path: Path) -> str:

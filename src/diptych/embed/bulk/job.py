@@ -80,7 +80,8 @@ def iter_contiguous_parts(parts: Iterable[Part], most: int | None = None) -> Ite
 def open_model(config: EmbedConfig) -> Loaded:
     """Load the model, on the device that is asked for."""
     device = choose_device(config.work.device)
-    return load(config.model, device=device, activation=config.activation, preset=config.preset)
+    loaded = load(config.model, device=device, activation=config.activation, preset=config.preset)
+    return loaded.turned() if config.work.turn else loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +118,16 @@ class EmbedJob(Job):
 
     def find_difference(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         """What a folder was begun with and is not run with now: inputs, model, settings."""
-        there, here = _choose_deciding(then["config"]), _choose_deciding(now["config"])
-        if different := _find_other_inputs(there["inputs"], here["inputs"]):
-            return f"other inputs: {different}"
-        for section, words in (("model", "another model"), ("settings", "other settings")):
-            if different := find_difference(there[section], here[section]):
-                return f"{words}: {different}"
+        here = _choose_deciding(now["config"])
+        try:
+            there = _choose_deciding(then["config"])
+            if different := _find_other_inputs(there["inputs"], here["inputs"]):
+                return f"other inputs: {different}"
+            for section, words in (("model", "another model"), ("settings", "other settings")):
+                if different := find_difference(there[section], here[section]):
+                    return f"{words}: {different}"
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return "something that its manifest.json does not say any more: it is damaged"
         return None
 
     def is_final(self, record: TaskRecord) -> bool:
@@ -133,9 +138,11 @@ class EmbedJob(Job):
         """Compute parts in order, while later ones are read, and commit each as soon as it is complete."""
         (self.folder / "features").mkdir(exist_ok=True)
         for kind, parts in groupby(cast(Sequence[Part], tasks), lambda part: self.sources[part.source].kind):
-            encoder = self._open_encoder(kind)
+            loaded, work = self.loaded, self.config.work
+            tower = ImageTower(loaded, work.precision) if kind == "image" else None
+            encoder = ImageEncoder(tower) if tower else TextEncoder(loaded, work.precision, self.on_cut)
             stream = encode_stream(
-                encoder,
+                _Fetching(encoder, self._count_streams(encoder)),
                 self._iter_rows(parts),
                 batch_size=self.config.work.batch_size if kind == "image" else TEXT_BATCH,
                 group=itemgetter(0),
@@ -145,14 +152,12 @@ class EmbedJob(Job):
             with closing(stream):
                 for part, outcomes in groupby(stream, lambda outcome: outcome[0][0]):
                     yield self._write(part, outcomes)
+            if tower:
+                tower.warn()
 
-    def _open_encoder(self, kind: str) -> Encoder:
-        loaded, work = self.loaded, self.config.work
-        encoder: Encoder = TextEncoder(loaded, work.precision, self.on_cut)
-        if kind == "image":
-            encoder = ImageEncoder(ImageTower(loaded, work.precision))
-        on_cpu = loaded.model.logit_scale.device.type == "cpu"
-        return _Fetching(encoder, work.threads if work.threads and on_cpu else encoder.streams)
+    def _count_streams(self, encoder: Encoder) -> int:
+        threads, on_cpu = self.config.work.threads, self.loaded.model.logit_scale.device.type == "cpu"
+        return threads if threads and on_cpu else encoder.streams
 
     def _iter_rows(self, parts: Iterable[Part]) -> Iterator[tuple[tuple[Part, str], Row]]:
         for some in iter_contiguous_parts(parts):

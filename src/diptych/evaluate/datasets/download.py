@@ -14,8 +14,8 @@ from pathlib import Path
 
 from diptych import files
 from diptych.errors import DownloadError, NotFoundError
-from diptych.evaluate.datasets.layouts import CLASSNAMES, TEMPLATES, TYPE, find_layout, guess_place, name_of_split
-from diptych.evaluate.datasets.registry import Dataset, Place
+from diptych.evaluate.datasets.layouts import CLASSNAMES, TEMPLATES, TYPE, find_layout, name_of_split
+from diptych.evaluate.datasets.registry import Dataset, Place, guess_place
 
 HUB = "https://huggingface.co/datasets/"
 _URL = re.compile(r"https?://", re.IGNORECASE)

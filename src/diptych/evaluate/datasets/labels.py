@@ -4,12 +4,13 @@ Names are matched, never positions: a source whose classes are in another order 
 classes is refused. Nothing here imports torch.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from diptych.errors import DatasetError
 from diptych.evaluate.datasets.registry import OWN, Dataset, Place, ResolvedDataset, match_classes, match_names
-from diptych.evaluate.datasets.samples import Samples
+from diptych.evaluate.datasets.samples import NUMBER, Samples
 
 Several = tuple[int | str, ...]
 
@@ -32,7 +33,7 @@ NO_CLASSES = ClassIndex(numbers=(), names=(), templates=())
 def index_labels(used: ResolvedDataset, samples: Samples, place: Place) -> ClassIndex:
     """Give every label its number; raises DatasetError for classes that are not the registry's."""
     entry = used.dataset
-    labels: list[Several] = [one if isinstance(one, tuple) else (one,) for one in samples.labels]
+    labels = _read_numbers(entry, [one if isinstance(one, tuple) else (one,) for one in samples.labels])
     templates = used.templates
     if samples.templates and (used.profile == "clip_benchmark" or (used.profile == OWN and not used.has_templates)):
         templates = samples.templates  # CLIP_benchmark takes what lies beside the pictures
@@ -42,7 +43,7 @@ def index_labels(used: ResolvedDataset, samples: Samples, place: Place) -> Class
     if used.profile == "clip_benchmark" and samples.layout == "wds" and samples.classnames:
         names = tuple((name,) for name in samples.classnames)
         return ClassIndex(
-            numbers=_checked(entry, labels, len(names)),
+            numbers=_checked(entry, labels, samples.classnames),
             names=names,
             templates=templates,
             warnings=_compare(entry, samples.classnames),
@@ -74,7 +75,7 @@ def _classes_of_source(
     """For a dataset that lists no classes: those that its source names, or has."""
     if samples.classnames:
         names = samples.classnames
-        numbers = _checked(entry, labels, len(names))
+        numbers = _checked(entry, labels, names)
     else:
         strings = {one for several in labels for one in several if isinstance(one, str)}
         if not strings or any(isinstance(one, int) for several in labels for one in several):
@@ -98,23 +99,34 @@ def _base_numbers(
         number = match_names(entry, sorted({str(one) for several in labels for one in several}))
         return tuple(tuple(number[str(one)] for one in several) for several in labels)
     if place.order == "registry":
-        return _checked(entry, labels, len(entry.classes))
+        return _checked(entry, labels, [names[0] for names in entry.names])
     if not samples.classnames:
         raise DatasetError(
             f"{entry.id}: labels are numbers, and the source does not say what they are called; if they count the "
             'classes of the registry, in its order, say so: order = "registry" in [data] of a TOML'
         )
     order = match_classes(entry, samples.classnames)
-    return tuple(tuple(order[n] for n in several) for several in _checked(entry, labels, len(order)))
+    return tuple(tuple(order[n] for n in several) for several in _checked(entry, labels, samples.classnames))
 
 
-def _checked(entry: Dataset, labels: Sequence[Several], classes: int) -> tuple[tuple[int, ...], ...]:
-    """Labels that are numbers of classes."""
+def _read_numbers(entry: Dataset, labels: list[Several]) -> list[Several]:
+    """Labels as numbers where all are numbers that are written out, unless classes are called so."""
+    found = {one for several in labels for one in several}
+    if not found or not all(isinstance(one, str) and NUMBER.fullmatch(one.strip()) for one in found):
+        return labels
+    if found <= {name for names in entry.names for name in names}:
+        return labels
+    return [tuple(int(float(one)) for one in several) for several in labels]
+
+
+def _checked(entry: Dataset, labels: Sequence[Several], names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Labels that are numbers of classes, or their names."""
+    number = {name: i for i, name in reversed(list(enumerate(names)))}
     for several in labels:
         for one in several:
-            if not isinstance(one, int) or not 0 <= one < classes:
-                raise DatasetError(f"{entry.id}: {one!r} is no number of one of {classes} classes")
-    return tuple(tuple(int(one) for one in several) for several in labels)
+            if one not in number and not (isinstance(one, int) and 0 <= one < len(names)):
+                raise DatasetError(f"{entry.id}: {one!r} is no number of one of {len(names)} classes, nor its name")
+    return tuple(tuple(one if isinstance(one, int) else number[one] for one in several) for several in labels)
 
 
 def _compare(entry: Dataset, classnames: tuple[str, ...]) -> tuple[str, ...]:
@@ -125,4 +137,26 @@ def _compare(entry: Dataset, classnames: tuple[str, ...]) -> tuple[str, ...]:
         match_classes(entry, classnames)
     except DatasetError as error:
         return (f"class names of the source are not those of the registry: {error}",)
+    return ()
+
+
+_ODD_NAMES: Mapping[str, str] = {
+    r"n\d{8}": "WordNet's numbers",
+    r"-?\d+(\.0+)?": "numbers",
+    r"\d+[._ ]+\D.*": "numbered",
+    r"([A-Z][a-z]+){2,}": "words written together",
+}
+"""What names that are none look like, and what that is called."""
+
+
+def doubt_names(names: Sequence[str]) -> tuple[str, ...]:
+    """A warning if the source's names of classes are not as people write them; nothing else tells a model what they
+    mean."""
+    for pattern, said in _ODD_NAMES.items():
+        alike = [name for name in names if re.fullmatch(pattern, name)]
+        if 4 * len(alike) > len(names):
+            return (
+                f"class names are {said}, such as {alike[0]!r}, and were asked so: write what they mean into "
+                "`classes` of a TOML (docs/evaluate.md)",
+            )
     return ()

@@ -17,7 +17,7 @@ Nothing here imports torch.
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,9 @@ import numpy as np
 from diptych import files
 from diptych.embed.sources import Extent, Row, leaves_folder
 from diptych.errors import DatasetError, NotFoundError, ShardError, UsageError
-from diptych.evaluate.datasets.registry import DatasetKind, Place
-from diptych.evaluate.datasets.samples import MAX_DIGITS, Label, ListedRows, Samples, plain_label
-from diptych.evaluate.datasets.tables import open_csv, open_parquet
+from diptych.evaluate.datasets.registry import DatasetKind, Place, find_splits
+from diptych.evaluate.datasets.samples import NUMBER, Label, ListedRows, Samples, plain_label
+from diptych.evaluate.datasets.tables import CSV_SUFFIXES, open_csv, open_parquet
 from diptych.image_file import IMAGE_SUFFIXES, find_images, is_hidden
 from diptych.shards.dataset import load_dataset
 from diptych.shards.index import MAX_TEXT_BYTES, is_metadata_of_macos
@@ -37,8 +37,6 @@ from diptych.shards.members import Member, iter_members
 FOLDS = "fold_indices.txt"
 MAX_SHARDS = 1_000_000
 """Shards of a split that nshards.txt may announce."""
-SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
-"""Names of folders that are splits, never classes."""
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 
 
@@ -54,7 +52,12 @@ def open_samples(
         raise NotFoundError(f"no such dataset: {path}")
     layout = place.layout if place.layout != "auto" else find_layout(path, kind)
     name = name_of_split(place, split)
-    samples = _OPEN[layout](path, name, place, kind)
+    try:
+        samples = _OPEN[layout](path, name, place, kind)
+    except NotFoundError as error:
+        there = ", ".join(find_splits(path).values())
+        hint = f'; there is {there}: name it in [data] of a TOML, such as test = "validation"' if there else ""
+        raise NotFoundError(f"{error}{hint}") from None
     samples.layout = layout
     keys = Counter(samples.keys)
     if repeated := [key for key, count in keys.items() if count > 1]:
@@ -66,7 +69,8 @@ def open_samples(
     samples.skipped.update(reason for reason, _ in samples.damage if reason)
     if not len(samples):
         counts = ", ".join(f"{what} {count:,}" for what, count in (samples.skipped + samples.passed_over).items())
-        raise DatasetError(f"{path} has no usable picture in {name}: {counts or 'nothing found'}")
+        odd = f"; a label is {samples.odd_label}" if samples.odd_label else ""
+        raise DatasetError(f"{path} has no usable picture in {name}: {counts or 'nothing found'}{odd}")
     if split == "train" and (path / FOLDS).is_file():
         samples.folds = _read_folds(path / FOLDS, samples)
     return samples
@@ -94,16 +98,10 @@ def name_of_split(place: Place, split: str) -> str:
     return {"train": place.train, "val": place.val, "test": place.test}[split]
 
 
-def guess_place(path: Path) -> Place:
-    """The place of a folder that nothing describes: without a test split the validation split is tested on."""
-    only_val = (path / "val").is_dir() and not (path / "test").is_dir()
-    return Place(test="val", val="none") if only_val else Place()
-
-
 def find_layout(path: Path, kind: DatasetKind) -> str:
     """The layout of what lies at a path; NotFoundError if it is none."""
     if path.is_file():
-        known = {".parquet": "parquet", ".csv": "csv", ".tar": "shards"}
+        known = {".parquet": "parquet", ".tar": "shards", **dict.fromkeys(CSV_SUFFIXES, "csv")}
         if path.suffix.lower() in known:
             return known[path.suffix.lower()]
     elif kind == "frames":
@@ -112,7 +110,7 @@ def find_layout(path: Path, kind: DatasetKind) -> str:
         return "wds"
     elif any(path.rglob("*.parquet")):
         return "parquet"
-    elif any(path.glob("*.csv")):
+    elif any(any(path.glob(f"*{suffix}")) for suffix in CSV_SUFFIXES):
         return "csv"
     elif any(path.glob("*.tar")) or any(path.glob("*/*.tar")):
         return "shards"
@@ -149,10 +147,7 @@ def _open_wds(path: Path, split: str, place: Place, kind: DatasetKind) -> Sample
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in path.read_text("utf-8").splitlines())
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no text in UTF-8: {error}") from None
+    return tuple(line.strip() for line in files.read_text(path).splitlines())
 
 
 def _wds_shards(folder: Path, samples: Samples) -> list[Path]:
@@ -202,13 +197,14 @@ def _read_wds_shard(tar: Path, kind: DatasetKind, samples: Samples, rows: list[R
                 samples.skipped["no_image" if picture is None else "no_label"] += 1
                 continue
             handle.seek(members[suffix].offset)
-            label = _read_label(handle.read(min(members[suffix].size, MAX_TEXT_BYTES)), kind, classes)
+            data = handle.read(min(members[suffix].size, MAX_TEXT_BYTES))
+            label = _read_label(data, kind, samples.classnames or ())
             if classes and isinstance(label, int) and label >= classes:
                 said = f"{tar}: {key} is of class {label}, but {CLASSNAMES} names {classes} classes, 0 to {classes - 1}"
                 samples.damage.append(("bad_label", said))
                 continue
             if label is None:
-                samples.skipped["bad_label"] += 1
+                samples.skip_label(data, f".{suffix}")
                 continue
             name = f"{tar.stem}/{key}" if key in before else key  # some writers count from 0 in every shard
             samples.keys.append(name)
@@ -216,8 +212,8 @@ def _read_wds_shard(tar: Path, kind: DatasetKind, samples: Samples, rows: list[R
             rows.append(Row(name, Extent(tar, picture.offset, picture.size, None)))
 
 
-def _read_label(data: bytes, kind: DatasetKind, classes: int) -> Label | None:
-    """Label in a .cls, .npy or .txt; None if it is no label of one of the classes."""
+def _read_label(data: bytes, kind: DatasetKind, classnames: Sequence[str]) -> Label | None:
+    """Label in a .cls, .npy or .txt; None if it is no label, or not the name of one of the classes."""
     if kind == "captions":
         captions = tuple(line for line in data.decode("utf-8", "replace").splitlines() if line.strip())
         return captions or None
@@ -226,10 +222,14 @@ def _read_label(data: bytes, kind: DatasetKind, classes: int) -> Label | None:
             vector = np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, EOFError, OSError):
             return None
-        fits = vector.ndim == 1 and (not classes or len(vector) == classes) and np.isin(vector, (0, 1)).all()
+        fits = vector.ndim == 1 and len(vector) == (len(classnames) or len(vector)) and np.isin(vector, (0, 1)).all()
         return tuple(np.flatnonzero(vector).tolist()) if fits else None
-    text = data.strip()
-    return int(text) if text.isdigit() and len(text) <= MAX_DIGITS else None
+    text = data.strip().decode("utf-8", "replace")
+    if match := NUMBER.fullmatch(text):
+        return None if match[1] else int(match[2])
+    if text in classnames:
+        return classnames.index(text)
+    return text if not classnames and text.isprintable() and not text[:1].isdigit() and text else None
 
 
 # --- folders of pictures ---
@@ -242,10 +242,8 @@ def _open_folders(path: Path, split: str, _place: Place, kind: DatasetKind) -> S
         root = path / split
     else:
         root = path
-        splits = [folder.name for folder in path.iterdir() if folder.is_dir() and folder.name.lower() in SPLIT_WORDS]
-        if split in ("train", "val") or splits:
-            there = f"; its folders {', '.join(sorted(splits))} are splits: name them in [data]" if splits else ""
-            raise NotFoundError(f"{path} has no split {split}{there}")
+        if split != "test" or find_splits(path):
+            raise NotFoundError(f"{path} has no split {split}")
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not is_hidden(folder.name))
     if len(folders) == 1:
         raise DatasetError(
@@ -274,7 +272,7 @@ def _open_shards(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
     elif split != "test":
         raise NotFoundError(f"{path} has no split {split}")
     try:
-        dataset = load_dataset(path)
+        dataset = load_dataset(path, captionless=True)
     except ShardError as error:
         raise DatasetError(str(error)) from None
     samples, rows = Samples(path, "shards"), []
@@ -284,19 +282,24 @@ def _open_shards(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
         else:
             samples.skipped[reason] += 1
     for shard in dataset.shards:
+        before = set(samples.keys)
         for row in shard.table.select(["key", "caption", "details", "offset", "size", "xxh3"]).to_pylist():
             if row["key"] in dataset.deleted:
                 samples.skipped["deleted"] += 1
                 continue
             details = files.parse_json(row["details"])
-            value = (details.get("captions") or row["caption"]) if kind == "captions" else details.get(place.label)
+            value = (details.get(place.captions) or row["caption"]) if kind == "captions" else details.get(place.label)
             parsed = plain_label(value, kind, 0)
             if parsed is None:
-                samples.skipped["no_label"] += 1
+                if kind == "captions":
+                    samples.skipped["no_caption"] += 1
+                else:
+                    samples.skip_label(value, "in the JSON")
                 continue
-            samples.keys.append(row["key"])
+            key = f"{shard.path.stem}/{row['key']}" if row["key"] in before else row["key"]  # as in the wds layout
+            samples.keys.append(key)
             samples.labels.append(parsed)
-            rows.append(Row(row["key"], Extent(shard.path, row["offset"], row["size"], row["xxh3"])))
+            rows.append(Row(key, Extent(shard.path, row["offset"], row["size"], row["xxh3"])))
     samples.rows = ListedRows(rows)
     return samples
 

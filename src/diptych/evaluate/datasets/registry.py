@@ -11,15 +11,17 @@ Classes are matched by name with what a source calls them, so a source's order o
 with other classes is refused. Nothing here imports torch.
 """
 
+import re
 import tomllib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych import files
 from diptych.config import from_dict
 from diptych.errors import DatasetError, NotFoundError, UsageError, unknown_name
 from diptych.templates import parse_templates
@@ -61,6 +63,32 @@ class Place:
     test: str = "test"
     order: Literal["names", "registry"] = "names"
     """How its labels are matched with `classes`: by the names that it brings, or number by number."""
+
+
+SPLIT_WORDS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""What folders and tables of splits are called, in any case; never classes."""
+
+
+def find_splits(path: Path) -> dict[str, str]:
+    """Words for splits -> what is called so: folders, and tables by what their names begin with."""
+    folders = [folder.name for folder in path.iterdir() if folder.is_dir()] if path.is_dir() else []
+    tables = [file for pattern in ("*.parquet", "*/*.parquet", "*.csv", "*.tsv") for file in path.glob(pattern)]
+    known = {word for words in SPLIT_WORDS.values() for word in words}
+    names = [*(re.split(r"[-_.]", file.name)[0] for file in tables), *folders]
+    return {name.lower(): name for name in names if name.lower() in known}
+
+
+def guess_place(path: Path) -> Place:
+    """The place of a folder that nothing describes: without a test split the validation split is tested on."""
+    there = find_splits(path)
+    found = {split: next((there[w] for w in words if w in there), split) for split, words in SPLIT_WORDS.items()}
+    if found["val"].lower() in there and found["test"].lower() not in there:
+        return Place(train=found["train"], val="none", test=found["val"])
+    return Place(train=found["train"], val=found["val"], test=found["test"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +234,7 @@ def load_own(path: Path) -> Dataset:
     """A user's own entry, a TOML file."""
     if not path.is_file():
         raise NotFoundError(f"no such file: {path} (a TOML that describes a dataset, see docs/evaluate.md)")
-    return _parse(path.stem, path.read_bytes(), str(path), path.parent)
+    return _parse(path.stem, files.read_bytes(path), str(path), path.parent)
 
 
 def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
@@ -223,18 +251,41 @@ def load_suite(names: Sequence[str]) -> tuple[Dataset, ...]:
 def _load_named(name: str) -> tuple[Dataset, ...]:
     if name.endswith(".toml"):
         path = Path(name)
-        if path.is_file() and "datasets" in (data := _read_toml(path.read_bytes(), name)):
+        if path.is_file() and "datasets" in (data := _read_toml(files.read_bytes(path), name)):
             if set(data) != {"datasets"} or not isinstance(data["datasets"], list):
                 raise UsageError(f"{name}: a suite is a list `datasets` of ids and TOML files, and nothing else")
-            members = [str(path.parent / n) if str(n).endswith(".toml") else str(n) for n in data["datasets"]]
-            return load_suite(members)
+            beside = {n: str(path.parent / n) for n in map(str, data["datasets"])}
+            own = {n for n in beside if n.endswith(".toml") or (Path(beside[n]).exists() and not _is_known(n))}
+            return load_suite([beside[n] if n in own else n for n in beside])
         return (load_own(path),)
     if name in SUITES:
         entries = [load_dataset_entry(known) for known in known_datasets()]
         return tuple(entry for entry in entries if name in entry.suites)
     if name in known_datasets():
         return (load_dataset_entry(name),)
-    raise unknown_name("suite or dataset", name, (*SUITES, *known_datasets()))
+    if Path(name).exists():
+        return (_describe_folder(Path(name)),)
+    hint = "one of your own is a folder, a table or a TOML (docs/evaluate.md)"
+    if "/" in name:
+        raise NotFoundError(f"no such dataset: {name}; {hint}")
+    raise UsageError(f"{unknown_name('suite or dataset', name, (*SUITES, *known_datasets()))}; {hint}")
+
+
+def _is_known(name: str) -> bool:
+    return name in SUITES or name in known_datasets()
+
+
+def _describe_folder(path: Path) -> Dataset:
+    """A set of one's own that no TOML describes: what lies there says what it is."""
+    path = path.resolve()
+    kind: DatasetKind = "frames" if (path / "frames.json").is_file() else "single"
+    if (stated := path / "dataset_type.txt").is_file():
+        said = stated.read_text("utf-8", "replace").strip().lower()
+        kind = "captions" if said == "retrieval" else "multi" if said == "multilabel" else kind
+    name = path.name if path.is_dir() else path.stem
+    place = replace(guess_place(path), path=path.name)
+    profiles, metric = {OWN: Profile()}, METRICS[kind][0]
+    return Dataset(id=name, title=name, kind=kind, metric=metric, data=place, folder=path.parent, profiles=profiles)
 
 
 def _read_toml(text: str | bytes, where: str) -> dict[str, Any]:

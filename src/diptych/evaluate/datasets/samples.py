@@ -1,8 +1,10 @@
 """A split of a dataset, opened: keys, labels, and where each picture lies. Nothing here imports torch."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from diptych.evaluate.datasets.registry import DatasetKind
 
 Label = int | str | tuple[int, ...] | tuple[str, ...]
 """A class by number or name; several of them; or captions."""
-MAX_DIGITS = 9
-"""Digits of a class's number; what has more is none."""
+NUMBER = re.compile(r"(-?)(0|[1-9][0-9]{0,8})(\.0+)?", re.ASCII)
+"""The number of a class, written out: as it is, or as a program writes it that takes it for a float."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Samples:
     """Neighbours of each anchor, where samples are frames."""
     imagenet_groups: tuple[tuple[int, ...], ...] = ()
     """For each of `classnames` the classes of ImageNet that it covers, if the source says."""
+    odd_label: str = ""
+    """A label that is none, and its type."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Suffix -> files that were not taken for pictures."""
     folds: tuple[tuple[int, ...], ...] = ()
@@ -58,6 +62,13 @@ class Samples:
         for file in self.rows.list_files():
             digest.update(f"{stamp(file)}\n".encode())
         return digest.hexdigest()
+
+    def skip_label(self, value: Any, kind: object) -> None:
+        """Count a sample that has no label, or one that is none; the first is kept for a message."""
+        missing = value is None or value != value or (isinstance(value, str) and not value.strip())
+        self.skipped["no_label" if missing else "bad_label"] += 1
+        if not missing and not self.odd_label:
+            self.odd_label = f"{repr(value)[:60]} ({kind})"
 
 
 @dataclass
@@ -107,20 +118,23 @@ Rows = ListedRows | ColumnRows
 
 def plain_label(value: Any, kind: DatasetKind, classes: int) -> Label | None:
     """A label of a table: numbers, names, lists of them."""
-    if value is None:
-        return None
     if kind == "captions":
         captions = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         kept = tuple(caption for caption in captions if isinstance(caption, str) and caption.strip())
         return kept or None
     if kind == "multi":
-        if not isinstance(value, list | tuple) or not all(_is_class(one, classes) for one in value):
-            return None
-        return tuple(value)
-    return value if _is_class(value, classes) else None
+        several = tuple(plain_class(one, classes) for one in value) if isinstance(value, list | tuple) else (None,)
+        return None if None in several else several  # type: ignore[return-value]
+    return plain_class(value, classes)
 
 
-def _is_class(value: Any, classes: int) -> bool:
+def plain_class(value: Any, classes: int) -> int | str | None:
+    """The number or the name of a class, whatever type it has: True is 1, and so is 1.0, which a column of integers
+    becomes where one is missing. None for what is neither, or no number below `classes` if these are known."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
     if isinstance(value, str):
-        return bool(value.strip())
-    return type(value) is int and value >= 0 and (not classes or value < classes)
+        return value if value.strip() else None
+    if not isinstance(value, int | float | Decimal) or not 0 <= value < 10**9 or value != int(value):
+        return None
+    return int(value) if not classes or value < classes else None

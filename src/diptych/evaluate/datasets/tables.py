@@ -1,19 +1,40 @@
 """Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
 
+import contextlib
 import csv
+import io
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diptych.embed.sources import ParquetSource, Row, leaves_folder
-from diptych.errors import DatasetError, NotFoundError
+from diptych import files
+from diptych.embed.sources import (
+    ParquetSource,
+    Row,
+    are_base64,
+    first_texts,
+    leaves_folder,
+    pictures_of_type,
+    read_values,
+)
+from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.registry import DatasetKind, Place
-from diptych.evaluate.datasets.samples import MAX_DIGITS, ColumnRows, Label, ListedRows, Samples, plain_label
-from diptych.files import parse_json
+from diptych.evaluate.datasets.samples import (
+    NUMBER,
+    ColumnRows,
+    Label,
+    ListedRows,
+    Samples,
+    plain_class,
+    plain_label,
+)
 
+CSV_SUFFIXES = (".csv", ".tsv")
+_NAN = "nan"
 _SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
@@ -23,30 +44,38 @@ def open_parquet(path: Path, split: str, place: Place, kind: DatasetKind) -> Sam
     for file in _parquet_files(path, split):
         schema, rows = _read_schema(file)
         label = place.captions if kind == "captions" and place.captions in schema.names else place.label
-        for column in (place.image, label):
-            if column not in schema.names:
-                raise DatasetError(f"{file} has no column {column!r}; it has {', '.join(schema.names)}")
+        check_columns(file, schema.names, place.image, label)
         names = _class_label_names(schema, label)
         if files and names != samples.classnames:
             raise DatasetError(f"{file} names other classes than {files[0].path.name}")
         samples.classnames = names
-        values = pq.read_table(file, columns=[label]).column(0).to_pylist()
-        for row, value in enumerate(values, before):
-            parsed = plain_label(value, kind, len(names or ()))
-            if names and type(value) is int and value >= len(names):
-                said = f"{file} has a label {value}, but names {len(names)} classes, 0 to {len(names) - 1}"
+        for row, value in enumerate(_read_column(file, label), before):
+            number = plain_class(value, 0) if names and kind == "single" else None
+            if names and isinstance(number, int) and number >= len(names):
+                said = f"{file} has a label {number}, but names {len(names)} classes, 0 to {len(names) - 1}"
                 samples.damage.append(("bad_label", said))
                 continue
-            if parsed is None:
-                samples.skipped["no_label" if value is None else "bad_label"] += 1
+            if (parsed := plain_label(value, kind, len(names or ()))) is None:
+                samples.skip_label(value, f"column {label!r} of type {schema.field(label).type}")
                 continue
             samples.keys.append(str(row))
             samples.labels.append(parsed)
             kept.append(row)
-        files.append(ParquetSource.open(file, place.image, _holds(schema, place.image, file), rows))
+        files.append(ParquetSource.open(file, place.image, _holds(file, place.image), rows))
         before += rows
     samples.rows = ColumnRows(files, kept)
     return samples
+
+
+def check_columns(file: Path, header: Sequence[str], *wanted: str) -> None:
+    """Raise DatasetError unless a table has each of these columns once."""
+    for column in wanted:
+        if (count := header.count(column)) != 1:
+            said = f"{count} columns {column!r}" if count else f"no column {column!r}"
+            raise DatasetError(
+                f"{file} has {said}; it has {', '.join(header)[:200]}: name them in [data] of a TOML, such as "
+                f'label = "species" (docs/evaluate.md)'
+            )
 
 
 def _parquet_files(path: Path, split: str) -> list[Path]:
@@ -83,7 +112,7 @@ def _read_schema(file: Path) -> tuple[pa.Schema, int]:
 def _class_label_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Class names as Hugging Face datasets keep them in the schema."""
     try:
-        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = files.parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         feature = features[column]
         names = feature.get("names") or feature.get("feature", {}).get("names")
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -91,51 +120,55 @@ def _class_label_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None
     return tuple(map(str, names)) if names else None
 
 
-def _holds(schema: pa.Schema, column: str, file: Path) -> str:
-    kind = schema.field(column).type
-    if pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
-        return "struct"
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return "bytes"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return "paths"
-    raise DatasetError(f"{file}: column {column} of type {kind} holds no pictures (bytes, paths, or a struct of both)")
+def _read_column(file: Path, column: str) -> Iterator[object]:
+    try:
+        for chunk in pq.read_table(file, columns=[column]).column(column).chunks:
+            yield from read_values(chunk)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{file} is damaged ({str(error).splitlines()[0][:100]}); fetch it again") from None
+
+
+def _holds(file: Path, column: str) -> str:
+    try:
+        with pq.ParquetFile(file) as opened:
+            kind = opened.schema_arrow.field(column).type
+            holds = pictures_of_type(kind)
+            if holds == "paths" and are_base64(first_texts(opened, column)):
+                return "base64"
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{file} is damaged ({str(error).splitlines()[0][:100]}); fetch it again") from None
+    if holds is None:
+        raise DatasetError(
+            f"{file}: column {column} of type {kind} holds no pictures (bytes, paths, or a struct of both)"
+        )
+    return holds
 
 
 # --- CSV ---
 
 
 def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
-    file = path if path.is_file() else path / f"{split}.csv"
-    if not file.is_file():
-        others = sorted(path.glob("*.csv"))
-        if len(others) != 1:
-            raise NotFoundError(f"{path} has no {split}.csv")
-        file = others[0]
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            head = handle.readline()
-            handle.seek(0)
-            reader = csv.DictReader(handle, delimiter=max(",;\t|", key=head.count), skipinitialspace=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            header, table = list(reader.fieldnames), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
+    file = _table_of(path, split)
+    header, table = _read_csv(file)
     label = place.captions if kind == "captions" and place.captions in header else place.label
-    for column in (place.image, label):
-        if column not in header:
-            raise DatasetError(f"{file} has no column {column!r}; it has {', '.join(header)}")
+    check_columns(file, header, place.image, label)
     if "split" in header:
+        there = sorted({row["split"] for row in table if row["split"]})
         table = [row for row in table if row["split"] == split]
-    if ("split" in header and not table) or ("split" not in header and split != "test" and file.stem != split):
+        if not table:
+            raise NotFoundError(f"{file} has no split {split}; its column `split` has {', '.join(there[:5])}")
+    elif split != "test" and file.stem != split:
         raise NotFoundError(f"{file} has no split {split}")
     samples, rows = Samples(path, "csv"), []
     places: dict[str, int] = {}
-    for row in table:
-        picture, value = row[place.image] or "", (row[label] or "").strip()
-        parsed = _csv_label(value, kind)
-        if parsed is None or not picture:
-            samples.skipped["no_label" if picture else "no_image"] += 1
+    cells = [(row[label] or "").strip() for row in table]
+    numbers = kind != "captions" and _are_numbers(one for cell in cells for one in _several(cell, kind))
+    for row, cell in zip(table, cells, strict=True):
+        picture, parsed = row[place.image] or "", _csv_label(cell, kind, numbers=numbers)
+        if not picture:
+            samples.skipped["no_image"] += 1
+        elif parsed is None:
+            samples.skip_label(None if numbers and cell.lower() == _NAN else cell, f"column {label!r}")
         elif leaves_folder(picture):
             samples.skipped["outside_folder"] += 1
         elif kind == "captions" and picture in places:  # a line for every caption of a picture
@@ -150,18 +183,56 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
     return samples
 
 
-def _csv_label(value: str, kind: DatasetKind) -> Label | None:
-    """A name, or a number; several of them with | between."""
-    if not value and kind != "multi":
-        return None
+def _table_of(path: Path, split: str) -> Path:
+    """The table of a split: the file that is named, or is called so, or is the only one."""
+    tables = sorted(file for suffix in CSV_SUFFIXES for file in path.glob(f"*{suffix}"))
+    named = [path] if path.is_file() else [file for file in tables if file.stem == split] or tables
+    if len(named) != 1:
+        raise NotFoundError(f"{path} has no split {split}: no {split}.csv")
+    return named[0]
+
+
+def _read_csv(file: Path) -> tuple[list[str], list[dict[Any, Any]]]:
+    """Header and rows; the sign between columns is the one that is most frequent in the first line."""
+    try:
+        with io.StringIO(files.read_text(file, files.MAX_TABLE), newline="") as handle:
+            head = handle.readline()
+            how = {"delimiter": max(",;\t|", key=head.count), "skipinitialspace": True}
+            for strict in (True, False):
+                handle.seek(0)
+                reader = csv.DictReader(handle, **how, strict=strict)
+                reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+                try:
+                    return list(reader.fieldnames), list(reader)
+                except csv.Error as error:  # only a quote that is never closed would swallow rows without a word
+                    if not strict or "end of data" in str(error):
+                        raise
+    except (UsageError, csv.Error, OSError) as error:
+        raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
+    raise AssertionError
+
+
+def _several(cell: str, kind: DatasetKind) -> list[str]:
+    """What a cell has: one, or where several may be those with | between, or a list in JSON."""
+    if kind != "single" and cell.startswith("["):
+        with contextlib.suppress(ValueError):
+            listed = files.parse_json(cell)
+            if isinstance(listed, list) and all(isinstance(one, str | int) for one in listed):
+                return [str(one).strip() for one in listed if str(one).strip()]
+    return [one.strip() for one in cell.split("|") if one.strip()] if kind == "multi" else [cell] if cell else []
+
+
+def _are_numbers(values: Iterable[str]) -> bool:
+    """Whether a column has numbers of classes: nothing else but what pandas writes where one is missing."""
+    found = {value for value in values if value and value.lower() != _NAN}
+    return bool(found) and all(NUMBER.fullmatch(value) for value in found)
+
+
+def _csv_label(cell: str, kind: DatasetKind, *, numbers: bool) -> Label | None:
+    several = _several(cell, kind)
     if kind == "captions":
-        return (value,)
-    if kind == "multi":
-        several = [_number_or_name(one.strip()) for one in value.split("|") if one.strip()]
-        return tuple(several)  # type: ignore[return-value]
-    return _number_or_name(value)
-
-
-def _number_or_name(value: str) -> int | str:
-    digits = value.isascii() and value.isdigit() and len(value) <= MAX_DIGITS
-    return int(value) if digits and str(int(value)) == value else value
+        return tuple(several) or None
+    parsed = [plain_class(float(one) if numbers else one, 0) for one in several]
+    if None in parsed:
+        return None
+    return tuple(parsed) if kind == "multi" else next(iter(parsed), None)  # type: ignore[return-value]

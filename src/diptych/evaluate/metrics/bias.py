@@ -9,6 +9,7 @@ All functions take scores and a table of groups, and give counts with Wilson's i
 """
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from diptych import files
 from diptych.errors import NotFoundError, UsageError
 from diptych.evaluate.metrics.measures import wilson_interval
 
@@ -67,7 +69,7 @@ def read_faces(path: Path) -> Faces:
     """
     if not path.is_file():
         raise NotFoundError(f"no such table: {path} (a CSV with the columns file, age, gender, race)")
-    with open(path, encoding="utf-8-sig", newline="") as lines:
+    with io.StringIO(files.read_text(path, files.MAX_TABLE), newline="") as lines:
         reader = csv.DictReader(lines)
         needed = ("file", *ATTRIBUTES)
         if missing := [name for name in needed if name not in (reader.fieldnames or ())]:

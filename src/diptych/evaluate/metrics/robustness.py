@@ -9,6 +9,7 @@ robustness. The line is fitted from a table that the user supplies: no table of 
 """
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diptych import files
 from diptych.errors import NotFoundError, UsageError
 
 IMAGENET = "imagenet"
@@ -141,7 +143,7 @@ def read_table(path: Path) -> tuple[TableRow, ...]:
     """Read the table of ImageNet models; numbers above 1 anywhere mean that all are percent."""
     if not path.is_file():
         raise NotFoundError(f"no such table: {path} (a CSV with the columns model, imagenet and shifts)")
-    with open(path, encoding="utf-8-sig", newline="") as lines:
+    with io.StringIO(files.read_text(path, files.MAX_TABLE), newline="") as lines:
         reader = csv.DictReader(lines)
         columns = [name.strip() for name in reader.fieldnames or ()]
         if "model" not in columns or IMAGENET not in columns:

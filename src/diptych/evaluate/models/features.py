@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.embed.cache import FeatureCache, content_key
+from diptych.embed.images import ImageTower
 from diptych.embed.sources import Row, fetch
 from diptych.embed.stream import ImageEncoder, Tower, count_cores, encode_stream
 from diptych.errors import DatasetError, PictureError
@@ -122,6 +123,8 @@ class Embedder:
                     self.cache.put(space, fresh)
                     fresh.clear()
         self.cache.put(space, fresh)
+        if isinstance(self.tower, ImageTower):
+            self.tower.warn()
         return {i: key if isinstance(key, PictureError) else found[key] for i, key in keys.items()}
 
 

@@ -43,6 +43,8 @@ class OpenedModel:
     """Empty: it reads no texts."""
     embed_texts: EmbedTexts
     """Through the cache; UsageError for a model without texts."""
+    templates: tuple[str, ...] = ()
+    """That its checkpoint names, for datasets that name none."""
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
@@ -74,6 +76,7 @@ def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCac
     if is_baseline(source):
         return _open_baseline(name, source, str(device))
     loaded = load(source, device=device, activation=config.activation, preset=config.preset)
+    loaded = loaded.turned() if config.turn else loaded
     facts = ModelFacts(
         name=name,
         source=source,
@@ -103,6 +106,7 @@ def open_model(name: str, source: str, config: EvaluateConfig, cache: FeatureCac
         logit_scale=loaded.model.logit_scale.exp().item(),
         text_space=space,
         embed_texts=embed,
+        templates=loaded.model.config.templates,
     )
 
 

@@ -14,13 +14,14 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from diptych.errors import UsageError
 from diptych.evaluate.metrics.measures import accuracy
 from diptych.evaluate.probe.config import FewShotConfig
 from diptych.evaluate.probe.logistic import Problem
-from diptych.evaluate.probe.search import Metric, as_features, check_labels, check_taught, check_width
+from diptych.evaluate.probe.search import Metric, as_examples, check_taught
 from diptych.shards.order import derive_seed, permutation
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -56,10 +57,10 @@ class FewShotReport:
 
 
 def few_shot(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Tensor | ArrayLike,
+    train_labels: Tensor | ArrayLike,
+    test: Tensor | ArrayLike,
+    test_labels: Tensor | ArrayLike,
     *,
     classes: int,
     shots: Sequence[int] = SHOTS,
@@ -76,10 +77,8 @@ def few_shot(
     shots is left that every class has pictures for.
     """
     started = time.perf_counter()
-    train, test = as_features(train, "training"), as_features(test, "test")
-    check_labels(train, train_labels, classes, "training")
-    check_labels(test, test_labels, classes, "test")
-    check_width(train, test, "test")
+    train, train_labels = as_examples(train, train_labels, classes, "training", metric)
+    test, test_labels = as_examples(test, test_labels, classes, "test", metric, like=(train, train_labels))
     check_taught(train_labels, classes)
     if seeds < 1 or not shots or min(shots) < 1:
         raise UsageError(

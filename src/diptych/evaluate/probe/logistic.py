@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diptych.errors import UsageError
 from diptych.model.inference.precision import has_fast_bfloat16
 
 TOLERANCE = 1e-8
@@ -40,6 +41,9 @@ _FINE, _ROUGH = 0.05, 0.3
 
 _FAR = 1e-3
 """A step that promises to lower the objective by more, relative, is not the last: float32 will do to judge it."""
+
+WEAKEST = 1e-15
+"""The weakest penalty, for features whose largest deviation is 1: at 1e-18 what float64 sees has no optimum."""
 
 MAX_STEPS = 200
 MAX_PRODUCTS = 250
@@ -143,6 +147,8 @@ class Problem:
         for rows in self._blocks():
             block = self._centred(rows)
             covariance += _product(block.mT, block)
+        if not covariance.isfinite().all():
+            raise UsageError("the squares of the features are too large for float64; scale the features")
         variance, axes = torch.linalg.eigh(covariance / self.pictures)
         largest = variance[:, -1:].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
         self.unit = torch.where(variance[:, -1:] > 0, largest, 1.0)[:, :, None]
@@ -181,8 +187,15 @@ class Problem:
         return torch.float32, torch.float64
 
     def penalty(self, l2: float) -> Tensor:
-        """The strength in the solver's coordinates, [S, 1, 1]."""
-        return l2 / self.unit**2
+        """The strength in the solver's coordinates, [S, 1, 1]; UsageError if the features are so large that float64
+        does not see it."""
+        penalty = l2 / self.unit**2
+        if not (penalty >= WEAKEST).all():
+            raise UsageError(
+                f"the features spread by {float(self.unit.max()):.1g}, beside which a penalty of {l2:.1g} is none; "
+                "scale them, say by their standard deviation, or give a stronger l2"
+            )
+        return penalty
 
     def total(self, of: Tensor) -> Tensor:
         """Sum over what belongs to one problem."""

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from diptych.errors import UsageError
@@ -25,6 +27,9 @@ COARSE = (6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0)
 """Decades that are tried first, from strong to weak: each optimum is a good start for the next."""
 HALVINGS = (1.0, 0.5, 0.25, 0.125)
 """Distances, in decades, of what is then tried beside the best."""
+
+_NOTHING = 1e3
+"""A penalty that is so many times stronger than the loss of a picture can bend leaves weights of nothing."""
 
 Metric = Callable[[Tensor, Tensor], float]
 
@@ -51,13 +56,13 @@ class ProbeReport:
 
 
 def linear_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Tensor | ArrayLike,
+    train_labels: Tensor | ArrayLike,
+    test: Tensor | ArrayLike,
+    test_labels: Tensor | ArrayLike,
     *,
     classes: int,
-    val: tuple[Tensor, Tensor] | None = None,
+    val: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None = None,
     metric: Metric = accuracy,
     seed: int = 0,
     config: ProbeConfig = ProbeConfig(),  # noqa: B008 - frozen
@@ -66,22 +71,19 @@ def linear_probe(
     are none), measure on test pictures.
 
     Features are [pictures, columns], labels the number of each picture's class, or [pictures, classes] 0/1 where a
-    picture may show several things. `metric` is given scores and labels. All of one device.
+    picture may show several things: tensors, or whatever NumPy makes arrays of. `metric` is given scores and labels as
+    tensors. All of one device.
 
-    Raises UsageError for features that are not numbers, labels that do not fit them, fewer than two classes, and
-    classes without a training picture.
+    Raises UsageError for features that are not numbers, or too large or small for any strength of the grid; for labels
+    that do not fit them or the metric, fewer than two classes, and classes without a training picture.
     """
     started = time.perf_counter()
-    train, test = as_features(train, "training"), as_features(test, "test")
-    check_labels(train, train_labels, classes, "training")
-    check_labels(test, test_labels, classes, "test")
-    check_width(train, test, "test")
+    train, train_labels = as_examples(train, train_labels, classes, "training", metric)
+    test, test_labels = as_examples(test, test_labels, classes, "test", metric, like=(train, train_labels))
     if val is not None:
-        val = as_features(val[0], "validation"), val[1]
-        check_labels(*val, classes, "validation")
-        check_width(train, val[0], "validation")
-        held_out = torch.arange(len(train) + len(val[0])) >= len(train)
-        train, train_labels = torch.cat([train, val[0]]), torch.cat([train_labels, val[1]])
+        val_features, val_labels = as_examples(*val, classes, "validation", metric, like=(train, train_labels))
+        held_out = torch.arange(len(train) + len(val_features)) >= len(train)
+        train, train_labels = torch.cat([train, val_features]), torch.cat([train_labels, val_labels])
     elif config.l2 is None:
         held_out = hold_out(train_labels, config.val_share, seed)
     else:
@@ -92,6 +94,11 @@ def linear_probe(
     check_taught(train_labels[~held_out], classes)
     if config.l2 is None:
         problem = Problem(train[~held_out][None], train_labels[~held_out][None], classes)
+        if (problem.penalty(10 ** COARSE[-1]) > _NOTHING * problem.pictures).any():
+            raise UsageError(
+                f"the training features spread by {float(problem.unit.max()):.1g} only, so that even the weakest "
+                "strength of the grid leaves nothing to learn; scale them, say by their standard deviation"
+            )
 
         def try_strength(l2: float) -> float:
             path.append(problem.fit(l2, path))
@@ -152,39 +159,95 @@ def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
     return held_out
 
 
-def as_features(features: Tensor, what: str) -> Tensor:
-    """float32, or float64 if they are; UsageError for none and for what is not a number."""
-    if features.ndim != 2 or not features.numel():
-        raise UsageError(f"no {what} features (shape {tuple(features.shape)}); give a row for each picture")
-    broken = (~features.isfinite().all(dim=1)).nonzero()[:, 0]
-    if len(broken):
-        raise UsageError(
-            f"row {int(broken[0])} of the {what} features is not finite ({len(broken)} of {len(features)} in all); "
-            "a probe needs numbers: embed those pictures again or leave them out"
-        )
-    return features if features.dtype == torch.float64 else features.float()
+Examples = tuple[Tensor, Tensor]
 
 
-def check_labels(features: Tensor, labels: Tensor, classes: int, what: str) -> None:
-    """UsageError for labels that are not of these features or classes."""
+def as_examples(
+    features: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike,
+    classes: int,
+    what: str,
+    metric: Metric,
+    *,
+    like: Examples | None = None,
+) -> Examples:
+    """Features as float32, or float64 if they are, and their labels as int64, or 0/1 in a matrix; UsageError for what
+    is none, does not fit each other, or does not fit the examples that it is to be like."""
     if classes < 2:
         raise UsageError(f"{classes} classes cannot be told apart; a probe needs two or more: check the labels")
-    if len(labels) != len(features):
+    found = _as_features(features, what)
+    numbers = _as_labels(labels, classes, what).to(found.device)
+    if len(numbers) != len(found):
         raise UsageError(
-            f"{len(labels)} {what} labels for {len(features)} rows of features; each row needs one: take both from the "
+            f"{len(numbers)} {what} labels for {len(found)} rows of features; each row needs one: take both from the "
             "same pictures in the same order"
         )
-    if labels.ndim == 2:
-        if labels.shape[1] != classes or not ((labels == 0) | (labels == 1)).all():
+    if numbers.ndim == 2 and metric is accuracy:
+        raise UsageError(
+            f"{what} labels of several things in a picture have no accuracy; give another metric, such as "
+            "mean_average_precision of diptych.evaluate.metrics.measures"
+        )
+    if like is not None and like[0].shape[1] != found.shape[1]:
+        raise UsageError(
+            f"training features have {like[0].shape[1]} columns, {what} features {found.shape[1]}; they must be of one "
+            "model: embed both with it"
+        )
+    if like is not None and like[1].ndim != numbers.ndim:
+        raise UsageError(f"training and {what} labels must both be class numbers, or both 0 or 1 for each class")
+    return found, numbers
+
+
+def _as_tensor(values: Tensor | ArrayLike, what: str) -> Tensor:
+    """A tensor of numbers; UsageError for what is none."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    try:
+        array = np.asarray(values)
+        if array.dtype == object:  # a column of rows
+            array = np.array(array.tolist())
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"they are {array.dtype}")
+        native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.dtype(np.float64)
+        return torch.from_numpy(np.array(array, dtype=native))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{what} are no table of numbers ({str(error).splitlines()[0][:100]})") from None
+
+
+def _as_features(features: Tensor | ArrayLike, what: str) -> Tensor:
+    """float32, or float64 if they are."""
+    found = _as_tensor(features, f"{what} features")
+    if found.ndim != 2 or not found.numel():
+        raise UsageError(f"no {what} features (shape {tuple(found.shape)}); give a row for each picture")
+    broken = (~found.isfinite().all(dim=1)).nonzero()[:, 0]
+    if len(broken):
+        raise UsageError(
+            f"row {int(broken[0])} of the {what} features is not finite ({len(broken)} of {len(found)} in all); "
+            "a probe needs numbers: embed those pictures again or leave them out"
+        )
+    return found if found.dtype == torch.float64 else found.float()
+
+
+def _as_labels(labels: Tensor | ArrayLike, classes: int, what: str) -> Tensor:
+    """Class numbers as int64, or a matrix of 0 and 1."""
+    found = _as_tensor(labels, f"{what} labels")
+    if found.ndim == 2:
+        if found.shape[1] != classes or not ((found == 0) | (found == 1)).all():
             raise UsageError(
-                f"{what} labels of shape {tuple(labels.shape)} for {classes} classes; several labels a picture are "
+                f"{what} labels of shape {tuple(found.shape)} for {classes} classes; several labels a picture are "
                 "given as 0 or 1 for each class: one column a class"
             )
-    elif labels.min() < 0 or labels.max() >= classes:
+        return found.float()
+    if found.ndim != 1:
+        raise UsageError(f"{what} labels have the shape {tuple(found.shape)}; give the number of each picture's class")
+    numbers = found.to(torch.int64)
+    if found.is_floating_point() and len(odd := (numbers != found).nonzero()[:, 0]):
+        raise UsageError(f"row {int(odd[0])} of the {what} labels is {found[odd[0]]:g}, which is no class's number")
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= classes):
         raise UsageError(
-            f"{what} labels go from {int(labels.min())} to {int(labels.max())}; {classes} classes are 0 to "
+            f"{what} labels go from {int(numbers.min())} to {int(numbers.max())}; {classes} classes are 0 to "
             f"{classes - 1}: check the labels or the number of classes"
         )
+    return numbers
 
 
 def check_taught(labels: Tensor, classes: int) -> None:
@@ -201,13 +264,4 @@ def check_taught(labels: Tensor, classes: int) -> None:
         raise UsageError(
             f"{len(missing)} of {classes} classes have {why} (class {some}); a probe needs both for each class: "
             "check the labels, add pictures, or leave those classes out"
-        )
-
-
-def check_width(train: Tensor, other: Tensor, what: str) -> None:
-    """UsageError for features of another model."""
-    if train.shape[1] != other.shape[1]:
-        raise UsageError(
-            f"training features have {train.shape[1]} columns, {what} features {other.shape[1]}; they must be of one "
-            "model: embed both with it"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diptych.errors import UsageError
 from diptych.evaluate.config import EvaluateConfig
-from diptych.evaluate.datasets.labels import ClassIndex
+from diptych.evaluate.datasets.labels import ClassIndex, doubt_names
 from diptych.evaluate.datasets.registry import DatasetKind, ResolvedDataset
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.metrics.classification import Scored, check_scores, score_multi, score_single
@@ -96,6 +96,8 @@ class Task:
         """A Result of this task."""
         test = self.test
         warnings = (*test.warnings, *test.numbered.warnings, *fields.pop("warnings", ()))
+        if protocol in ("zeroshot", "prompts") and not self.used.names:
+            warnings += doubt_names([names[0] for names in test.numbered.names])
         return Result(
             model=self.model,
             dataset=self.used.dataset.id,

@@ -3,10 +3,8 @@
 load_study -> describe (plain values, tested) -> the template -> report.html
 """
 
-import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,21 @@ from diptych.errors import UsageError
 from diptych.evaluate.metrics.measures import wilson_interval
 from diptych.evaluate.references import KORNBLITH12, PAPER27, caveats, reference
 from diptych.evaluate.report.captions import count, mean
-from diptych.evaluate.report.charts import Chart, Missing
 from diptych.evaluate.report.figures.build import build_charts
-from diptych.evaluate.report.results_table import Study
+from diptych.evaluate.report.results_table import OF_PAPER, Study
 from diptych.evaluate.report.tables import build_tables
 from diptych.evaluate.results import PROTOCOLS, Result
+from diptych.report.charts import Chart, Missing
+from diptych.report.page import data_url, render
 
 NEAR = 0.01
 """A difference that counts as reproduced."""
 SHOWN_CLASSES = 5
 """Best and worst classes of a set that are listed."""
+SHOWN_PAIRS = 10
+"""Pairs of classes that are taken for each other most, of a set whose classes are too many for a matrix."""
+MATRIX = 30
+"""Classes of which the whole confusion matrix is shown."""
 SUITES: Mapping[str, Sequence[str]] = {"kornblith12": KORNBLITH12, "paper27": PAPER27}
 NOT_SHOWN = ("source", "data", "seconds", "settings")
 """Details of a result that a report leaves out: places on a machine, clocks and hashes."""
@@ -49,6 +52,8 @@ class ReportFiles:
     drawn: tuple[str, ...]
     """Numbers of the figures."""
     missing: tuple[Missing, ...]
+    own: bool
+    """Whether none of the paper's datasets was measured, so that most of its figures are not to be expected."""
     results: int
 
 
@@ -58,18 +63,14 @@ def write_report(study: Study, out: Path, *, title: str, command: str, figures: 
     Raises UsageError if the extra `report` is not installed.
     """
     try:
-        import jinja2
-
-        from diptych.evaluate.report.draw import draw_svg, save_charts
+        from diptych.report.draw import draw_svg, save_charts
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the report needs {error.name}, which is not installed; pip install 'diptych[report]'"
         ) from None
     charts, missing = build_charts(study)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    source = resources.files("diptych.assets").joinpath("report.html.j2").read_text("utf-8")
     shown = describe(study, charts, missing, draw_svg)
-    html = environment.from_string(source).render(title=title, command=command, **shown)
+    html = render("report.html.j2", title=title, command=command, **shown)
     if out.is_dir():
         raise UsageError(f"{out} is a folder; the report is one file: name it in --out, such as {out / 'report.html'}")
     files.make_folder(out.parent)
@@ -79,6 +80,7 @@ def write_report(study: Study, out: Path, *, title: str, command: str, figures: 
         figures=tuple(save_charts(charts, figures)) if figures else (),
         drawn=tuple(chart.number for chart in charts),
         missing=tuple(missing),
+        own=study.is_own,
         results=len(study.results),
     )
 
@@ -95,17 +97,19 @@ def describe(
         "sections": list(_sections(study)),
         "tables": build_tables(study),
         "classes": list(_classes(study)),
+        "confusions": list(_confusions(study)),
         "figures": [
             {
                 "number": chart.number,
                 "title": chart.title,
                 "caption": chart.caption,
                 "command": chart.command,
-                "picture": "data:image/svg+xml;base64," + base64.b64encode(draw(chart)).decode(),
+                "picture": data_url(draw(chart), "image/svg+xml"),
             }
             for chart in charts
         ],
         "missing": missing,
+        "own": study.is_own,
         "caveats": _caveats(study),
         "environment": _environment(study),
     }
@@ -223,6 +227,28 @@ def _class(one: Mapping[str, Any], measure: str) -> dict[str, str]:
         "value": percent(one[measure]),
         "interval": interval(ends),
     }
+
+
+def _confusions(study: Study) -> Iterator[dict[str, Any]]:
+    """What is taken for what, of datasets of one's own: the matrix, or of many classes the most frequent pairs."""
+    for (model, dataset, protocol), result in sorted(study.results.items()):
+        table, names = result.details.get("confusion"), [str(one["name"]) for one in result.per_class]
+        if table is None or dataset in OF_PAPER:
+            continue
+        wrong = [(n, i, j) for i, row in enumerate(table) for j, n in enumerate(row) if n and i != j]
+        frequent = sorted(wrong, key=lambda pair: (-pair[0], pair[1:]))[:SHOWN_PAIRS]
+        shares = [[n / max(1, sum(row)) for n in row] for row in table] if len(names) <= MATRIX else []
+        yield {
+            "model": model,
+            "dataset": dataset,
+            "protocol": protocol,
+            "names": names,
+            "rows": [
+                [(f"{n:,}" if n else "", f"{share:.2f}") for n, share in zip(*both, strict=True)]
+                for both in zip(table, shares, strict=False)
+            ],
+            "pairs": [] if shares else [(names[i], names[j], f"{n:,} of {sum(table[i]):,}") for n, i, j in frequent],
+        }
 
 
 def _caveats(study: Study) -> list[Any]:

@@ -16,6 +16,7 @@ from diptych.evaluate.metrics.robustness import (
     select_classes,
 )
 from diptych.evaluate.references import (
+    PAPER27,
     SHIFTS,
     Compared,
     Reference,
@@ -31,6 +32,8 @@ PROTOCOL_OF_SHIFT: dict[str, Protocol] = {
 }
 """How a shift is measured without training."""
 
+OF_PAPER = frozenset({*PAPER27, *SHIFTS, IMAGENET, "flickr30k", "mscoco"})
+"""Datasets that the paper's figures and tables are of."""
 GFLOPS = "GFLOPs of the image tower a picture (a multiply-add counted as two)"
 """Label of the horizontal axis of figures over size."""
 RESNET50 = ("resnet50", "rn50")
@@ -52,6 +55,11 @@ class Study:
     """ImageNet models, from the user."""
     on_subset: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """(model, shift) -> accuracy on ImageNet among the classes of the shift."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether none of the paper's datasets is here."""
+        return not OF_PAPER & {dataset for _, dataset, _ in self.results}
 
     def get(self, model: str, dataset: str, protocol: Protocol) -> Result | None:
         """One result, if it is there."""

@@ -50,6 +50,10 @@ def why_not(config: TrainConfig, steps: int, batches_per_epoch: int) -> str | No
         return "no tower is locked"
     if start.cache_features == "off":
         return "--cache-features off"
+    if start.lock == "text" and config.loader.caption_key is not None:
+        if start.cache_features == "on":
+            raise UsageError("cache_features on needs one caption a picture, and --caption-key may name several")
+        return "a picture may have several captions"
     remote = [source.url for source in config.data if source.url]
     if remote and start.cache_features == "on":
         raise UsageError(

@@ -33,9 +33,12 @@ def require_same_run(stored: Mapping[str, Any], config: TrainConfig) -> None:
     theirs, ours = to_dict(_adopt(from_dict(TrainConfig, stored), config)), to_dict(config)
     changed = sorted(name for name in ours if ours[name] != theirs[name])
     if changed:
+        had, wanted = theirs["run"]["steps"], ours["run"]["steps"]
+        more = f"; --steps {had} --extend-to {wanted} goes on to there" if had and wanted and had < wanted else ""
         details = "; ".join(f"{name}: {_difference(theirs[name], ours[name])}" for name in changed)
         raise UsageError(
-            f"{config.out} holds a run with other settings ({details}); repeat them to continue, or name another out"
+            f"{config.out} holds a run with other settings ({details}); repeat them to continue, or name another "
+            f"out{more}"
         )
 
 

@@ -8,9 +8,9 @@ supply it.
 
 from collections.abc import Callable, Mapping
 
-from diptych.evaluate.report.charts import Chart, Missing
 from diptych.evaluate.report.figures import shift, size, transfer
 from diptych.evaluate.report.results_table import Study
+from diptych.report.charts import Chart, Missing
 
 FIGURES: Mapping[str, Callable[[Study], Chart | Missing]] = {
     "4": transfer.prompting,

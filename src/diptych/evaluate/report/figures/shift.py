@@ -13,9 +13,9 @@ from diptych.evaluate.metrics.overlap import bonferroni
 from diptych.evaluate.metrics.robustness import IMAGENET, Line, effective_robustness, fit_line, fit_shift
 from diptych.evaluate.references import KORNBLITH12, PAPER27, SHIFTS, reference
 from diptych.evaluate.report.captions import evaluate_command, list_few, mean, sentence
-from diptych.evaluate.report.charts import Bar, Bars, Chart, Guide, Mark, Missing, Plot, Series, Whose
 from diptych.evaluate.report.results_table import PROTOCOL_OF_SHIFT, Study
 from diptych.evaluate.results import Protocol
+from diptych.report.charts import Bar, Bars, Chart, Guide, Mark, Missing, Plot, Series, Whose
 
 POOLED = "acc1_pooled"
 SHIFTS_COMMAND = "diptych evaluate --model MODEL --suite imagenet shifts"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from diptych.evaluate.references import KORNBLITH12, PAPER27, PAPER_MODELS, reference
 from diptych.evaluate.report.captions import count, evaluate_command, left_out, list_few, mean, sentence
-from diptych.evaluate.report.charts import Chart, Guide, Mark, Missing, Plot, Series, Whose
 from diptych.evaluate.report.results_table import GFLOPS, Study
 from diptych.evaluate.results import Protocol
 from diptych.model.config import get_preset
 from diptych.model.cost import image_tower
+from diptych.report.charts import Chart, Guide, Mark, Missing, Plot, Series, Whose
 
 
 def zero_shot_over_size(study: Study) -> Chart | Missing:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from diptych.evaluate.references import PAPER27, PAPER_MODELS, reference
 from diptych.evaluate.report.captions import evaluate_command, left_out, list_few, mean, sentence
-from diptych.evaluate.report.charts import Bar, Bars, Chart, Guide, Mark, Missing, Plot, Series, Whose
 from diptych.evaluate.report.results_table import GFLOPS, Study
 from diptych.evaluate.results import Result
+from diptych.report.charts import Bar, Bars, Chart, Guide, Mark, Missing, Plot, Series, Whose
 
 NOISY_STUDENT = "EfficientNet-L2-NoisyStudent"
 """Figure 11's other model, the best on ImageNet of its time."""

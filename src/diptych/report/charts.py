@@ -8,9 +8,10 @@ Nothing here imports torch or matplotlib.
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["percent", "logit", "log", "shots", "points", "share", "error"]
-"""percent: 0..1 shown in percent. logit: the same, with logits as distances. log: a positive number. shots: examples a
-class, 0 at the left. points: a difference of percentages. share: of pictures, 0..1. error: 1 - value, both on a log."""
+Axis = Literal["number", "percent", "logit", "log", "shots", "points", "share", "error"]
+"""number: as it is. percent: 0..1 shown in percent. logit: the same, with logits as distances. log: a positive number.
+shots: examples a class, 0 at the left. points: a difference of percentages. share: of pictures, 0..1. error: 1 - value,
+both on a log."""
 Whose = Literal["ours", "baseline", "confirmed", "unconfirmed"]
 """Ours: a CLIP that was measured here. baseline: another model that was measured here. The rest is published."""
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from diptych import files
-from diptych.evaluate.report.charts import Axis, Bars, Chart, Guide, Plot, Series, Whose
+from diptych.report.charts import Axis, Bars, Chart, Guide, Plot, Series, Whose
 
 OURS = ("#2457a6", "#2d7a3e", "#7b3fa0", "#00838f", "#c2185b", "#5d4037", "#455a64", "#827717", "#e65100")
 BASELINES = ("#b5541c", "#a1887f", "#d4a017", "#8d6e63", "#bf8f6f")
@@ -26,6 +26,8 @@ WIDTH, HEIGHT = 6.4, 4.8
 """Inches of a panel."""
 MANY = 10
 """From so many panels on they stand four in a row, half as large, under one legend."""
+MANY_MARKS = 40
+"""Marks from which a line has none."""
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -38,6 +40,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "legend.framealpha": 0.85,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a name is a $
 }
 _DASHES = ((5.0, 3.0), (1.0, 1.5))
 """Dashes of the first and the second guide."""
@@ -141,9 +144,9 @@ def _draw_bars(axes: Axes, panel: Bars) -> None:
     axes.grid(visible=False, axis="y")
     if panel.axis == "log":
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(min([1.0, *(0.8 * value for value in values)]), 1.6 * max(values))
+        low, high = min([1.0, *(0.8 * value for value in values)]), 1.6 * max(values)
+        axes.set_xlim(low, high)
+        _set_ticks(axes.xaxis, _log_ticks(low, high), scale=1.0)
     else:
         axes.axvline(0, color="#1c1c1c", linewidth=0.8)
         axes.margins(x=0.14)
@@ -168,9 +171,11 @@ def _draw_plot(axes: Axes, panel: Plot) -> None:
         else:
             family = series.family or series.name
             colour = colours[family] = colours.get(family) or next(palettes[series.whose])
-            shape = "o" if series.whose == "ours" else "^"
+            alone = bool(series.family) and not series.joined  # beside a line of the same colour
+            shape = "*" if alone else "o" if series.whose == "ours" else "^"
             small = not series.labelled and not series.joined
-            look = {"marker": shape, "color": colour, "markersize": 4 if small else 6, "alpha": 0.6 if small else 1.0}
+            size = 12 if alone else 4 if small else 6
+            look = {"marker": shape, "color": colour, "markersize": size, "alpha": 0.6 if small else 1.0}
         _draw_series(axes, panel, series, look)
     _set_axis(axes, "x", panel.x_axis, panel)
     _set_axis(axes, "y", panel.y_axis, panel)
@@ -182,6 +187,8 @@ def _draw_series(axes: Axes, panel: Plot, series: Series, look: dict) -> None:
     x = [_place(panel.x_axis, mark.x) for mark in series.marks]
     y = [_place(panel.y_axis, mark.y) for mark in series.marks]
     style = "-" if series.joined else "none"
+    if series.joined and len(x) > MANY_MARKS:
+        look = look | {"marker": "none"}
     axes.plot(x, y, label=series.name, linestyle=style, linewidth=1.4, **look)
     for at, mark in zip(x, series.marks, strict=True):
         if mark.low is not None and mark.high is not None:
@@ -223,16 +230,25 @@ def _set_axis(axes: Axes, which: Literal["x", "y"], kind: Axis, panel: Plot) -> 
         if kind == "error":
             _set_ticks(axis, [tick for tick in _TICKS if low <= tick <= high] or values[:1])
         else:
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
+            _set_ticks(axis, _log_ticks(low, high), scale=1.0)
     elif kind == "shots":
         shown = sorted(set(values))
         axes.set_xticks([_place("shots", value) for value in shown], [f"{value:g}" for value in shown])
 
 
-def _set_ticks(axis, ticks: Sequence[float]) -> None:
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two ends: decades, or 1, 2 and 5 of each; the middle if none lies there."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        if len(inside := [tick for tick in ticks if low <= tick <= high]) >= 3:
+            return inside
+    return inside if len(inside) > 1 else [float(f"{low * (high / low) ** share:.2g}") for share in (0.25, 0.75)]
+
+
+def _set_ticks(axis, ticks: Sequence[float], scale: float = 100.0) -> None:
     axis.set_major_locator(FixedLocator(list(ticks)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
