@@ -21,8 +21,8 @@ import hashlib
 import importlib.resources
 import json
 import lzma
-import reprlib
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
