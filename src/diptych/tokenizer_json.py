@@ -139,6 +139,10 @@ class JsonTokenizer(BaseTokenizer):
         """Ids of one text, without start and end token and however long."""
         return self._encode(as_list([text]))[0]
 
+    def piece(self, token: int) -> str:
+        """What one token stands for, as its file writes it."""
+        return str(self._built.backend.id_to_token(token))
+
     def decode(self, ids: Iterable[int] | Integer[Tensor, " L"] | Integer[np.ndarray, " L"]) -> str:
         """Text of `ids` up to an end token, special tokens left out."""
         tokens = list(itertools.takewhile(lambda token: token != self._end_id, map(int, ids)))

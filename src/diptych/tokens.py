@@ -158,6 +158,10 @@ class BaseTokenizer(ABC):
         """Ids of one text, without start and end token and however long."""
 
     @abstractmethod
+    def piece(self, token: int) -> str:
+        """What one token stands for, written out."""
+
+    @abstractmethod
     def decode(self, ids: Iterable[int] | Integer[Tensor, " L"] | Integer[np.ndarray, " L"]) -> str:
         """Text of `ids` up to an end token, without start tokens."""
 

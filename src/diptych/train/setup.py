@@ -33,4 +33,9 @@ def load_tokenizer(config: TrainConfig) -> BaseTokenizer:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} entries, the text tower {text.vocab_size}; they must agree"
         )
+    if tokenizer.end_token_id != text.vocab_size - 1:
+        raise UsageError(
+            f"{config.tokenizer} ends a caption with the id {tokenizer.end_token_id}; the text tower finds the end by "
+            "the highest id (`diptych tokenizer train` makes one that has it)"
+        )
     return tokenizer.with_context_length(text.context_length)
