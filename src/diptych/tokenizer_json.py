@@ -353,7 +353,7 @@ def read_tokenizer(
     extra = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
     special = tuple(dict.fromkeys(token for token in (*named.values(), *extra) if token))
     rules = Rules(
-        clean=clean,
+        clean="siglip" if kind == "SiglipTokenizer" and clean == "none" else clean,
         lowercase=kind == "Siglip2Tokenizer",
         template=template,
         pad=pad,
