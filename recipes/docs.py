@@ -5,15 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diptych.cli import COMMANDS, curate
+from diptych.cli import COMMANDS, curate, tokenizer
 
+ROOMS = {"curate": curate, "tokenizer": tokenizer}
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
 
 def render() -> str:
     """The page: the table of commands, then each command's help."""
     sections = ["# The command line", "", "Written by `make docs` from `--help`; do not edit."]
-    stages = [["curate", name] for name in curate.COMMANDS]
+    stages = [[group, name] for group, room in ROOMS.items() for name in room.COMMANDS]
     for arguments in ([], *([name] for name in COMMANDS), *stages):
         title = " ".join(["diptych", *arguments])
         sections += ["", f"## `{title}`", "", "```", read_help(arguments), "```"]

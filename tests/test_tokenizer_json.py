@@ -3,6 +3,7 @@ import functools
 import json
 import lzma
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -170,10 +171,14 @@ def siglip(families) -> JsonTokenizer:
 
 
 def clean_slowly(text: str, clean: str) -> str:
-    """As open_clip writes it."""
+    """As open_clip writes it, and transformers' SiglipTokenizer."""
     import html
+    import re
     import string
 
+    if clean == "siglip":
+        text = text.replace("▁", " ").lower().translate(str.maketrans("", "", string.punctuation))
+        return re.sub(r"\s+", " ", text).strip()
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     if clean == "canonicalize":
         return " ".join(text.replace("_", " ").translate(str.maketrans("", "", string.punctuation)).lower().split())
@@ -210,8 +215,8 @@ def test_a_list_of_words_alone_is_read_with_bert_s_rules(families, tmp_path):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=40), st.sampled_from(["whitespace", "lower", "canonicalize"]))
-def test_cleaning_equals_open_clip_s(text, clean):
+@given(st.text(max_size=40), st.sampled_from(["whitespace", "lower", "canonicalize", "siglip"]))
+def test_cleaning_equals_that_of_open_clip_and_transformers(text, clean):
     assert CLEANERS[clean](text) == clean_slowly(text, clean)
 
 
@@ -395,6 +400,16 @@ def test_loading_says_what_is_wrong_with_a_folder(siglip, tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(NotFoundError, match=r"needs a tokenizer\.json: it has none"):
         Tokenizer.load(tmp_path)
+
+
+def test_transformers_siglip_tokenizer_cleans_texts_by_itself(families, tmp_path):
+    folder, _ = families("SigLIP")
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "SiglipTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = read_tokenizer(tmp_path, 16)
+    assert torch.equal(tokenizer("The_Cat, on a MAT!"), read_tokenizer(folder, 16)("thecat on a mat"))
+    assert read_tokenizer(tmp_path, 16, clean="canonicalize").rules.clean == "canonicalize"
 
 
 def test_reading_a_foreign_folder_says_what_it_lacks(families, tmp_path):

@@ -171,6 +171,13 @@ class Tokenizer(BaseTokenizer):
         stream = b"".join(map(self._chunks.__getitem__, clean_quickly(text).split(" ")))
         return np.frombuffer(stream, dtype=np.int32).tolist()
 
+    def piece(self, token: int) -> str:
+        """What one token stands for: its bytes as text, the end of a word as `</w>`."""
+        if token >= self.start_token_id:
+            return (_START, _END)[token - self.start_token_id]
+        written = self._token_bytes[token]
+        return written.removesuffix(b" ").decode("utf-8", "backslashreplace") + "</w>" * written.endswith(b" ")
+
     def decode(self, ids: Iterable[int] | Integer[Tensor, " L"] | Integer[np.ndarray, " L"]) -> str:
         """Lower-case text of `ids`, a space after each piece; start tokens left out, up to an end token.
 

@@ -144,6 +144,10 @@ class JsonTokenizer(BaseTokenizer):
         """Ids of one text, without start and end token and however long."""
         return self._encode(as_list([text]))[0]
 
+    def piece(self, token: int) -> str:
+        """What one token stands for, as its file writes it."""
+        return str(self._built.backend.id_to_token(token))
+
     def decode(self, ids: Iterable[int] | Integer[Tensor, " L"] | Integer[np.ndarray, " L"]) -> str:
         """Text of `ids` up to an end token, special tokens left out."""
         tokens = list(itertools.takewhile(lambda token: token != self._end_id, map(int, ids)))
@@ -354,7 +358,7 @@ def read_tokenizer(
     extra = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
     special = tuple(dict.fromkeys(token for token in (*named.values(), *extra) if token))
     rules = Rules(
-        clean=clean,
+        clean="siglip" if kind == "SiglipTokenizer" and clean == "none" else clean,
         lowercase=kind == "Siglip2Tokenizer",
         template=template,
         pad=pad,

@@ -22,7 +22,7 @@ from torch import Tensor
 from diptych.errors import UsageError
 
 SpecialTokens = Literal["escape", "parse"]
-Clean = Literal["none", "whitespace", "lower", "canonicalize"]
+Clean = Literal["none", "whitespace", "lower", "canonicalize", "siglip"]
 
 FILE_NAME = "diptych_tokenizer.json"
 
@@ -63,13 +63,19 @@ def canonicalize(text: str) -> str:
     return " ".join(text.replace("_", " ").translate(_PUNCTUATION).lower().split())
 
 
+def clean_siglip(text: str) -> str:
+    """`canonicalize` as transformers' SiglipTokenizer has it: nothing is repaired, and "_" is removed."""
+    return " ".join(text.replace("\u2581", " ").lower().translate(_PUNCTUATION).split())
+
+
 CLEANERS: Mapping[Clean, Callable[[str], str]] = {
     "none": lambda text: text,
     "whitespace": collapse,
     "lower": lambda text: collapse(text).lower(),
     "canonicalize": canonicalize,
+    "siglip": clean_siglip,
 }
-"""By the names that open_clip's configs have for them (its `tokenizer.get_clean_fn`)."""
+"""By the names that open_clip's configs have for them (its `tokenizer.get_clean_fn`), and transformers' own."""
 
 
 class TokenBatch(NamedTuple):
@@ -161,6 +167,10 @@ class BaseTokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without start and end token and however long."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """What one token stands for, written out."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int] | Integer[Tensor, " L"] | Integer[np.ndarray, " L"]) -> str:
