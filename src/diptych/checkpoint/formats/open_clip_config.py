@@ -223,7 +223,7 @@ def _read_activation(tower: Mapping[str, Any], activation: Activation) -> Activa
     match tower.get("act_kwargs") or None:
         case None:
             return activation
-        case {"approximate": "tanh", **rest} if not rest and activation == "gelu":
+        case {"approximate": "tanh", **rest} if not rest and activation != "quick_gelu":
             return "gelu_tanh"
         case other:
             raise UsageError(f"act_kwargs are {short(other)}")
