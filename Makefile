@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo curate-demo test test-slow test-oldest check fix bench gpu parity hostile kill-test peers docs golden clean help
+.PHONY: demo curate-demo test test-slow test-oldest check fix bench gpu parity hostile kill-test peers tokenizers docs golden clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -51,6 +51,10 @@ kill-test: .venv/demo .venv/dev ## kill training a hundred times and compare wha
 	$(VENV)/python benchmarks/kill.py $(ARGS)
 
 peers: .venv-peers/done ## build the environment of the libraries we are compared with
+
+tokenizers: .venv/demo peers ## compare ids beside open_clip and transformers: make tokenizers FILE=tokenizer.json (a large vocabulary)
+	$(VENV)/python tests/golden/compare_tokenizers.py $(ARGS)
+	$(if $(FILE),$(VENV)/python tests/golden/compare_json_tokenizers.py $(FILE) $(ARGS))
 
 docs: .venv/demo ## write docs/cli.md from the commands' own help, the tables of docs/scaling.md from their plans
 	$(VENV)/python -m recipes.docs

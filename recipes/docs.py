@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diptych.cli import COMMANDS, curate, shards
+from diptych.cli import COMMANDS, curate, shards, tokenizer
 
+ROOMS = {"shards": shards, "curate": curate, "tokenizer": tokenizer}
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
 
 def render() -> str:
     """The page: the table of commands, then each command's help."""
     sections = ["# The command line", "", "Written by `make docs` from `--help`; do not edit."]
-    groups = {"shards": shards.COMMANDS, "curate": curate.COMMANDS}
-    inner = [[name, command] for name, commands in groups.items() for command in commands]
-    for arguments in ([], *([name] for name in COMMANDS), *inner):
+    stages = [[group, name] for group, room in ROOMS.items() for name in room.COMMANDS]
+    for arguments in ([], *([name] for name in COMMANDS), *stages):
         title = " ".join(["diptych", *arguments])
         sections += ["", f"## `{title}`", "", "```", read_help(arguments), "```"]
     return "\n".join(sections) + "\n"

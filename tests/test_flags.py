@@ -22,9 +22,11 @@ FLAGS = {
     "embed": 15,
     "evaluate": 22,
     "report": 6,
+    "models": 4,
     "inspect": 3,
     "convert": 8,
     "verify": 2,
+    "tokenizer": 0,
     "curate queries": 14,
     "curate crawl": 15,
     "curate links": 9,
@@ -38,6 +40,8 @@ FLAGS = {
     "curate contamination": 10,
     "curate delete": 4,
     "curate run": 12,
+    "tokenizer train": 4,
+    "tokenizer show": 1,
 }
 
 

@@ -18,7 +18,6 @@ import array
 import dataclasses
 import functools
 import hashlib
-import html
 import importlib.resources
 import json
 import lzma
@@ -28,22 +27,29 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import ftfy
 import numpy as np
 import regex
-import torch
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Integer
 from torch import Tensor
 
 from diptych import files
 from diptych.bpe import SINGLE_TOKENS, TokenPair, build_pairs, learn_merges, merge_bytes, spell_tokens
 from diptych.errors import NotFoundError, UsageError
+from diptych.tokenizer_json import JsonTokenizer
+from diptych.tokens import (
+    FILE_NAME,
+    BaseTokenizer,
+    SpecialTokens,
+    TokenBatch,
+    as_list,
+    cannot_cut,
+    check_special_tokens,
+    is_plain,
+    repair,
+)
 
-SpecialTokens = Literal["escape", "parse"]
-
-FILE_NAME = "diptych_tokenizer.json"
 _HEADER = {"format": "diptych tokenizer", "version": 1}
 
 _START, _END = "<start_of_text>", "<end_of_text>"
@@ -64,65 +70,21 @@ _ASCII_PIECES = {
 # A chunk of its own between two captions: clean text holds no line feed. Its two slots become the end token
 # of one caption and the start token of the next.
 _BORDER = "\n"
-_LONG_NUMBER = re.compile("&#([0-9]{1000,});?")
 _BORDER_IDS = np.array([-1, -1], dtype=np.int32).tobytes()
 
 
 def clean(text: str) -> str:
     """Repair, unescape, collapse white space and lower-case `text`, in the order of the released models."""
-    return " ".join(_unescape(_unescape(ftfy.fix_text(text))).split()).lower()
-
-
-def _unescape(text: str) -> str:
-    try:
-        return html.unescape(text)
-    except ValueError:  # Python reads no decimal number of thousands of digits, which no character has anyway
-        return html.unescape(_LONG_NUMBER.sub(lambda found: f"&#{found[1].lstrip('0')[:8] or 0};", text))
+    return " ".join(repair(text).split()).lower()
 
 
 def clean_quickly(text: str) -> str:
-    """`clean(text)`, except that spaces may be repeated or lead or trail: 100 times quicker on plain text.
-
-    Plain is printable ASCII (U+0020..U+007E) without "&". `clean` only lower-cases it: ftfy leaves the
-    encoding of ASCII alone, and each of its other fixes needs a character outside ASCII, a control character
-    (terminal escapes, line breaks) or an entity; unescaping needs an "&"; the only white space is the space.
-    A "<" changes ftfy's mind about nothing but entities.
-    """
-    if text.isascii() and text.isprintable() and "&" not in text:
-        return text.lower()
-    return clean(text)
-
-
-class TokenBatch(NamedTuple):
-    """Token ids of N captions without padding, each with its start and its end token."""
-
-    ids: Int32[np.ndarray, " total"]
-    """All captions, one after the other."""
-    offsets: Int64[np.ndarray, " N+1"]
-    """Caption i is `ids[offsets[i]:offsets[i + 1]]`."""
-    truncated: int
-    """How many captions were cut to fit the context length."""
-
-    @property
-    def lengths(self) -> Int64[np.ndarray, " N"]:
-        """Tokens per caption, start and end token included."""
-        return np.diff(self.offsets)
-
-    def padded(self, context_length: int) -> Int64[Tensor, "N L"]:
-        """Rows of `context_length` ids, filled up with 0 (also a "!": only the end token is an end)."""
-        lengths = self.lengths
-        if len(lengths) and lengths.max() > context_length:
-            raise UsageError(
-                f"a caption has {lengths.max()} tokens, more than context_length={context_length}; "
-                "give encode_batch the same context_length"
-            )
-        rows = np.zeros((len(lengths), context_length), dtype=np.int64)
-        rows[np.arange(context_length) < lengths[:, None]] = self.ids  # a mask fills row by row, as `ids` runs
-        return torch.from_numpy(rows)
+    """`clean(text)`, except that spaces may be repeated or lead or trail: 100 times quicker on plain text."""
+    return text.lower() if is_plain(text) else clean(text)
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(BaseTokenizer):
     """Byte-pair encoding with CLIP's text rules.
 
     >>> tokenizer = Tokenizer.clip()
@@ -144,8 +106,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         _check_context_length(self.context_length)
-        if self.special_tokens not in ("escape", "parse"):
-            raise UsageError(f'special_tokens={self.special_tokens!r}; allowed: "escape", "parse"')
+        check_special_tokens(self.special_tokens)
         _ = self._pairs  # a malformed merge is reported here, not at the first caption
 
     @classmethod
@@ -173,18 +134,6 @@ class Tokenizer:
         """SHA-256 of the merges: equal fingerprints mean equal ids for every ordinary text."""
         return hashlib.sha256("\n".join(self.merges).encode()).hexdigest()
 
-    def __call__(
-        self, texts: str | Iterable[str], context_length: int | None = None, *, truncate: bool = True
-    ) -> Int64[Tensor, "N L"]:
-        """One row of `context_length` ids per text: start token, text, end token, zeros.
-
-        A text that is too long keeps its first tokens and the end token; with `truncate=False` it raises
-        ValueError. To learn how many were cut, take the two steps this call is made of:
-        `batch = tokenizer.encode_batch(texts)`, `batch.truncated`, `batch.padded(tokenizer.context_length)`.
-        """
-        length = self.context_length if context_length is None else context_length
-        return self.encode_batch(texts, length, truncate=truncate).padded(length)
-
     def encode_batch(
         self, texts: str | Iterable[str], context_length: int | None = None, *, truncate: bool = True
     ) -> TokenBatch:
@@ -194,7 +143,7 @@ class Tokenizer:
         """
         length = self.context_length if context_length is None else context_length
         _check_context_length(length)
-        texts = _as_list(texts)
+        texts = as_list(texts)
         chunks = f" {_BORDER} ".join(["", *map(clean_quickly, texts), ""]).split(" ")
         stream = b"".join(map(self._chunks.__getitem__, chunks))
         # No caption ends at the first border, none starts at the last.
@@ -207,10 +156,7 @@ class Tokenizer:
         too_long = np.flatnonzero(np.diff(offsets) > length)
         if len(too_long) and not truncate:
             first = int(too_long[0])
-            raise UsageError(
-                f"text {first} has {offsets[first + 1] - offsets[first]} tokens, more than "
-                f"context_length={length}: {reprlib.repr(texts[first])}; shorten it or pass truncate=True"
-            )
+            raise cannot_cut(first, int(offsets[first + 1] - offsets[first]), length, texts[first])
         if len(too_long):
             keep = np.ones(len(ids), dtype=bool)
             for caption in too_long:
@@ -221,9 +167,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without start and end token and however long."""
-        (text,) = _as_list([text])
+        (text,) = as_list([text])
         stream = b"".join(map(self._chunks.__getitem__, clean_quickly(text).split(" ")))
         return np.frombuffer(stream, dtype=np.int32).tolist()
+
+    def piece(self, token: int) -> str:
+        """What one token stands for: its bytes as text, the end of a word as `</w>`."""
+        if token >= self.start_token_id:
+            return (_START, _END)[token - self.start_token_id]
+        written = self._token_bytes[token]
+        return written.removesuffix(b" ").decode("utf-8", "backslashreplace") + "</w>" * written.endswith(b" ")
 
     def decode(self, ids: Iterable[int] | Integer[Tensor, " L"] | Integer[np.ndarray, " L"]) -> str:
         """Lower-case text of `ids`, a space after each piece; start tokens left out, up to an end token.
@@ -247,9 +200,9 @@ class Tokenizer:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
         return path
 
-    @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read what `save` wrote into `folder`."""
+    @staticmethod
+    def load(folder: str | Path) -> BaseTokenizer:
+        """Read the tokenizer that `save` wrote into `folder`: one of these, or a `JsonTokenizer`."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise NotFoundError(f"no {FILE_NAME} in {folder}; name a folder that Tokenizer.save wrote")
@@ -257,7 +210,7 @@ class Tokenizer:
             record = files.read_json(path)
         except ValueError as error:
             raise UsageError(f"{path} is not JSON ({error}); save the tokenizer again") from error
-        return _from_record(record, path)
+        return JsonTokenizer.from_record(record, path) if JsonTokenizer.wrote(record) else _from_record(record, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Caches stay at home, and the stock vocabulary travels by name: every process has a copy of it.
@@ -347,26 +300,13 @@ def train_bpe(captions: Iterable[str], vocab_size: int, context_length: int = 77
 def _count_pieces(captions: Iterable[str]) -> Counter[bytes]:
     chunks: Counter[str] = Counter()
     for caption in [captions] if isinstance(captions, str) else captions:  # may be a stream larger than memory
-        (text,) = _as_list([caption])
+        (text,) = as_list([caption])
         chunks.update(clean_quickly(text).split(" "))
     pieces: Counter[bytes] = Counter()
     for chunk, count in chunks.items():
         for piece in _PIECES["escape"].findall(chunk):
             pieces[piece.encode("utf-8")] += count
     return pieces
-
-
-def _as_list(texts: str | Iterable[str]) -> list[str]:
-    """One text or many as a list; anything that is no string is refused by its place."""
-    if isinstance(texts, str):
-        return [texts]
-    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
-        raise UsageError(f"texts is {type(texts).__name__}; give a string or a list of strings")
-    listed = list(texts)
-    for i, text in enumerate(listed):
-        if not isinstance(text, str):
-            raise UsageError(f"text {i} is {type(text).__name__}, {reprlib.repr(text)}; give a list of strings")
-    return listed
 
 
 def _check_context_length(context_length: int) -> None:

@@ -25,7 +25,7 @@ from diptych.errors import PictureError, UsageError, unknown_name
 from diptych.image import Picture
 from diptych.model.config import CLIPConfig, Precision
 from diptych.templates import SIMPLE, fill_template, parse_templates
-from diptych.tokenizer import Tokenizer
+from diptych.tokens import BaseTokenizer
 
 Classnames = Sequence[str | Sequence[str]]
 """One entry a class: its name, or several names for it."""
@@ -84,7 +84,7 @@ def _split_classes(names: Sequence[tuple[str, ...]], most: int) -> Iterator[list
     yield some
 
 
-def _require_distinct(tokenizer: Tokenizer, classnames: Sequence[tuple[str, ...]], template: str) -> None:
+def _require_distinct(tokenizer: BaseTokenizer, classnames: Sequence[tuple[str, ...]], template: str) -> None:
     """Refuse two classes that are the same tokens; warn of names that are longer than the model reads."""
     prompts = [fill_template(template, name) for entry in classnames for name in entry]
     batch = tokenizer.encode_batch(prompts)

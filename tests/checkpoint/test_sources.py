@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +15,9 @@ from huggingface_hub.utils import _http
 
 from diptych.checkpoint import layouts, sources
 from diptych.errors import CheckpointError, DownloadError, NotFoundError, UsageError
+from diptych.model import cost
 from diptych.model.config import PRESETS
+from diptych.train.plan import count_parameters
 from samples import TINY_VIT, make_loaded, small
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -334,7 +337,8 @@ def test_the_table_decides_where_the_config_is_silent_and_a_contradiction_is_ref
         ("runs/none/model", "no such model: runs/none/model"),
         ("./none", "no file or folder"),
         ("none.pt", "no file or folder"),
-        ("model", "published weights like ViT-B-32/openai"),
+        ("model", "published weights like ViT-B-32/openai: `diptych models` lists them"),
+        ("SigLIP/webli", "`diptych models` lists the published ones"),
         ("x" * 5000, "no such model: xxx"),
     ],
 )
@@ -367,18 +371,91 @@ def test_a_published_file_is_known_by_name_and_hash_not_by_name_alone(tmp_path, 
     assert sources.find_published(path.rename(tmp_path / "other.pt")) is None
 
 
-def test_every_published_entry_is_of_a_known_architecture_and_well_formed():
+FAMILIES = {
+    # open_clip 4.2.0.dev0's 173 tags without the two of CLAP, which are of sounds
+    "OpenAI": 9,
+    "OpenCLIP": 19,
+    "DataComp": 7,
+    "CommonPool": 21,
+    "DFN": 5,
+    "MetaCLIP": 9,
+    "SigLIP": 11,
+    "SigLIP 2": 17,
+    "CLIPA": 7,
+    "MetaCLIP 2": 4,
+    "PE-Core": 5,
+    "MobileCLIP": 4,
+    "MobileCLIP 2": 6,
+    "ConvNeXt": 12,
+    "EVA-CLIP": 7,
+    "ViTamin": 15,
+    "RoBERTa": 1,
+    "XLM-RoBERTa": 2,
+    "NLLB-CLIP": 6,
+    "CoCa": 4,
+}
+
+
+def test_every_published_entry_is_of_a_family_and_well_formed():
     table = sources.load_published()
-    assert len(table) == 70
+    assert Counter(entry.family for entry in table.values()) == FAMILIES
+    assert sum(FAMILIES.values()) == 171
     for name, entry in table.items():
-        assert name.split("/")[0] in PRESETS
+        assert name == entry.name
         assert entry.activation in ("quick_gelu", "gelu")
-        assert entry.repository.count("/") == 1
+        assert (entry.repository or "").count("/") == (1 if entry.url is None else 0)
         assert entry.sha256 is None or len(entry.sha256) in (8, 64)
+        assert 6e7 < entry.parameters < 6e9
+        assert 224 <= entry.image_size <= 512
+        assert 16 <= entry.context_length <= 77
     assert all(entry.activation == "quick_gelu" for name, entry in table.items() if name.endswith("/openai"))
     assert table["ViT-B-32/laion2b_s34b_b79k"].activation == "gelu"
     assert table["ViT-H-14/dfn5b"].resize == "squash"
     assert table["ViT-L-14/laion2b_s32b_b82k"].mean == (0.5, 0.5, 0.5)
+    assert table["ViT-B-32/openai"].tokenizer is None
+    assert table["ViT-H-14-CLIPA/datacomp1b"].tokenizer == {
+        "name": "bert-base-uncased",
+        "clean": "whitespace",
+        "strip_sep_token": True,
+    }
+
+
+def test_parameters_of_the_table_are_those_of_the_model():
+    for name, entry in sources.load_published().items():
+        architecture = name.split("/")[0]
+        if architecture in PRESETS:
+            config = PRESETS[architecture]
+            towers = cost.image_tower(config), cost.text_tower(config, config.text.context_length)
+            assert entry.parameters == count_parameters(config, towers), name
+            assert layouts.why_not_published(entry) is None, name
+
+
+def test_published_weights_that_cannot_be_loaded_are_not_fetched(hub):
+    table = sources.load_published().items()
+    name, reason = next((name, why) for name, one in table if (why := layouts.why_not_published(one)) is not None)
+    with pytest.raises(CheckpointError) as caught:
+        layouts.open_checkpoint(name)
+    assert str(caught.value).startswith(name)
+    assert str(caught.value).endswith(f"cannot be loaded by this diptych: {reason}")
+    assert hub.requests == []
+
+
+def test_a_tokenizer_is_fetched_where_the_config_asks_for_one(hub, folders, tmp_path):
+    repository = publish(hub, folders / "open_clip")
+    files = hub.files[repository]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        files[name] = b"{}"
+    assert not (sources.fetch(repository) / "tokenizer.json").exists()
+    config = json.loads(files["open_clip_config.json"])
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP"
+    hub.files["owner/other"] = files | {"open_clip_config.json": json.dumps(config).encode()}
+    found = sources.fetch("owner/other")
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in found.iterdir()}
+
+
+def test_weights_that_lie_in_no_repository_say_where_their_file_is():
+    with pytest.raises(DownloadError, match=r"fetch https://.*/vit_b_16_plus_240-laion400m_e32-699c4b84\.pt and name"):
+        sources.resolve("ViT-B-16-plus-240/laion400m_e32")
 
 
 def test_local_paths_never_touch_the_network_nor_import_its_library(folders):

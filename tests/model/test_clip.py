@@ -5,7 +5,8 @@ import torch
 
 from diptych.model.clip import CLIP
 from diptych.model.config import OPEN_CLIP_PRESETS, PAPER_PRESETS, SMALL_PRESETS, get_preset
-from diptych.model.text import trim_text
+from diptych.model.text import find_ends, longest
+from diptych.model.transformer import Sight
 from samples import TINY_RESNET, TINY_VIT
 
 # spec: built from OpenAI's and OpenCLIP's code; parameters only, logit_scale in the total
@@ -85,7 +86,7 @@ def encode_whole(model: CLIP, text: torch.Tensor) -> torch.Tensor:
     tower = model.text
     x = tower.token_embedding(text) + tower.positional_embedding[: text.shape[1]]
     for block in tower.transformer.resblocks:
-        x = block(x, is_causal=True)
+        x = block(x, Sight(is_causal=True))
     x = tower.ln_final(x)[torch.arange(len(text)), text.argmax(dim=-1)]
     return x @ tower.text_projection
 
@@ -97,7 +98,7 @@ def test_the_last_block_of_the_image_tower_computes_one_token_and_nothing_is_los
     x = torch.cat([visual.class_embedding.expand(3, 1, -1), x], dim=1) + visual.positional_embedding
     x = visual.ln_pre(x)
     for block in visual.transformer.resblocks:
-        x = block(x, is_causal=False)
+        x = block(x, Sight())
     visual.transformer.resblocks[-1].mlp.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape))
     torch.testing.assert_close(visual(image), visual.ln_post(x[:, 0]) @ visual.proj, rtol=0, atol=1e-12)
     assert rows == [(3, 32)]
@@ -130,8 +131,8 @@ def test_a_batch_is_computed_in_groups_of_like_length_and_put_back_in_order():
 
 def test_text_may_be_cut_at_a_multiple():
     text = tokens(3, 9)
-    assert [trim_text(text, multiple).shape[1] for multiple in (1, 4, 8, 16)] == [9, 12, 16, 16]
-    assert trim_text(text[:0]).shape == (0, 16)
+    assert [longest(find_ends(text, None), multiple) for multiple in (1, 4, 8, 16)] == [9, 12, 16, 16]
+    assert longest(find_ends(text[:0], None), 4) is None
 
 
 def test_a_text_feature_does_not_depend_on_its_neighbours():

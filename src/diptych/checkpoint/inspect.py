@@ -20,6 +20,8 @@ from diptych.config import to_dict
 from diptych.errors import ActivationUnknownError, CheckpointError
 from diptych.model.config import PRESETS, Activation, CLIPConfig
 from diptych.tokenizer import Tokenizer
+from diptych.tokenizer_json import JsonTokenizer
+from diptych.tokens import BaseTokenizer
 
 
 def inspect(source: str | Path, *, activation: Activation | None = None, preset: str | None = None) -> dict[str, Any]:
@@ -58,15 +60,17 @@ def name_of(config: CLIPConfig) -> str | None:
     return next((n for n, preset in PRESETS.items() if replace(preset, activation=config.activation) == config), None)
 
 
-def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: BaseTokenizer) -> dict[str, Any]:
     """A tokenizer in a few values."""
-    stock = tokenizer.merges == Tokenizer.clip().merges
+    stock = tokenizer.fingerprint == Tokenizer.clip().fingerprint
+    rules = to_dict(tokenizer.rules) if isinstance(tokenizer, JsonTokenizer) else None
     return {
-        "vocabulary": "OpenAI's" if stock else "its own",
+        "vocabulary": "OpenAI's" if stock else "its own" if rules is None else "a tokenizer.json's",
         "vocab_size": tokenizer.vocab_size,
         "context_length": tokenizer.context_length,
         "special_tokens": tokenizer.special_tokens,
         "fingerprint": tokenizer.fingerprint,
+        **({} if rules is None else {"rules": rules}),
     }
 
 

@@ -77,7 +77,7 @@ def load(
 
 def open_checkpoint(source: str | Path, *, activation: Activation | None = None, preset: str | None = None) -> Opened:
     """Look into a checkpoint of any layout, without reading its weights. Arguments and errors as `load`."""
-    path, published = sources.resolve(source)
+    path, published = sources.resolve(source, why_not_published)
     with sources.explain_damage(path):
         return _open(path, published, activation, preset)
 
@@ -109,6 +109,16 @@ def _open(path: Path, published: sources.Published | None, activation: Activatio
         return opened
     config = replace(opened.config, activation=check_activation(activation))
     return replace(opened, config=config, evidence={**opened.evidence, "activation": "given by the caller"})
+
+
+def why_not_published(published: sources.Published) -> str | None:
+    """Why published weights cannot be loaded, as far as their architecture tells; None if they can."""
+    place = Path(open_clip.CONFIG)
+    try:
+        open_clip.read_config(place, {"model_cfg": dict(published.model_cfg)}, published.activation, None)
+    except (CheckpointError, UsageError) as error:
+        return str(error).removeprefix(f"{place}: ")
+    return None
 
 
 def _no_checkpoint(folder: Path) -> NotFoundError:

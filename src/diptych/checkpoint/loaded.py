@@ -5,7 +5,7 @@ names and shapes against the config, and only then asks for memory.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from diptych.errors import CheckpointError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig, ResNetConfig
-from diptych.tokenizer import Tokenizer
+from diptych.tokens import BaseTokenizer
 
 
 class Loaded(NamedTuple):
@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
 
     model: CLIP
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
 
     def turned(self) -> "Loaded":
         """The same, but pictures are turned as their EXIF orientation says."""
@@ -41,7 +41,7 @@ class Opened:
     path: Path
     config: CLIPConfig
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     weights: Weights
     evidence: Mapping[str, str] = field(default_factory=dict)
     """The reason for each choice that the weights do not show: activation, heads, preprocessing."""
@@ -150,10 +150,21 @@ def check_dtype(file: TensorFile, name: str, source: Source) -> None:
             raise CheckpointError(f"{file.paths[0]}: {part} has type {dtype}, which is no type for {name}")
 
 
-def why_only_diptych(config: CLIPConfig) -> str | None:
-    """Why no other library has this architecture, if so."""
-    if not isinstance(config.vision, ResNetConfig) and config.vision.stem != "patch":
-        return "its image tower begins with a pyramid of convolutions, which only diptych has"
+_SIZES = frozenset(
+    ["image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "context_length", "vocab_size"]
+)
+
+
+def why_not_paper(config: CLIPConfig) -> str | None:
+    """Why this is not the paper's architecture in some size, if so: some layouts know no other."""
+    towers = {"image": config.vision, "text": config.text}
+    for name, tower in towers.items():
+        if isinstance(tower, ResNetConfig):
+            continue
+        others = {f.name: getattr(tower, f.name) for f in fields(tower) if f.name not in _SIZES}
+        defaults = {f.name: f.default for f in fields(tower)}
+        if odd := [f"{key} {value}" for key, value in others.items() if value != defaults[key]]:
+            return f"its {name} tower is not the paper's: {', '.join(odd)}"
     if config.logit_bias:
         return "its logits have a bias, for the sigmoid loss; readers of this layout would drop it"
     return None

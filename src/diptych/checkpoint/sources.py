@@ -13,13 +13,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from diptych import files
 from diptych.checkpoint.weights.tensors import beside, read_json, short
@@ -41,13 +41,21 @@ _FOREIGN = {
     "config.json": (
         (
             *("preprocessor_config.json", "processor_config.json"),
-            *("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"),
+            *(
+                "tokenizer_config.json",
+                "vocab.json",
+                "merges.txt",
+                "tokenizer.json",
+                "special_tokens_map.json",
+                "vocab.txt",
+            ),
         ),
         ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     ),
 }
 
 _ALL_CONFIGS = (_NATIVE, *_FOREIGN)
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +64,23 @@ class Published:
 
     name: str
     """ARCHITECTURE/TAG, as in OpenCLIP's tables."""
-    repository: str
+    family: str
+    """Who trained it, or what is special about it: SigLIP 2, MetaCLIP, CoCa, ..."""
+    repository: str | None = None
+    """Where it lies on the hub; None if it was published as a single file only."""
+    url: str | None = None
+    """Where that file lies."""
+    weights: str | None = None
+    """Name of the weights in the repository, where it is not OpenCLIP's."""
     activation: Activation
+    parameters: int
+    """Numbers of both towers, and of a CoCa's decoder."""
+    model_cfg: Mapping[str, Any]
+    """OpenCLIP's description of the architecture."""
+    languages: int = 1
+    """Of the captions it was trained on, at least; 1 is English."""
+    licence: str | None = None
+    """Of the weights, as far as it is known; their own page is what counts."""
     mean: tuple[float, float, float] | None = None
     """Mean of the preprocessing, where it is not OpenAI's."""
     std: tuple[float, float, float] | None = None
@@ -68,6 +91,24 @@ class Published:
     sha256: str | None = None
     """SHA-256 of the published file, or the beginning of it."""
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it takes, pixels; the largest, where it takes any shape."""
+        return self.model_cfg["vision_cfg"].get("image_size", 224)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the texts it takes."""
+        return self.model_cfg["text_cfg"].get("context_length", 77)
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any] | None:
+        """Repository of its tokenizer.json ("name") and OpenCLIP's arguments for it; None if it is CLIP's own."""
+        text = self.model_cfg["text_cfg"]
+        if (name := text.get("hf_tokenizer_name")) is None:
+            return None
+        return {"name": name, "clean": "whitespace", **text.get("tokenizer_kwargs", {})}
+
 
 class Resolved(NamedTuple):
     """Where a checkpoint lies, and what is known of it beforehand."""
@@ -76,11 +117,12 @@ class Resolved(NamedTuple):
     published: Published | None = None
 
 
-def resolve(source: str | Path) -> Resolved:
+def resolve(source: str | Path, why_not: Callable[["Published"], str | None] = lambda _: None) -> Resolved:
     """Find a checkpoint, fetching it if it is named by repository or published name and not in the cache.
 
-    Raises NotFoundError for what does not exist, DownloadError if the network fails, CheckpointError for a repository
-    that holds no checkpoint or a download that came out wrong.
+    `why_not` says of published weights why they are not worth fetching, if so. Raises NotFoundError for what does not
+    exist, DownloadError if the network fails, CheckpointError for a repository that holds no checkpoint, a download
+    that came out wrong, or weights that are not worth it.
     """
     try:
         path = Path(source).expanduser()
@@ -97,18 +139,22 @@ def resolve(source: str | Path) -> Resolved:
             raise UsageError(f"{source!r} names no repository; use hf-hub:owner/name or hf-hub:owner/name@revision")
         return Resolved(fetch(match[1], match[2]))
     published = find_name(source)
+    if published.repository is None:
+        raise DownloadError(f"{source} lies in no repository; fetch {published.url} and name the file")
+    if (reason := why_not(published)) is not None:
+        raise CheckpointError(f"{source} ({published.family}) cannot be loaded by this diptych: {reason}")
     return Resolved(fetch(published.repository), published)
 
 
 @cache
 def load_published() -> Mapping[str, Published]:
     """The published weights by name; facts from OpenCLIP's tables (assets/README.md)."""
-    text = resources.files("diptych.assets").joinpath("published.json").read_text("utf-8")
-    return {name: _published(name, entry) for name, entry in json.loads(text).items()}
+    table = json.loads(resources.files("diptych.assets").joinpath("published.json").read_text("utf-8"))
+    known = table["architectures"]
+    return {name: _published(name, entry | known[name.split("/")[0]]) for name, entry in table["weights"].items()}
 
 
 def _published(name: str, entry: dict) -> Published:
-    entry = dict(entry)
     file = entry.pop("file", {})
     for key in ("mean", "std"):
         if key in entry:
@@ -135,12 +181,15 @@ def find_name(name: str) -> Published:
     if name.count("/") == 1 and not looks_like_a_path and not Path(architecture).is_dir():
         near = difflib.get_close_matches(architecture, architectures, n=1)
         hint = f"{near[0]}/{name.split('/')[1]}" if near else f"hf-hub:{name}"
-        raise NotFoundError(f"no such model: {name} (no such path, and no published weights); did you mean {hint}?")
+        raise NotFoundError(
+            f"no such model: {name} (no such path, and no published weights); did you mean {hint}? "
+            "`diptych models` lists the published ones"
+        )
     beside = sorted(path.name for path in Path(name).parent.iterdir()) if Path(name).parent.is_dir() else []
     there = f"; in {Path(name).parent} there are {', '.join(beside[:5])}" if "/" in name and beside else ""
     raise NotFoundError(
         f"no such model: {name} (no file or folder of this name{there}; repositories are named hf-hub:owner/name, "
-        "published weights like ViT-B-32/openai)"
+        "published weights like ViT-B-32/openai: `diptych models` lists them)"
     )
 
 
@@ -185,7 +234,7 @@ def _fetch_rest(repository: str, config: str, path: Path) -> bool:
             _require(repository, [beside(path, name).name], commit)
         return True
     more, weights = _FOREIGN[config]
-    for name in more:
+    for name in (*more, *(_TOKENIZER if _has_tokenizer(read_json(path)) else ())):
         _download(repository, name, commit)
     found = _require(repository, weights, commit)
     if found.name.endswith(".index.json"):
@@ -193,6 +242,13 @@ def _fetch_rest(repository: str, config: str, path: Path) -> bool:
         for name in sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else ():
             _require(repository, [beside(found, name).name], commit)
     return True
+
+
+def _has_tokenizer(config: Mapping[str, Any]) -> bool:
+    """Whether an open_clip_config.json asks for a tokenizer other than CLIP's."""
+    model = config.get("model_cfg")
+    text = model.get("text_cfg") if isinstance(model, dict) else None
+    return isinstance(text, dict) and bool(text.get("hf_tokenizer_name"))
 
 
 def _require(repository: str, names: Sequence[str], commit: str) -> Path:

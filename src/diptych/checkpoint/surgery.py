@@ -6,6 +6,7 @@ ViT-L/14 one more epoch at 336 px, Table 20).
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import get_args
@@ -20,7 +21,6 @@ from diptych.checkpoint.loaded import Loaded, build_meta
 from diptych.errors import UsageError, unknown_name
 from diptych.model.clip import CLIP
 from diptych.model.config import CLIPConfig
-from diptych.tokenizer import Tokenizer
 
 MAX_IMAGE_SIZE, MAX_CONTEXT = 8192, 1 << 16
 """Beyond these, positions alone take more memory than the model."""
@@ -47,9 +47,9 @@ def resize_image(loaded: Loaded, image_size: int, resize: Resize = "open_clip") 
 
 
 def resize_grid(positions: Float[Tensor, "P D"], grid: int, resize: Resize) -> Float[Tensor, "Q D"]:
-    """Resize a square of positions to grid * grid; the first one, of the class token or the mean, stays."""
-    first, square = positions[:1], positions[1:]
-    side = round(len(square) ** 0.5)
+    """Resize a square of positions to grid * grid; one before it, of the class token or the mean, stays."""
+    side = math.isqrt(len(positions))
+    first, square = positions.split([len(positions) - side**2, side**2])
     if side == grid:
         return positions
     image = square.float().T.reshape(1, -1, side, side)  # [1, D, g, g]
@@ -69,14 +69,14 @@ def resize_context(loaded: Loaded, context_length: int) -> Loaded:
     config = replace(config, text=replace(config.text, context_length=context_length))
     state = dict(loaded.model.state_dict())
     positions = state["text.positional_embedding"]
+    before = loaded.model.config.text.context_length
+    positions, behind = positions[:before], positions[before:]  # CoCa's class token stands behind the text
     if context_length > len(positions):
         curve = positions.float().T.unsqueeze(0)  # [1, D, L]
         curve = F.interpolate(curve, context_length, mode="linear", align_corners=False)
-        state["text.positional_embedding"] = curve[0].T.to(positions.dtype)
-    else:
-        state["text.positional_embedding"] = positions[:context_length].clone()
-    tokenizer = Tokenizer(loaded.tokenizer.merges, context_length, loaded.tokenizer.special_tokens)
-    return Loaded(_rebuild(config, state), loaded.preprocess, tokenizer)
+        positions = curve[0].T.to(positions.dtype)
+    state["text.positional_embedding"] = torch.cat([positions[:context_length], behind])
+    return Loaded(_rebuild(config, state), loaded.preprocess, loaded.tokenizer.with_context_length(context_length))
 
 
 def change_precision(loaded: Loaded, precision: WeightsDtype) -> Loaded:

@@ -26,10 +26,12 @@ from diptych.cli.curate import Curate
 from diptych.cli.embed import Embed
 from diptych.cli.evaluate import Evaluate
 from diptych.cli.finetune import Finetune, WiseFT
+from diptych.cli.models import Models
 from diptych.cli.output import shorten
 from diptych.cli.plan import Plan
 from diptych.cli.report import Report
 from diptych.cli.shards import Shards
+from diptych.cli.tokenizer import Tokenize
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets
 from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
@@ -46,9 +48,11 @@ Command = (
     | Embed
     | Evaluate
     | Report
+    | Models
     | Inspect
     | Convert
     | Verify
+    | Tokenize
 )
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
@@ -61,9 +65,11 @@ COMMANDS: dict[str, type[Command]] = {
     "embed": Embed,
     "evaluate": Evaluate,
     "report": Report,
+    "models": Models,
     "inspect": Inspect,
     "convert": Convert,
     "verify": Verify,
+    "tokenizer": Tokenize,
 }
 
 

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from diptych.config import to_dict
-from diptych.model.config import get_preset
 from diptych.train.plan import PlanConfig, PlanReport
 
 
@@ -22,15 +21,16 @@ class Plan:
     """
 
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
-    """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
+    """Architecture by name (ViT-B-32, RN50, ViT-Ti-16, ViT-B-16-SigLIP, ...), or a JSON or TOML file, as of `train`."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     json: bool = False
     """Print one JSON object instead of a table."""
 
     def __call__(self) -> int:
+        from diptych.checkpoint.architectures import find_architecture
         from diptych.train import plan
 
-        report = plan.run(self.plan, get_preset(self.preset))
+        report = plan.run(self.plan, find_architecture(self.preset))
         if self.json:
             print(json.dumps({"preset": self.preset, "config": to_dict(self.plan), **dataclasses.asdict(report)}))
         else:

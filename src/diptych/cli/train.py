@@ -12,7 +12,7 @@ import tyro
 from diptych.cli.shards import open_data
 from diptych.cli.training import open_evaluators, run_and_report
 from diptych.errors import UsageError
-from diptych.model.config import PRESETS, get_preset
+from diptych.model.config import PRESETS
 from diptych.shards.config import LoaderConfig
 from diptych.templates import parse_templates
 from diptych.train.config import LossConfig, OptimConfig, RunConfig, TrainConfig
@@ -30,7 +30,8 @@ class Train:
     """
 
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
-    """Architecture by name: ViT-B-32, RN50, ViT-Ti-16, ..."""
+    """Architecture by name (ViT-B-32, RN50, ViT-Ti-16, ViT-B-16-SigLIP, ...), or a JSON or TOML file that says one: a
+    model config of OpenCLIP's, or one's own."""
     data: tuple[str, ...]
     """Folders of shards, tars, or ranges of them, here or at a URL (s3://bucket/shards, shards/{00000..00099}.tar); or
     a CSV, JSON or folder of pairs, of which shards are made in the cache. PATH@0.5 sees half of it in an epoch, PATH@2
@@ -61,12 +62,11 @@ class Train:
                 f"train {before}, give it larger pictures with diptych convert --image-size, then continue it with "
                 "diptych finetune"
             )
-        model = dataclasses.replace(get_preset(self.preset), logit_bias=self.loss.loss == "siglip")
-        if self.tokenizer is not None:
-            from diptych.tokenizer import Tokenizer
+        from diptych.checkpoint.architectures import find_architecture
+        from diptych.train.setup import fit_vocabulary, read_tokenizer
 
-            text = dataclasses.replace(model.text, vocab_size=Tokenizer.load(self.tokenizer).vocab_size)
-            model = dataclasses.replace(model, text=text)
+        model = dataclasses.replace(find_architecture(self.preset), logit_bias=self.loss.loss == "siglip")
+        model = dataclasses.replace(model, text=fit_vocabulary(model.text, read_tokenizer(self.tokenizer)))
         if self.templates != ("simple",):
             model = dataclasses.replace(model, templates=parse_templates(self.templates))
         config = TrainConfig(

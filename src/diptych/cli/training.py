@@ -31,14 +31,14 @@ COLLAPSE = 4.0
 if TYPE_CHECKING:
     from diptych.evaluate.training_evaluators import TrainingEvaluator
     from diptych.image import Preprocess
-    from diptych.tokenizer import Tokenizer
+    from diptych.tokens import BaseTokenizer
     from diptych.train.run_folder.report import Evaluation, StepReport, TrainReport
     from diptych.train.trainer import Evaluator
 
 
 def build_evaluators(
     specs: tuple[str, ...],
-    tokenizer: "Tokenizer",
+    tokenizer: "BaseTokenizer",
     preprocess: "Preprocess",
     templates: tuple[str, ...] = SIMPLE,
     caption_key: str | None = None,
@@ -71,7 +71,7 @@ def choose_templates(given: tuple[str, ...] | None, config: CLIPConfig) -> tuple
 
 def open_evaluators(
     specs: tuple[str, ...],
-    load_tokenizer: "Callable[[], Tokenizer]",
+    load_tokenizer: "Callable[[], BaseTokenizer]",
     preprocess: "Preprocess",
     templates: tuple[str, ...],
     config: TrainConfig,

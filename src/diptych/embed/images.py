@@ -30,7 +30,6 @@ from diptych.image import Picture, open_picture
 from diptych.model.config import Precision
 from diptych.model.inference.precision import Resolved, choose_precision
 from diptych.model.inference.vision import Encode, get_encoder
-from diptych.model.vision import VisionTransformer
 
 BATCH_SIZE = 64
 """Pictures at a time."""
@@ -82,9 +81,7 @@ class ImageTower:
         model, self.preprocess = loaded.model, loaded.preprocess
         self.device = model.logit_scale.device
         self.precision: Resolved = choose_precision(precision, self.device)
-        self.embed_dim: int = model.config.embed_dim
-        if pooled and isinstance(model.visual, VisionTransformer):
-            self.embed_dim = model.visual.proj.shape[0]
+        self.embed_dim: int = model.visual.pooled_width if pooled else model.config.embed_dim
         self._project = None if pooled else partial(project, loaded)
         self.oddities, self._lock = Counter[str](), Lock()
         self._encode: Encode = get_encoder(model.visual, self.precision, self.preprocess.mean, self.preprocess.std)
@@ -126,10 +123,8 @@ class ImageTower:
 @torch.inference_mode()
 def project(loaded: Loaded, pooled: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
     """Features before the projection -> features of the joint space, normalised, float32 on the CPU."""
-    visual = loaded.model.visual
-    if isinstance(visual, VisionTransformer):
-        pooled = pooled.to(visual.proj.device) @ visual.proj.float()
-    return F.normalize(pooled, dim=-1).cpu()
+    model = loaded.model
+    return F.normalize(model.visual.project(pooled.to(model.logit_scale.device)), dim=-1).cpu()
 
 
 def encode_each(

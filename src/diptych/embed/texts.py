@@ -68,6 +68,6 @@ def text_space(loaded: Loaded, precision: Precision) -> str:
         kind="text",
         weights=hash_tower(loaded.model.text),
         model={key: config[key] for key in ("text", "embed_dim", "activation")},
-        tokenizer=[loaded.tokenizer.fingerprint, loaded.tokenizer.context_length, loaded.tokenizer.special_tokens],
+        tokenizer=loaded.tokenizer.key,
         precision=choose_text_precision(precision, loaded.model.logit_scale.device),
     )

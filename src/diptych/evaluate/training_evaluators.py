@@ -33,7 +33,7 @@ from diptych.image import Preprocess, open_picture
 from diptych.model.clip import CLIP
 from diptych.ranks import current
 from diptych.report.page import Example, pick_rows
-from diptych.tokenizer import Tokenizer
+from diptych.tokens import BaseTokenizer
 from diptych.zeroshot import EmbedTexts, build_classifier
 
 KINDS: dict[Protocol, DatasetKind] = {"zeroshot": "single", "retrieval": "captions"}
@@ -94,7 +94,7 @@ class TrainingEvaluator:
 
     name: str
     exam: EvalSet
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     preprocess: Preprocess
     templates: Sequence[str]
     broken: Counter[str] = field(default_factory=Counter)
@@ -165,7 +165,7 @@ class TrainingEvaluator:
         return dict(retrieval(images.features, texts, KS, image_of_text=of_text, ranks=current()))
 
 
-def embed_shared_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Float[Tensor, "N E"]:
+def embed_shared_texts(model: CLIP, tokenizer: BaseTokenizer, texts: Sequence[str]) -> Float[Tensor, "N E"]:
     """Features of all texts on every rank, each computed by one; texts of a length are computed together."""
     tokens, device = tokenizer(list(texts)), model.logit_scale.device
     order = tokens.argmax(dim=-1).argsort(stable=True)

@@ -93,7 +93,11 @@ class CLIP(nn.Module):
         return output if self.logit_bias is None else BiasedOutput(*output, self.logit_bias)
 
 
-def build_image_tower(config: CLIPConfig) -> VisionTransformer | ModifiedResNet:
+ImageTower = VisionTransformer | ModifiedResNet
+"""`pool` makes one vector of a picture, `project` brings it into the joint space; calling it does both."""
+
+
+def build_image_tower(config: CLIPConfig) -> ImageTower:
     """Build the image tower that the type of `config.vision` asks for."""
     match config.vision:
         case ViTConfig():

@@ -11,13 +11,20 @@ from diptych.config import LATER, MAY_CHANGE
 from diptych.errors import UsageError, unknown_name
 from diptych.templates import fill_template
 
-Activation = Literal["quick_gelu", "gelu"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+ImagePool = Literal["class", "mean", "latent", "queries"]
+TextPool = Literal["end", "last", "class"]
+Projection = Literal["matrix", "linear", "none"]
+"""How a tower's output comes into the joint space. matrix: the paper's, without a bias. linear: with one. none: not at
+all, the tower's width is the space's."""
 Precision = Literal["auto", "exact", "float32", "bfloat16", "int8"]
 """How exactly a model is used. exact: float32 and Pillow's preprocessing, the numbers of the library reference.
 float32: the same in another order of addition, on quickly preprocessed pictures. bfloat16: that with products in half
 the bits. int8: of pictures, products in 8 bits with a scale for each token and each output (of texts: what auto is).
 auto: bfloat16 where the device multiplies it fast (a GPU, a CPU with AVX512-BF16 or AMX), else float32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+QUERIES = 256
+"""Learned queries of CoCa's pool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class ViTConfig:
     image_size: int = 224
     """Side of the square input, pixels."""
     patch_size: int = 32
-    """Side of a patch, pixels; the sequence has (image_size / patch_size)^2 + 1 tokens."""
+    """Side of a patch, pixels; the paper's sequence has (image_size / patch_size)^2 + 1 tokens."""
     width: int = 768
     """Residual stream, channels."""
     layers: int = 12
@@ -36,25 +43,77 @@ class ViTConfig:
     """Attention heads; the paper keeps 64 channels a head."""
     mlp_ratio: float = 4.0
     """Hidden channels of the MLP, in multiples of `width`; the paper's is 4, some larger OpenCLIP models have more."""
-    stem: Literal["patch", "conv"] = "patch"
-    """`patch`: one strided convolution, as in the paper. `conv`: a pyramid of 3x3 stride-2 convolutions
-    (Xiao et al. 2021), which learns faster from little data; for small models of our own."""
+    stem: Literal["patch", "patch_bias", "conv", "mobile"] = "patch"
+    """`patch`: one strided convolution, as in the paper; `patch_bias`: with a bias (SigLIP). `conv`: a pyramid of 3x3
+    stride-2 convolutions (Xiao et al. 2021), which learns faster from little data; for small models of our own.
+    `mobile`: three convolutions that do not overlap, of sides 4, 2 and 2 (MobileCLIP-B, Vasu et al. 2023)."""
+    cut_edge: bool = field(default=False, metadata=LATER)
+    """Whether image_size may be no multiple of patch_size: what is left over at the right and below is not seen
+    (SigLIP SO400M at 384 px)."""
+    class_token: bool = field(default=True, metadata=LATER)
+    """Whether a token of its own stands before the patches."""
+    class_position: bool = field(default=True, metadata=LATER)
+    """Whether the class token has a position as the patches have."""
+    ln_pre: bool = field(default=True, metadata=LATER)
+    """LayerNorm before the blocks: the paper's, which later models leave out."""
+    norm_eps: float = field(default=1e-5, metadata=LATER)
+    """Added to the variance in every LayerNorm."""
+    activation: Activation | None = field(default=None, metadata=LATER)
+    """Activation of this tower's MLPs; None: the model's."""
+    pool: ImagePool = field(default="class", metadata=LATER)
+    """What is read of the last block's tokens. class: the class token. mean: the mean of the patches, then LayerNorm
+    (CLIPA). latent: LayerNorm, then attention of one learned query over all, then an MLP (SigLIP, PE). queries: the
+    first of `QUERIES` learned queries, whose attention is in the joint space's width (CoCa)."""
+    pool_heads: int | None = field(default=None, metadata=LATER)
+    """Attention heads of a learned query; None: as many as the blocks have."""
+    pool_mlp_ratio: float | None = field(default=None, metadata=LATER)
+    """Hidden channels of the latent pool's MLP; None: as the blocks have."""
+    rotary_grid: int | None = field(default=None, metadata=LATER)
+    """Patches along one side of the pictures that rotary positions (Su et al. 2021) were trained on; None: there are
+    none. Half of a head's channels are turned by the column, half by the row; the class token is not turned."""
+    rotary_start: float = field(default=0.0, metadata=LATER)
+    """Row and column of the first patch."""
+    projection: Projection = field(default="matrix", metadata=LATER)
+    """From `width` to the joint space."""
 
     def __post_init__(self) -> None:
         _check_positive(self)
-        if self.image_size % self.patch_size:
+        _check_block(self.width, self.heads, self.mlp_ratio)
+        _check_norm(self.norm_eps)
+        if self.image_size % self.patch_size and not (self.cut_edge and self.image_size > self.patch_size):
             raise UsageError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
                 f"use {self.image_size // self.patch_size * self.patch_size or self.patch_size}"
             )
-        _check_block(self.width, self.heads, self.mlp_ratio)
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise UsageError(f"stem 'conv' halves the picture: patch_size {self.patch_size} must be a power of two")
+        if self.stem == "mobile" and (self.patch_size != 16 or self.width % 4 or self.image_size % 16):
+            raise UsageError("stem 'mobile' makes patches of 16 px, from a quarter of the width")
+        if self.pool == "class" and not self.class_token:
+            raise UsageError("pool 'class' reads the class token, which class_token=False leaves out")
+        if self.rotary_grid and self.width // self.heads % 4:
+            raise UsageError(
+                f"rotary positions need 4 n channels a head; {self.width} / {self.heads} is no such number"
+            )
+        if self.pool_heads and self.pool != "queries" and self.width % self.pool_heads:
+            raise UsageError(f"width {self.width} is not divisible by pool_heads {self.pool_heads}")
+        if self.pool_mlp_ratio is not None:
+            _check_block(self.width, 1, self.pool_mlp_ratio)
 
     @property
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return self.grid**2 + self.class_token
+
+    @property
+    def positions(self) -> int:
+        """Tokens that have a learned position."""
+        return self.grid**2 + (self.class_token and self.class_position)
 
     @property
     def mlp_width(self) -> int:
@@ -114,12 +173,41 @@ class TextConfig:
     """Attention heads; the paper keeps 64 channels a head."""
     mlp_ratio: float = 4.0
     """Hidden channels of the MLP, in multiples of `width`."""
+    is_causal: bool = field(default=True, metadata=LATER)
+    """Whether a token sees only what stands before it. Where it sees all, it sees padding too (SigLIP)."""
+    pool: TextPool = field(default="end", metadata=LATER)
+    """What is read of the last block's tokens. end: the end token. last: the last place, padding or not (SigLIP,
+    CLIPA). class: a learned token that is put behind the text (CoCa)."""
+    end_id: int | None = field(default=None, metadata=LATER)
+    """The end token; None: the largest id of a text, which it is in CLIP's vocabulary."""
+    pad_id: int = field(default=0, metadata=LATER)
+    """What stands behind a text."""
+    norm_eps: float = field(default=1e-5, metadata=LATER)
+    """Added to the variance in every LayerNorm."""
+    projection: Projection = field(default="matrix", metadata=LATER)
+    """From `width` to the joint space."""
 
     def __post_init__(self) -> None:
         _check_positive(self)
         _check_block(self.width, self.heads, self.mlp_ratio)
+        _check_norm(self.norm_eps)
         if self.context_length < 3:
             raise UsageError(f"context_length {self.context_length} leaves no room for a word; use at least 3")
+        if self.pool == "class" and not self.is_causal:
+            raise UsageError("pool 'class' is CoCa's, whose text tower is causal")
+        for name, token in (("end_id", self.end_id), ("pad_id", self.pad_id)):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise UsageError(f"{name} {token} is none of {self.vocab_size} tokens")
+
+    @property
+    def is_trimmed(self) -> bool:
+        """Whether nothing behind the end token reaches what is read, so that it need not be computed."""
+        return self.is_causal and self.pool == "end"
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the blocks see at most."""
+        return self.context_length + (self.pool == "class")
 
     @property
     def mlp_width(self) -> int:
@@ -146,19 +234,28 @@ class CLIPConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self)
+        for name, tower in (("vision", self.vision), ("text", self.text)):
+            if not isinstance(tower, ResNetConfig) and tower.projection == "none":
+                width = self.embed_dim if isinstance(tower, ViTConfig) and tower.pool == "queries" else tower.width
+                if width != self.embed_dim:
+                    raise UsageError(f"{name} has no projection: its width {width} must be embed_dim {self.embed_dim}")
+        if isinstance(self.vision, ViTConfig) and self.vision.pool == "queries":
+            _check_block(self.embed_dim, self.vision.pool_heads or self.vision.heads, 4.0)
         for template in self.templates:
             fill_template(template, "")
 
 
 def check_activation(name: str) -> Activation:
     """The activation of this name; UsageError if there is none."""
-    if name == "quick_gelu" or name == "gelu":
+    if name == "quick_gelu" or name == "gelu" or name == "gelu_tanh":
         return name
-    raise unknown_name("activation", name, ("quick_gelu", "gelu"))
+    raise unknown_name("activation", name, get_args(Activation))
 
 
 def _check_positive(config: object) -> None:
     for name, value in vars(config).items():
+        if name in ("pad_id", "end_id"):
+            continue
         if not all(number >= 1 for number in (value if isinstance(value, tuple) else (value,)) if type(number) is int):
             raise UsageError(f"{name} {value} must be at least 1")
 
@@ -168,6 +265,11 @@ def _check_block(width: int, heads: int, mlp_ratio: float) -> None:
         raise UsageError(f"width {width} is not divisible by heads {heads}; the paper uses width / 64 heads")
     if not 1 <= width * mlp_ratio < 1 << 31:
         raise UsageError(f"mlp_ratio {mlp_ratio} is no ratio for an MLP; the paper uses 4")
+
+
+def _check_norm(eps: float) -> None:
+    if not 0 < eps < 1:
+        raise UsageError(f"norm_eps {eps} is no small number above 0; the paper uses 1e-5")
 
 
 def _vit(

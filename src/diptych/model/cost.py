@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from diptych.errors import UsageError
-from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig
+from diptych.model.config import QUERIES, CLIPConfig, Projection, ResNetConfig, TextConfig, ViTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +104,17 @@ def image_tower(config: CLIPConfig) -> TowerCost:
 
 
 def text_tower(config: CLIPConfig, tokens: int) -> TowerCost:
-    """Cost of the text tower for a caption of `tokens`, start and end included; padding behind it costs nothing."""
+    """Cost of the text tower for a caption of `tokens`, start and end included; padding behind it costs nothing, unless
+    the tower sees it."""
     text = config.text
     if not 2 <= tokens <= text.context_length:
         raise UsageError(f"a caption of {tokens} tokens does not fit; use 2 to {text.context_length}, the text tower's")
-    embeddings = Cost(parameters=(text.vocab_size + text.context_length) * text.width)
+    rows = text.vocab_size + text.positions + (text.pool == "class")
     return TowerCost(
-        blocks=_blocks(text, tokens),
-        outside=embeddings + _norm(1, text.width) + _linear(1, text.width, config.embed_dim, bias=False),
+        blocks=_blocks(text, tokens if text.is_trimmed else text.positions, reads_one=True),
+        outside=Cost(parameters=rows * text.width)
+        + _norm(1, text.width)
+        + _projection(text.projection, text.width, config.embed_dim),
     )
 
 
@@ -119,21 +122,71 @@ def text_tower(config: CLIPConfig, tokens: int) -> TowerCost:
 
 
 def _vit(config: ViTConfig, embed_dim: int) -> TowerCost:
-    tokens = config.grid**2 + 1
-    embeddings = Cost(parameters=(1 + tokens) * config.width)  # the class token and the positions
+    tokens, width = config.tokens, config.width
+    outside = _stem(config) + Cost(parameters=(config.class_token + config.positions) * width)
+    if config.ln_pre:
+        outside += _norm(tokens, width)
+    match config.pool:
+        case "class" | "mean":
+            outside += _norm(1, width)
+        case "latent":
+            outside += _norm(tokens, width) + _latent_pool(config)
+        case "queries":
+            outside += _query_pool(config, embed_dim) + _norm(1, embed_dim)
+            width = embed_dim
     return TowerCost(
-        blocks=_blocks(config, tokens),
-        outside=_stem(config)
-        + embeddings
-        + _norm(tokens, config.width)
-        + _norm(1, config.width)
-        + _linear(1, config.width, embed_dim, bias=False),
+        blocks=_blocks(config, tokens, reads_one=config.pool == "class"),
+        outside=outside + _projection(config.projection, width, embed_dim),
+    )
+
+
+def _projection(kind: Projection, width: int, embed_dim: int) -> Cost:
+    return Cost() if kind == "none" else _linear(1, width, embed_dim, bias=kind == "linear")
+
+
+def _latent_pool(config: ViTConfig) -> Cost:
+    tokens, width = config.tokens, config.width
+    hidden = round(width * (config.pool_mlp_ratio or config.mlp_ratio))
+    return (
+        Cost(parameters=width + width * (width + 1))  # the query and its projection, computed once a batch
+        + _linear(tokens, width, 2 * width)
+        + Cost(
+            flops=4 * tokens * width, saved=2 * tokens * width + width, saved_float32=config.pool_heads or config.heads
+        )
+        + _linear(1, width, width)
+        + _norm(1, width)
+        + _linear(1, width, hidden)
+        + Cost(saved=hidden)  # the activation's input
+        + _linear(1, hidden, width)
+    )
+
+
+def _query_pool(config: ViTConfig, embed_dim: int) -> Cost:
+    tokens, width = config.tokens, config.width
+    return (
+        Cost(parameters=QUERIES * embed_dim + 2 * embed_dim + embed_dim * (embed_dim + 1))
+        + _norm(tokens, width)
+        + _linear(tokens, width, embed_dim)
+        + _linear(tokens, width, embed_dim)
+        + Cost(flops=4 * tokens * embed_dim, saved=2 * tokens * embed_dim + embed_dim)
+        + Cost(saved_float32=config.pool_heads or config.heads)
+        + _linear(1, embed_dim, embed_dim)
     )
 
 
 def _stem(config: ViTConfig) -> Cost:
-    if config.stem == "patch":
-        return _convolution(3, config.width, config.image_size, kernel=config.patch_size, stride=config.patch_size)
+    if config.stem in ("patch", "patch_bias"):
+        side = config.grid * config.patch_size
+        cost = _convolution(3, config.width, side, kernel=config.patch_size, stride=config.patch_size)
+        return cost + Cost(parameters=config.width if config.stem == "patch_bias" else 0)
+    if config.stem == "mobile":
+        quarter, side = config.width // 4, config.image_size
+        cost = _convolution(3, quarter, side, kernel=4, stride=4) + _normalised_map(quarter, side // 4)
+        cost += _map(quarter, side // 4)  # GELU's input
+        cost += _convolution(quarter, quarter, side // 4, kernel=2, stride=2) + _normalised_map(quarter, side // 8)
+        cost += _map(quarter, side // 8)
+        last = _convolution(quarter, config.width, side // 8, kernel=2, stride=2)
+        return cost + last + Cost(parameters=config.width)
     halvings = config.patch_size.bit_length() - 1
     channels = [3, *(config.width // 2**i for i in reversed(range(halvings)))]
     cost, side = Cost(), config.image_size
@@ -144,8 +197,8 @@ def _stem(config: ViTConfig) -> Cost:
     return cost + _convolution(config.width, config.width, side)
 
 
-def _blocks(config: ViTConfig | TextConfig, tokens: int) -> tuple[Block, ...]:
-    """Cost of each block; the last computes one token only, but its keys and values are those of all."""
+def _blocks(config: ViTConfig | TextConfig, tokens: int, *, reads_one: bool) -> tuple[Block, ...]:
+    """Cost of each block; where one token is read, the last computes it only, but its keys and values are of all."""
 
     def build(queries: int) -> Block:
         return Block(
@@ -154,7 +207,7 @@ def _blocks(config: ViTConfig | TextConfig, tokens: int) -> tuple[Block, ...]:
             last_product=_linear(queries, config.mlp_width, config.width),
         )
 
-    return (*(config.layers - 1) * (build(tokens),), build(1))
+    return (*(config.layers - 1) * (build(tokens),), build(1 if reads_one else tokens))
 
 
 def _block(config: ViTConfig | TextConfig, tokens: int, queries: int) -> Cost:

@@ -100,8 +100,9 @@ def pack(weight: Tensor) -> Tensor:
 
 def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """x [R, K] by what `pack` made, then an activation by oneDNN's name of it."""
-    algorithm = "none" if activation == "gelu" else ""  # the exact one, by the error function
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], algorithm)
+    name, _, form = activation.partition("_")
+    algorithm = form or "none" if name == "gelu" else ""  # none: the exact one, by the error function
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
 
 
 def pack_int8(weight: Tensor) -> Tensor:

@@ -89,9 +89,18 @@ class ModifiedResNet(nn.Module):
         self.layer3 = build_stage(width * 8, width * 4, config.layers[2], stride=2)
         self.layer4 = build_stage(width * 16, width * 8, config.layers[3], stride=2)
         self.attnpool = AttentionPool(config.grid, config.out_width, config.heads, embed_dim)
+        self.pooled_width = embed_dim
         self.reset_parameters()
 
     def forward(self, image: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
+        return self.pool(image)
+
+    def project(self, pooled: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """Attention pooling ends in the joint space: there is nothing left to project."""
+        return pooled
+
+    def pool(self, image: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]:
+        """The features; a ResNet has only one kind."""
         x = F.relu(self.bn1(self.conv1(image)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = self.avgpool(F.relu(self.bn3(self.conv3(x))))  # [N, w, H / 4, W / 4]

@@ -3,10 +3,10 @@
 Shapes: N pairs in the batch, L tokens, D width, A heads.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -45,7 +45,35 @@ class _QuickGELU(torch.autograd.Function):
         return silu_backward(derivative, scaled)
 
 
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+class TanhGELU(nn.GELU):
+    """GELU by its approximation with a hyperbolic tangent, which SigLIP 2 was trained with."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": TanhGELU}
+
+Turns = tuple[Float[Tensor, "... L D2"], Float[Tensor, "... L D2"]]
+"""Cosine and sine by which rotary positions turn each pair of channels of a head; D2 = D / A."""
+
+
+class Sight(NamedTuple):
+    """What the tokens of a batch see of each other in attention, and where they stand."""
+
+    is_causal: bool = False
+    """Each sees itself and what stands before it."""
+    mask: Bool[Tensor, "N 1 L L"] | None = None
+    """True where a token (row) sees another; in place of `is_causal`."""
+    turns: Turns | None = None
+
+
+def turn(x: "Heads", turns: Turns) -> "Heads":
+    """Rotate each pair of channels by its token's angle (Su et al. 2021)."""
+    cos, sin = turns
+    pairs = x.unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -60,23 +88,31 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "N L D"], is_causal: bool) -> Float[Tensor, "N L D"]:
-        q, k, v = self.project(x)
-        return self.out_proj(_join_heads(attend(q, k, v, is_causal)))
+    def forward(self, x: Float[Tensor, "N L D"], sight: Sight) -> Float[Tensor, "N L D"]:
+        q, k, v = self.project(x, sight.turns)
+        if sight.mask is None:
+            return self.out_proj(_join_heads(attend(q, k, v, sight.is_causal)))
+        return self.out_proj(_join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask)))
 
-    def read(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"], is_causal: bool) -> Float[Tensor, "N D"]:
+    def read(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"], sight: Sight) -> Float[Tensor, "N D"]:
         """The output at one token of each row: one query instead of L."""
         n, length, _ = x.shape
-        q, k, v = self.project(x)
-        q = q[torch.arange(n, device=x.device), :, token].unsqueeze(2)  # [N, A, 1, D / A]
-        seen = (torch.arange(length, device=x.device) <= token[:, None])[:, None, None] if is_causal else None
+        q, k, v = self.project(x, sight.turns)
+        rows = torch.arange(n, device=x.device)
+        q = q[rows, :, token].unsqueeze(2)  # [N, A, 1, D / A]
+        seen = None
+        if sight.mask is not None:
+            seen = sight.mask[rows, :, token].unsqueeze(2)
+        elif sight.is_causal:
+            seen = (torch.arange(length, device=x.device) <= token[:, None])[:, None, None]
         return self.out_proj(_join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)).squeeze(1))
 
-    def project(self, x: Float[Tensor, "N L D"]) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each [N, A, L, D / A]."""
+    def project(self, x: Float[Tensor, "N L D"], turns: Turns | None = None) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each [N, A, L, D / A]; the first two turned by their positions."""
         n, length, width = x.shape
         qkv = self.in_proj(x).view(n, length, 3, self.heads, width // self.heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return (q, k, v) if turns is None else (turn(q, turns), turn(k, turns), v)
 
 
 Heads = Float[Tensor, "N A L D2"]
@@ -136,42 +172,39 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Pre-norm: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation) -> None:
+    def __init__(self, config: ViTConfig | TextConfig, activation: Activation) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, mlp_width, activation)
+        self.ln_1 = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn = Attention(config.width, config.heads)
+        self.ln_2 = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config.width, config.mlp_width, activation)
 
-    def forward(self, x: Float[Tensor, "N L D"], is_causal: bool) -> Float[Tensor, "N L D"]:
-        x = x + self.attn(self.ln_1(x), is_causal)
+    def forward(self, x: Float[Tensor, "N L D"], sight: Sight) -> Float[Tensor, "N L D"]:
+        x = x + self.attn(self.ln_1(x), sight)
         return x + self.mlp(self.ln_2(x))
 
-    def read(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"], is_causal: bool) -> Float[Tensor, "N D"]:
+    def read(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"], sight: Sight) -> Float[Tensor, "N D"]:
         """`forward` at one token of each row, computed for that token alone."""
-        one = x[torch.arange(x.shape[0], device=x.device), token] + self.attn.read(self.ln_1(x), token, is_causal)
+        one = x[torch.arange(x.shape[0], device=x.device), token] + self.attn.read(self.ln_1(x), token, sight)
         return one + self.mlp(self.ln_2(one))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, causal for text, full for images, of whose output one token a row is read.
+    """A stack of blocks, of whose output one token a row is read, or all of them."""
 
-    So the last block computes that token alone: its other outputs would be thrown away.
-    """
-
-    def __init__(self, config: ViTConfig | TextConfig, activation: Activation, is_causal: bool) -> None:
+    def __init__(self, config: ViTConfig | TextConfig, activation: Activation) -> None:
         super().__init__()
-        self.is_causal = is_causal
-        self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(config.width, config.heads, config.mlp_width, activation)
-            for _ in range(config.layers)
-        )
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(config, activation) for _ in range(config.layers))
 
-    def forward(self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
+    def forward(
+        self, x: Float[Tensor, "N L D"], token: Int[Tensor, " N"] | None, sight: Sight
+    ) -> Float[Tensor, "N *L D"]:
+        """[N, L, D], or with `token` that one of each row [N, D]: then the last block computes it alone, as its other
+        outputs would be thrown away."""
         *blocks, last = self.blocks()
         for block in blocks:
-            x = block(x, self.is_causal)
-        return last.read(x, token, self.is_causal)
+            x = block(x, sight)
+        return last(x, sight) if token is None else last.read(x, token, sight)
 
     def blocks(self) -> list[ResidualAttentionBlock]:
         """The blocks with their type, which nn.ModuleList does not keep."""

@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
+from diptych.model.config import TextConfig
 from diptych.tokenizer import Tokenizer
+from diptych.tokens import BaseTokenizer
 from diptych.train.config import TrainConfig
 from diptych.train.loss import initial_logit_bias
 
@@ -23,14 +26,30 @@ def build_model(config: TrainConfig) -> CLIP:
     return model
 
 
-def load_tokenizer(config: TrainConfig) -> Tokenizer:
+def read_tokenizer(folder: Path | None) -> BaseTokenizer:
+    """The tokenizer of a folder, or CLIP's."""
+    if folder is not None and not folder.is_dir():
+        raise NotFoundError(f"no such tokenizer folder: {folder}")
+    return Tokenizer.load(folder) if folder else Tokenizer.clip()
+
+
+def fit_vocabulary(text: TextConfig, tokenizer: BaseTokenizer) -> TextConfig:
+    """The same tower for the ids of a tokenizer. The end token is found by its id where that is not the highest one."""
+    end = tokenizer.end_token_id
+    finds = None if text.pool != "end" or end == tokenizer.vocab_size - 1 else end
+    return replace(text, vocab_size=tokenizer.vocab_size, end_id=finds, pad_id=tokenizer.pad_token_id)
+
+
+def load_tokenizer(config: TrainConfig) -> BaseTokenizer:
     """The tokenizer of the run; it must fit the text tower."""
-    text = config.model.text
-    if config.tokenizer is not None and not config.tokenizer.is_dir():
-        raise NotFoundError(f"no such tokenizer folder: {config.tokenizer}")
-    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else Tokenizer.clip()
+    text, tokenizer = config.model.text, read_tokenizer(config.tokenizer)
     if tokenizer.vocab_size != text.vocab_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} entries, the text tower {text.vocab_size}; they must agree"
         )
-    return replace(tokenizer, context_length=text.context_length)
+    if fit_vocabulary(text, tokenizer) != text:
+        raise UsageError(
+            f"{config.tokenizer or 'the tokenizer'} ends a caption with the id {tokenizer.end_token_id} and fills up "
+            f"with {tokenizer.pad_token_id}; the text tower reads others (end_id, pad_id)"
+        )
+    return tokenizer.with_context_length(text.context_length)

@@ -6,35 +6,61 @@ preprocessing are as OpenAI published them unless something says otherwise.
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from diptych import files
 from diptych.checkpoint.sources import Published
 from diptych.checkpoint.weights.read import Source
 from diptych.checkpoint.weights.tensors import short
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
-from diptych.model.config import CLIPConfig
-from diptych.tokenizer import FILE_NAME as TOKENIZER_FILE
+from diptych.model.config import CLIPConfig, ViTConfig
 from diptych.tokenizer import Tokenizer
+from diptych.tokenizer_json import JsonTokenizer, read_tokenizer
+from diptych.tokens import FILE_NAME as TOKENIZER_FILE
+from diptych.tokens import BaseTokenizer, Clean
 
-_PLACES = {
-    # ours -> theirs
-    "logit_scale": "logit_scale",
-    "text.text_projection": "text_projection.weight",
-    "text.token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "text.positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "text.ln_final.weight": "text_model.final_layer_norm.weight",
-    "text.ln_final.bias": "text_model.final_layer_norm.bias",
-    "visual.proj": "visual_projection.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+
+def _same(ours: str, theirs: str) -> dict[str, Source]:
+    return {f"{ours}.{end}": Source((f"{theirs}.{end}",)) for end in ("weight", "bias")}
+
+
+_BOTH = {
+    "text.token_embedding.weight": Source(("text_model.embeddings.token_embedding.weight",)),
+    "text.positional_embedding": Source(("text_model.embeddings.position_embedding.weight",)),
+    **_same("text.ln_final", "text_model.final_layer_norm"),
+    "visual.conv1.weight": Source(("vision_model.embeddings.patch_embedding.weight",)),
+    "visual.positional_embedding": Source(("vision_model.embeddings.position_embedding.weight",)),
+    **_same("visual.ln_post", "vision_model.post_layernorm"),
+}
+_PLACES: Mapping[str, Mapping[str, Source]] = {
+    # transformers' class -> ours -> theirs
+    "CLIPModel": {
+        **_BOTH,
+        "logit_scale": Source(("logit_scale",)),
+        "text.text_projection": Source(("text_projection.weight",), transpose=True),
+        "visual.proj": Source(("visual_projection.weight",), transpose=True),
+        "visual.class_embedding": Source(("vision_model.embeddings.class_embedding",)),
+        **_same("visual.ln_pre", "vision_model.pre_layrnorm"),
+    },
+    "SiglipModel": {
+        **_BOTH,
+        "logit_scale": Source(("logit_scale",), axes=1),
+        "logit_bias": Source(("logit_bias",), axes=1),
+        "text.text_projection": Source(("text_model.head.weight",), transpose=True),
+        "text.projection_bias": Source(("text_model.head.bias",)),
+        "visual.conv1.bias": Source(("vision_model.embeddings.patch_embedding.bias",)),
+        "visual.attn_pool.latent": Source(("vision_model.head.probe",), axes=2),
+        "visual.attn_pool.in_proj.weight": Source(("vision_model.head.attention.in_proj_weight",)),
+        "visual.attn_pool.in_proj.bias": Source(("vision_model.head.attention.in_proj_bias",)),
+        **_same("visual.attn_pool.out_proj", "vision_model.head.attention.out_proj"),
+        **_same("visual.attn_pool.ln", "vision_model.head.layernorm"),
+        **_same("visual.attn_pool.mlp.c_fc", "vision_model.head.mlp.fc1"),
+        **_same("visual.attn_pool.mlp.c_proj", "vision_model.head.mlp.fc2"),
+    },
 }
 _BLOCK_PLACES = {
     "ln_1": ("layer_norm1",),
@@ -44,7 +70,6 @@ _BLOCK_PLACES = {
     "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.out_proj": ("self_attn.out_proj",),
 }
-TRANSPOSED = frozenset({"text.text_projection", "visual.proj"})
 _TOWERS = {"text": "text_model", "visual": "vision_model"}
 _OUR_BLOCK = re.compile(r"(text|visual)\.transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
 _THEIR_BLOCK = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d{1,4})\.")
@@ -74,38 +99,45 @@ def openai_state(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {to_openai(name): tensor.detach().cpu().contiguous() for name, tensor in tensors}
 
 
-def transformers_places(name: str) -> tuple[str, ...]:
-    """Where transformers keeps one of our tensors; several places are joined along the first axis."""
-    if name in _PLACES:
-        return (_PLACES[name],)
+def transformers_place(name: str, kind: str = "CLIPModel") -> Source:
+    """Where a class of transformers keeps one of our tensors."""
+    if (place := _PLACES[kind].get(name)) is not None:
+        return place
     match = _OUR_BLOCK.fullmatch(name)
     if match is None:
-        raise UsageError(f"{name} has no place in transformers' CLIPModel")
+        raise UsageError(f"{name} has no place in transformers' {kind}")
     tower, number, part, end = match.groups()
-    return tuple(f"{_TOWERS[tower]}.encoder.layers.{number}.{theirs}.{end}" for theirs in _BLOCK_PLACES[part])
+    return Source(tuple(f"{_TOWERS[tower]}.encoder.layers.{number}.{theirs}.{end}" for theirs in _BLOCK_PLACES[part]))
 
 
-def transformers_sources(names: Mapping[str, str], where: Path) -> dict[str, Source]:
-    """Our names -> tensors of a file under transformers' names. `names` maps clean names to those in the file."""
-    ours = dict.fromkeys(_PLACES)
+def transformers_names(names: Iterable[str]) -> list[str]:
+    """Names of our tensors in a file under CLIPModel's names, as many blocks as it has."""
+    ours = list(_PLACES["CLIPModel"])
     for tower, theirs in _TOWERS.items():
         blocks = {int(m[2]) for name in names if (m := _THEIR_BLOCK.match(name)) and f"{m[1]}_model" == theirs}
-        ours |= dict.fromkeys(
+        ours += [
             f"{tower}.transformer.resblocks.{number}.{part}.{end}"
             for number in sorted(blocks)
             for part in _BLOCK_PLACES
             for end in ("weight", "bias")
-        )
+        ]
+    return ours
+
+
+def transformers_sources(
+    names: Mapping[str, str], where: Path, ours: Iterable[str], kind: str = "CLIPModel"
+) -> dict[str, Source]:
+    """Our names -> tensors of a file under transformers' names. `names` maps clean names to those in the file."""
     found: dict[str, Source] = {}
     for name in ours:
-        wanted = transformers_places(name)
-        if missing := [place for place in wanted if place not in names]:
-            raise CheckpointError(f"{where} is no complete CLIPModel: {missing[0]} is missing")
-        found[name] = Source(tuple(names[place] for place in wanted), transpose=name in TRANSPOSED)
+        place = transformers_place(name, kind)
+        if missing := [part for part in place.names if part not in names]:
+            raise CheckpointError(f"{where} is no complete {kind}: {missing[0]} is missing")
+        found[name] = place._replace(names=tuple(names[part] for part in place.names))
     used = {name for source in found.values() for name in source.names}
     if odd := sorted(set(names.values()) - used):
         raise CheckpointError(
-            f"{where} is not of the CLIP family that diptych knows: it holds {short(odd[0])}, which CLIPModel has not"
+            f"{where} is not of the CLIP family that diptych knows: it holds {short(odd[0])}, which {kind} has not"
         )
     return found
 
@@ -120,7 +152,7 @@ def published_preprocess(published: Published | None, image_size: int) -> Prepro
     return Preprocess(image_size=image_size, **known)
 
 
-def bare_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
+def bare_tokenizer(path: Path, config: CLIPConfig) -> BaseTokenizer:
     """The released vocabulary, or a tokenizer of ours that lies beside the file."""
     if (path.parent / TOKENIZER_FILE).is_file():
         return Tokenizer.load(path.parent)
@@ -131,3 +163,46 @@ def bare_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
             f"put its {TOKENIZER_FILE} beside it (Tokenizer.save)"
         )
     return stock
+
+
+def normal_form(config: CLIPConfig) -> CLIPConfig:
+    """The same architecture, where two values mean the same always with one of them: to be compared."""
+    vision, text = config.vision, config.text
+    if isinstance(vision, ViTConfig):
+        ratio = vision.pool_mlp_ratio or vision.mlp_ratio
+        vision = replace(
+            vision,
+            mlp_ratio=vision.mlp_width / vision.width,
+            activation=vision.activation or config.activation,
+            pool_heads=vision.pool_heads or vision.heads if vision.pool in ("latent", "queries") else None,
+            pool_mlp_ratio=round(vision.width * ratio) / vision.width if vision.pool == "latent" else None,
+        )
+    end = text.vocab_size - 1 if text.end_id is None else text.end_id
+    text = replace(
+        text,
+        mlp_ratio=text.mlp_width / text.width,
+        end_id=end if text.pool == "end" else None,
+        pad_id=0 if text.is_trimmed else text.pad_id,  # nothing sees it
+    )
+    return replace(config, vision=vision, text=text)
+
+
+def foreign_tokenizer(
+    folder: Path, context_length: int, clean: Clean, *, strip_sep_token: bool = False, language: str | None = None
+) -> BaseTokenizer:
+    """The tokenizer.json of a folder with its family's rules, or what our own tokenizer left beside it."""
+    try:
+        if (folder / TOKENIZER_FILE).is_file():
+            return Tokenizer.load(folder)
+        return read_tokenizer(folder, context_length, clean=clean, strip_sep_token=strip_sep_token, language=language)
+    except UsageError as error:
+        raise CheckpointError(f"{folder} cannot be used: {error}") from None
+
+
+def write_foreign_tokenizer(folder: Path, tokenizer: JsonTokenizer) -> None:
+    """tokenizer.json, its settings as transformers and OpenCLIP read them, and all of its rules as we do."""
+    tokenizer.save(folder)
+    rules = tokenizer.rules
+    specials = {"pad_token": rules.pad, "eos_token": rules.end} | ({"sep_token": rules.drop} if rules.drop else {})
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length}
+    files.write_json(folder / "tokenizer_config.json", settings | specials)

@@ -196,7 +196,10 @@ def _to_version_3(description: dict[str, Any]) -> dict[str, Any]:
     return description | {"version": 3, "model": {"logit_bias": False} | description["model"]}
 
 
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _to_version_2, 2: _to_version_3}
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _to_version_2,
+    2: _to_version_3,
+}
 """From this version to the next. A published version is never forgotten."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diptych.errors import UsageError
 from diptych.model.clip import CLIP
 from diptych.model.text import TextTransformer
+from diptych.model.transformer import Sight
 
 OPSET = 20
 FILES = {"image": "image.onnx", "text": "text.onnx"}
@@ -39,12 +40,13 @@ class PlainText(nn.Module):
 
     def forward(self, text: Int[Tensor, "N L"]) -> Float[Tensor, "N E"]:
         tower = self.tower
-        x = tower.token_embedding(text) + tower.positional_embedding[: text.shape[1]]  # [N, L, D]
-        for block in tower.transformer.blocks():
-            x = block(x, is_causal=True)
-        ends = text.argmax(dim=-1)  # [N], the end token is the largest id
-        x = x.gather(1, ends[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # [N, D]
-        return tower.ln_final(x) @ tower.text_projection
+        if tower.config.is_trimmed:  # of any length
+            x = tower.token_embedding(text) + tower.positional_embedding[: text.shape[1]]  # [N, L, D]
+            sight = Sight(is_causal=True)
+        else:
+            x, sight = tower.embed(text)
+        x, read = tower.transformer(x, None, sight), tower.get_read(text)
+        return tower.project(x.gather(1, read[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0])
 
 
 def export(model: CLIP, folder: Path) -> None:

@@ -1,64 +1,41 @@
 """OpenCLIP's folders and hub repositories: `open_clip_config.json` beside the weights.
 
-The config is read strictly: a key that changes what is computed and that is not CLIP's (other pooling, layer scale,
-timm and Hugging Face towers, ...) is a reason to refuse, named with its value. A config without `quick_gelu` means
-GELU: that is OpenCLIP's rule, and what it computes.
+What `model_cfg` says is in open_clip_config.py, the names of timm's towers in timm.py.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from diptych import files
+from diptych.checkpoint.formats import open_clip_config, timm
 from diptych.checkpoint.formats.conventions import (
     bare_tokenizer,
-    openai_sources,
-    openai_state,
+    foreign_tokenizer,
+    from_openai,
     published_preprocess,
+    to_openai,
+    write_foreign_tokenizer,
 )
-from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
+from diptych.checkpoint.formats.open_clip_config import timm_name
+from diptych.checkpoint.loaded import Loaded, Opened, build_meta
 from diptych.checkpoint.sources import Published
-from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
-from diptych.checkpoint.weights.tensors import is_count, read_json, short
+from diptych.checkpoint.weights.read import Source, Weights, clean_names, find_weights, read_tensor_file
+from diptych.checkpoint.weights.tensors import read_json, short
 from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
-from diptych.model.config import Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig, check_activation
+from diptych.model.clip import CLIP
+from diptych.model.config import Activation, CLIPConfig, ViTConfig, check_activation
 from diptych.tokenizer import Tokenizer
+from diptych.tokenizer_json import JsonTokenizer
+from diptych.tokens import CLEANERS, BaseTokenizer, Clean
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-
-# Keys of open_clip 3.3.0's configs that we understand or that change nothing in use; any other key may only be there
-# with the value that means "as in CLIP".
-_VISION_KEYS = frozenset(["layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"])
-_TEXT_KEYS = frozenset(["context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id"])
-_MODEL_KEYS = frozenset(
-    [
-        *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
-        *("init_logit_scale", "init_logit_bias", "cast_dtype"),
-    ]
-)
-_AS_IN_CLIP: Mapping[str, tuple[Any, ...]] = {
-    "pos_embed_type": ("learnable",),
-    "pool_type": ("tok", "argmax"),
-    "proj_type": ("linear",),
-    "block_type": (None, "default"),
-    "timm_pool": ("avg",),
-    "timm_proj": ("linear",),
-    "attn_pooler_queries": (256,),
-    "attn_pooler_heads": (8,),
-    "hf_model_pretrained": (True,),
-    "hf_proj_type": ("mlp",),
-    "hf_pooler_type": ("mean_pooler",),
-    "timm_drop": (0.0,),
-    "nonscalar_logit_scale": (False, True),
-    "output_dict": (False, True),
-    "output_tokens": (False, True),
-}
-_NOTHING = (None, False, {}, [])
 
 
 def open_folder(
@@ -72,17 +49,21 @@ def open_folder(
     record = read_json(path)
     config, reason = read_config(path, record, activation, published)
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
-    sources = openai_sources(clean_names(file, file.paths[0]))
-    config = replace(config, logit_bias="logit_bias" in sources)  # open_clip_train writes it beside a config without
+    names = clean_names(file, file.paths[0])
+    config = replace(config, logit_bias="logit_bias" in names)  # open_clip_train writes it beside a config without
     section = {} if record.get("preprocess_cfg") is None else _section(path, record, "preprocess_cfg")
     preprocess = read_preprocess(path, section, config, published)
+    text = _section(path, _section(path, record, "model_cfg"), "text_cfg")
+    tokenizer = read_tokenizer(folder, text, config, file.paths[0])
+    if tokenizer.pad_token_id:
+        config = replace(config, text=replace(config.text, pad_id=tokenizer.pad_token_id))
     return Opened(
         layout="open_clip",
         path=folder,
         config=config,
         preprocess=preprocess,
-        tokenizer=bare_tokenizer(file.paths[0], config),
-        weights=Weights(file=file, sources=sources),
+        tokenizer=tokenizer,
+        weights=Weights(file=file, sources=find_sources(names, config)),
         evidence={"activation": reason},
         files=(path, *file.paths),
     )
@@ -93,28 +74,29 @@ def read_config(
 ) -> tuple[CLIPConfig, str]:
     """`model_cfg` -> our config, and what decided the activation."""
     model = _section(path, record, "model_cfg")
-    vision, text = _section(path, model, "vision_cfg"), _section(path, model, "text_cfg")
-    _refuse_unknown(path, "model_cfg", model, _MODEL_KEYS)
-    _refuse_unknown(path, "vision_cfg", vision, _VISION_KEYS)
-    _refuse_unknown(path, "text_cfg", text, _TEXT_KEYS)
-    quick, reason = _decide_activation(path, model, activation, published)
+    decided, reason = _decide_activation(path, model, activation, published)
     try:
-        config = CLIPConfig(
-            embed_dim=_count(model, "embed_dim", 512),
-            vision=_vision_config(vision),
-            text=TextConfig(
-                context_length=_count(text, "context_length", 77),
-                vocab_size=_count(text, "vocab_size", 49408),
-                width=(width := _count(text, "width", 512)),
-                layers=_count(text, "layers", 12),
-                heads=_count(text, "heads", 8),
-                mlp_ratio=_mlp_ratio(text, width),
-            ),
-            activation=quick,
-        )
-    except (UsageError, ValueError, TypeError, ZeroDivisionError) as error:
+        config = open_clip_config.read_config(model, decided)
+    except UsageError as error:
+        raise CheckpointError(f"{path} is not of the CLIP family that diptych knows: {error}") from None
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} makes no sense: {short(str(error))}") from None
     return config, reason
+
+
+def read_tokenizer(folder: Path, text: Mapping[str, Any], config: CLIPConfig, weights: Path) -> BaseTokenizer:
+    """CLIP's, or what `hf_tokenizer_name` stands for: its tokenizer.json lies in the folder."""
+    if not text.get("hf_tokenizer_name"):
+        return bare_tokenizer(weights, config)
+    match text.get("tokenizer_kwargs") or {}:
+        case {**rules} if rules.keys() <= {"clean", "strip_sep_token"}:
+            clean, strip = rules.get("clean", "whitespace"), rules.get("strip_sep_token", False)
+        case rules:
+            clean, strip = None, None
+    cleaner: Clean | None = next((name for name in CLEANERS if name == clean), None)
+    if cleaner is None or type(strip) is not bool:
+        raise CheckpointError(f"{folder / CONFIG}: tokenizer_kwargs {short(rules)} are not supported")
+    return foreign_tokenizer(folder, config.text.context_length, cleaner, strip_sep_token=strip)
 
 
 def _decide_activation(
@@ -138,59 +120,11 @@ def _decide_activation(
     return named, f"{CONFIG} says quick_gelu {str(quick).lower()}"
 
 
-def _vision_config(vision: Mapping[str, Any]) -> ViTConfig | ResNetConfig:
-    image_size = _count(vision, "image_size", 224)
-    layers, head_width = vision.get("layers", 12), _count(vision, "head_width", 64)
-    if isinstance(layers, list):
-        if len(layers) != 4 or not all(is_count(n) and n for n in layers) or head_width != 64:
-            raise ValueError("a ResNet has four numbers of layers, and 64 channels a head")
-        one, two, three, four = layers
-        return ResNetConfig(image_size=image_size, layers=(one, two, three, four), width=_count(vision, "width", 64))
-    width = _count(vision, "width", 768)
-    if width % head_width:
-        raise ValueError(f"width {width} is no multiple of head_width {head_width}")
-    return ViTConfig(
-        image_size=image_size,
-        patch_size=_count(vision, "patch_size", 16),
-        width=width,
-        layers=_count(vision, "layers", 12),
-        heads=width // head_width,
-        mlp_ratio=_mlp_ratio(vision, width),
-    )
-
-
-def _mlp_ratio(tower: Mapping[str, Any], width: int) -> float:
-    """OpenCLIP cuts width * ratio to an integer."""
-    ratio = tower.get("mlp_ratio", 4.0)
-    if type(ratio) not in (int, float) or not 0 < ratio < 1000:
-        raise ValueError(f"mlp_ratio is {short(ratio)}")
-    return int(width * ratio) / width
-
-
-def _count(section: Mapping[str, Any], key: str, default: int) -> int:
-    match section.get(key, default):
-        case int(value) | [int(value), int()] if is_count(value) and 0 < value < 1 << 24:
-            pass
-        case other:
-            raise ValueError(f"{key} is {short(other)}")
-    if section.get(key, value) not in (value, [value, value]):
-        raise ValueError(f"{key} is {short(section[key])}, not square")
-    return value
-
-
 def _section(path: Path, record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     section = record.get(key)
     if not isinstance(section, dict):
         raise CheckpointError(f"{path} is no config of OpenCLIP's: it has no {key}")
     return section
-
-
-def _refuse_unknown(path: Path, where: str, section: Mapping[str, Any], known: frozenset[str]) -> None:
-    for key, value in section.items():
-        if key not in known and value not in _NOTHING and value not in _AS_IN_CLIP.get(key, ()):
-            raise CheckpointError(
-                f"{path} is not of the CLIP family that diptych knows: {where} has {short(key)} = {short(value)}"
-            )
 
 
 def read_preprocess(
@@ -234,26 +168,90 @@ def _triple(
     return float(value[0]), float(value[1]), float(value[2])
 
 
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def find_sources(names: Mapping[str, str], config: CLIPConfig) -> dict[str, Source]:
+    """Our names -> tensors of a file under OpenCLIP's names. What is in it beside them comes under its own name."""
+    prefix = "text." if "text.token_embedding.weight" in names else ""
+    sources, used = {}, set()
+    for ours in build_meta(config).state_dict():
+        source = find_place(ours, config, prefix)
+        if all(name in names for name in source.names):
+            sources[ours] = source._replace(names=tuple(names[name] for name in source.names))
+            used.update(source.names)
+    others = (name for name in names if name not in used and not name.startswith(_NOT_READ))
+    return sources | {from_openai(name): Source((names[name],)) for name in others}
+
+
+_NOT_READ = ("text_decoder.",)
+"""CoCa's caption decoder, which no feature needs."""
+
+
+def find_place(name: str, config: CLIPConfig, prefix: str) -> Source:
+    """Where OpenCLIP keeps one of our tensors; `prefix` stands before those of the text tower."""
+    tower, _, rest = name.partition(".")
+    if tower == "visual":
+        if isinstance(config.vision, ViTConfig) and timm_name(config.vision, config.activation):
+            place = timm.find_place(rest)
+            return place._replace(names=tuple(f"visual.trunk.{part}" for part in place.names))
+        if rest.startswith("attn_pool."):
+            return Source((f"visual.{_QUERY_POOL.get(rest, rest)}",))
+    if name == "text.class_embedding":
+        return Source((f"{prefix}cls_emb",))
+    if config.text.projection == "linear" and name in _LINEAR:
+        return Source((f"{prefix}text_projection.{_LINEAR[name]}",), transpose=name == "text.text_projection")
+    return Source((to_openai(name) if tower != "text" else prefix + to_openai(name),))
+
+
+_LINEAR = {"text.text_projection": "weight", "text.projection_bias": "bias"}
+_QUERY_POOL = {
+    "attn_pool.q_weight": "attn_pool.attn.q_proj_weight",
+    "attn_pool.k_weight": "attn_pool.attn.k_proj_weight",
+    "attn_pool.v_weight": "attn_pool.attn.v_proj_weight",
+    "attn_pool.in_bias": "attn_pool.attn.in_proj_bias",
+    "attn_pool.out_proj.weight": "attn_pool.attn.out_proj.weight",
+    "attn_pool.out_proj.bias": "attn_pool.attn.out_proj.bias",
+}
+
+
+def write_state(model: CLIP) -> dict[str, Tensor]:
+    """A model's tensors under OpenCLIP's names, on the CPU."""
+    prefix = "text." if open_clip_config.is_custom(model.config) else ""
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        state |= find_place(name, model.config, prefix).give(tensor.detach().cpu())
+    return state
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def why_not(loaded: Loaded) -> str | None:
     """Why an OpenCLIP folder cannot hold this model."""
-    if reason := why_only_diptych(replace(loaded.model.config, logit_bias=False)):
+    if reason := open_clip_config.why_not(loaded.model.config):
         return reason
-    if loaded.tokenizer.merges != Tokenizer.clip(loaded.tokenizer.context_length).merges:
+    tokenizer = loaded.tokenizer
+    if isinstance(tokenizer, JsonTokenizer):
+        return "open_clip has no words for its tokenizer's rules" if tokenizer.rules.template else None
+    if tokenizer.fingerprint != Tokenizer.clip().fingerprint:
         return "its vocabulary is not OpenAI's, and open_clip would use that one all the same"
     return None
 
 
 def write(folder: Path, loaded: Loaded) -> None:
     """Fill an empty folder with weights and config."""
-    save_tensors(openai_state(loaded.model.state_dict().items()), folder / WEIGHTS[0], {"format": "pt"})
-    preprocess = loaded.preprocess
+    save_tensors(write_state(loaded.model), folder / WEIGHTS[0], {"format": "pt"})
+    preprocess, tokenizer = loaded.preprocess, loaded.tokenizer
+    model_cfg = open_clip_config.write_config(loaded.model.config)
+    if isinstance(tokenizer, JsonTokenizer):
+        write_foreign_tokenizer(folder, tokenizer)
+        rules = {"clean": tokenizer.rules.clean} | ({"strip_sep_token": True} if tokenizer.rules.drop else {})
+        model_cfg["text_cfg"] |= {"hf_tokenizer_name": "tokenizer.json", "tokenizer_kwargs": rules}
     files.write_json(
         folder / CONFIG,
         {
-            "model_cfg": write_config(loaded.model.config),
+            "model_cfg": model_cfg,
             "preprocess_cfg": {
                 "mean": list(preprocess.mean),
                 "std": list(preprocess.std),
@@ -262,38 +260,3 @@ def write(folder: Path, loaded: Loaded) -> None:
             },
         },
     )
-
-
-def write_config(config: CLIPConfig) -> dict[str, Any]:
-    """Our config -> `model_cfg`."""
-    vision, text = config.vision, config.text
-    tower: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
-    if isinstance(vision, ResNetConfig):
-        tower |= {"layers": list(vision.layers), "patch_size": None}
-    else:
-        tower |= {
-            "layers": vision.layers,
-            "patch_size": vision.patch_size,
-            "head_width": vision.width // vision.heads,
-            "mlp_ratio": _exact_ratio(vision),
-        }
-    return {
-        "embed_dim": config.embed_dim,
-        "quick_gelu": config.activation == "quick_gelu",
-        **({"init_logit_bias": -10} if config.logit_bias else {}),  # that there is one; the weights hold its value
-        "vision_cfg": tower,
-        "text_cfg": {
-            "context_length": text.context_length,
-            "vocab_size": text.vocab_size,
-            "width": text.width,
-            "heads": text.heads,
-            "layers": text.layers,
-            "mlp_ratio": _exact_ratio(text),
-        },
-    }
-
-
-def _exact_ratio(tower: ViTConfig | TextConfig) -> float:
-    """A ratio that is still the MLP's width when it is multiplied and cut."""
-    ratio = tower.mlp_width / tower.width
-    return ratio if int(tower.width * ratio) == tower.mlp_width else math.nextafter(ratio, math.inf)

@@ -22,10 +22,11 @@ from diptych.checkpoint.formats.conventions import (
     openai_sources,
     openai_state,
     published_preprocess,
+    transformers_names,
     transformers_sources,
 )
 from diptych.checkpoint.formats.infer import CHANNELS_PER_HEAD, infer_config
-from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
+from diptych.checkpoint.loaded import Loaded, Opened, why_not_paper
 from diptych.checkpoint.sources import Published, find_published
 from diptych.checkpoint.weights.read import Source, Weights, clean_names, read_tensor_file
 from diptych.checkpoint.weights.tensors import TensorFile
@@ -51,7 +52,7 @@ def open_file(
     file = read_tensor_file(path)
     names = clean_names(file, path)
     of_transformers = any(name.startswith(("text_model.", "vision_model.")) for name in names)
-    sources = transformers_sources(names, path) if of_transformers else openai_sources(names)
+    sources = transformers_sources(names, path, transformers_names(names)) if of_transformers else openai_sources(names)
     if sources.keys() >= {"text.positional_embedding", _REST}:
         file, sources = join_positions(file, sources)
     weights = Weights(file=file, sources=sources)
@@ -119,7 +120,7 @@ def decide_activation(path: Path, file: TensorFile, given: Activation | None, pu
 
 def why_not(loaded: Loaded) -> str | None:
     """Why OpenAI's state dict cannot hold this model: whoever reads it takes the rest for granted."""
-    config, stock = loaded.model.config, Tokenizer.clip(loaded.tokenizer.context_length)
+    config = loaded.model.config
     if config.activation != "quick_gelu":
         return "its activation is GELU, and OpenAI's loader always computes QuickGELU"
     towers = [config.text, *([config.vision] if isinstance(config.vision, ViTConfig) else [])]
@@ -127,11 +128,11 @@ def why_not(loaded: Loaded) -> str | None:
         return "OpenAI's loader takes 64 channels a head for granted"
     if any(tower.mlp_width != 4 * tower.width for tower in towers):
         return "OpenAI's loader takes an MLP of 4 times the width for granted"
-    if reason := why_only_diptych(config):
+    if reason := why_not_paper(config):
         return reason
     if loaded.preprocess != Preprocess(image_size=config.vision.image_size):
         return "its preprocessing is not OpenAI's, and a bare file cannot say so"
-    if loaded.tokenizer.merges != stock.merges:
+    if loaded.tokenizer.fingerprint != Tokenizer.clip().fingerprint:
         return "its vocabulary is not OpenAI's, and a bare file cannot say so"
     return None
 

@@ -1,4 +1,6 @@
-"""transformers' `CLIPModel` folders and hub repositories: `config.json`, weights, tokenizer and preprocessor files.
+"""transformers' `CLIPModel`, `MetaClip2Model` and `SiglipModel` folders and hub repositories: `config.json`, weights,
+tokenizer and preprocessor files.
+
 
 Their tower splits what OpenAI joins (q, k, v), transposes both projections, and misspells `pre_layrnorm`; the
 activation is `hidden_act`. The pooled text feature stands at the end token, whatever the old configs with
@@ -8,21 +10,29 @@ activation is `hidden_act`. The pooled text feature stands at the end token, wha
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from diptych import files
 from diptych.bpe import SINGLE_TOKENS
-from diptych.checkpoint.formats.conventions import TRANSPOSED, transformers_places, transformers_sources
-from diptych.checkpoint.loaded import Loaded, Opened, why_only_diptych
+from diptych.checkpoint.formats.conventions import (
+    foreign_tokenizer,
+    normal_form,
+    transformers_place,
+    transformers_sources,
+    write_foreign_tokenizer,
+)
+from diptych.checkpoint.loaded import Loaded, Opened, build_meta, why_not_paper
 from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import MAX_JSON, is_count, open_file, read_json, short
 from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import OPENAI_MEAN, OPENAI_STD, Preprocess
-from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, ViTConfig, check_activation
+from diptych.model.config import Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig
 from diptych.tokenizer import Tokenizer
+from diptych.tokenizer_json import JsonTokenizer
+from diptych.tokens import BaseTokenizer, Clean
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -34,68 +44,201 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 def open_folder(folder: Path, weights: Path | None = None) -> Opened:
     """Look into a transformers folder; of several files of weights `weights` may name one."""
     path = folder / CONFIG
-    config = read_config(path, read_json(path))
+    record = read_json(path)
+    config = read_config(path, record)
+    kind = _KINDS[record["model_type"]].model
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
     preprocess, preprocess_files = read_preprocess(folder, config.vision.image_size)
-    tokenizer, tokenizer_files = read_tokenizer(folder, config.text)
+    tokenizer, tokenizer_files = read_tokenizer(folder, config.text, record["model_type"])
     return Opened(
         layout="transformers",
         path=folder,
         config=config,
         preprocess=preprocess,
         tokenizer=tokenizer,
-        weights=Weights(file=file, sources=transformers_sources(clean_names(file, file.paths[0]), file.paths[0])),
+        weights=Weights(
+            file=file,
+            sources=transformers_sources(
+                clean_names(file, file.paths[0]), file.paths[0], build_meta(config).state_dict(), kind
+            ),
+        ),
         evidence={"activation": f"{CONFIG} says hidden_act {config.activation}"},
         files=(path, *preprocess_files, *tokenizer_files, *file.paths),
     )
 
 
 def read_config(path: Path, record: Mapping[str, Any]) -> CLIPConfig:
-    """`config.json` -> our config. What is absent has the value of transformers' CLIPConfig."""
-    if record.get("model_type") != "clip":
+    """`config.json` -> our config. What is absent has the value of transformers' own config."""
+    kind = str(record.get("model_type"))
+    if kind not in _KINDS:
         raise CheckpointError(
-            f"{path} describes a model of type {short(record.get('model_type'))}; of transformers' models only "
-            "CLIPModel (type clip) is of the family that diptych knows"
+            f"{path} describes a model of type {short(kind)}; of transformers' models diptych knows {', '.join(_KINDS)}"
         )
     text, vision = _section(path, record, "text_config"), _section(path, record, "vision_config")
-    acts = {str(section.get("hidden_act", "quick_gelu")) for section in (text, vision)}
-    if len(acts) != 1 or not acts <= {"quick_gelu", "gelu"}:
-        raise CheckpointError(f"{path}: hidden_act is {short(sorted(acts))}; both towers need quick_gelu, or both gelu")
-    for section in (text, vision):
-        if section.get("layer_norm_eps", 1e-5) != 1e-5:
-            raise CheckpointError(f"{path}: layer_norm_eps is {short(section['layer_norm_eps'])}; CLIP's is 1e-5")
+    defaults = _KINDS[kind]
+    acts = {str(section.get("hidden_act", defaults.hidden_act)) for section in (text, vision)}
+    if len(acts) != 1 or not acts <= _ACTIVATIONS.keys():
+        raise CheckpointError(
+            f"{path}: hidden_act is {short(sorted(acts))}; both towers need the same, one of {', '.join(_ACTIVATIONS)}"
+        )
     if vision.get("num_channels", 3) != 3:
         raise CheckpointError(f"{path}: pictures have {short(vision['num_channels'])} channels; CLIP's have 3")
     try:
-        config = CLIPConfig(
-            embed_dim=_count(record, "projection_dim", 512),
-            vision=ViTConfig(
-                image_size=_count(vision, "image_size", 224),
-                patch_size=_count(vision, "patch_size", 32),
-                width=(width := _count(vision, "hidden_size", 768)),
-                layers=_count(vision, "num_hidden_layers", 12),
-                heads=_count(vision, "num_attention_heads", 12),
-                mlp_ratio=_count(vision, "intermediate_size", 3072) / width,
-            ),
-            text=TextConfig(
-                context_length=_count(text, "max_position_embeddings", 77),
-                vocab_size=_count(text, "vocab_size", 49408),
-                width=(width := _count(text, "hidden_size", 512)),
-                layers=_count(text, "num_hidden_layers", 12),
-                heads=_count(text, "num_attention_heads", 8),
-                mlp_ratio=_count(text, "intermediate_size", 2048) / width,
-            ),
-            activation=check_activation(acts.pop()),
+        config = (_read_siglip if kind == "siglip" else _read_clip)(
+            record, text, vision, defaults, _ACTIVATIONS[acts.pop()]
         )
     except ValueError as error:
         raise CheckpointError(f"{path} makes no sense: {short(str(error))}") from None
-    end = text.get("eos_token_id", 49407)
-    if end not in (2, config.text.vocab_size - 1):  # 2: written by mistake for years, and read as "the largest id"
+    if kind == "clip" and (end := text.get("eos_token_id", 49407)) not in (2, config.text.vocab_size - 1):
+        # 2: written by mistake for years, and read as "the largest id"
         raise CheckpointError(
             f"{path}: eos_token_id is {short(end)}; CLIP reads the feature at the largest id, "
             f"{config.text.vocab_size - 1}"
         )
     return config
+
+
+class _Defaults(NamedTuple):
+    """What transformers' config classes say of what a file leaves out."""
+
+    model: str
+    """The class whose names the tensors have."""
+    hidden_act: str
+    norm_eps: float
+    text: Mapping[str, int]
+    vision: Mapping[str, int]
+
+
+_OF_CLIP = {
+    "text": {
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
+    },
+    "vision": {
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+}
+_OF_SIGLIP = {
+    "text": {
+        "max_position_embeddings": 64,
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "pad_token_id": 1,
+    },
+    "vision": {**_OF_CLIP["vision"], "patch_size": 16},
+}
+_KINDS: Mapping[str, _Defaults] = {
+    "clip": _Defaults("CLIPModel", "quick_gelu", 1e-5, **_OF_CLIP),
+    "metaclip_2": _Defaults("CLIPModel", "quick_gelu", 1e-5, **_OF_CLIP),  # the same names
+    "siglip": _Defaults("SiglipModel", "gelu_pytorch_tanh", 1e-6, **_OF_SIGLIP),
+}
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+_Section = Mapping[str, Any]
+
+
+def _read_clip(
+    record: _Section, text: _Section, vision: _Section, defaults: _Defaults, activation: Activation
+) -> CLIPConfig:
+    for section in (text, vision):
+        if section.get("layer_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"layer_norm_eps is {short(section['layer_norm_eps'])}; CLIP's is 1e-5")
+    end = _token(text, "eos_token_id", defaults.text) if record["model_type"] == "metaclip_2" else None
+    pad = 0 if end is None else _token(text, "pad_token_id", defaults.text)
+    return CLIPConfig(
+        embed_dim=_count(record, "projection_dim", 512),
+        vision=ViTConfig(**_read_image_sizes(vision, defaults)),
+        text=TextConfig(**_read_text_sizes(text, defaults), end_id=end, pad_id=pad),
+        activation=activation,
+    )
+
+
+def _read_siglip(
+    _: _Section, text: _Section, vision: _Section, defaults: _Defaults, activation: Activation
+) -> CLIPConfig:
+    if vision.get("vision_use_head", True) is not True:
+        raise ValueError("vision_use_head is false: there is no pool that makes one feature of a picture")
+    sizes, eps = _read_image_sizes(vision, defaults), _norm_eps(vision, defaults)
+    tower = ViTConfig(
+        **sizes,
+        stem="patch_bias",
+        cut_edge=sizes["image_size"] % sizes["patch_size"] > 0,
+        class_token=False,
+        ln_pre=False,
+        norm_eps=eps,
+        pool="latent",
+        projection="none",
+    )
+    words = TextConfig(
+        **_read_text_sizes(text, defaults),
+        is_causal=False,
+        pool="last",
+        pad_id=_token(text, "pad_token_id", defaults.text),
+        norm_eps=_norm_eps(text, defaults),
+        projection="linear",
+    )
+    embed_dim = words.width if text.get("projection_size") is None else _count(text, "projection_size", words.width)
+    return CLIPConfig(embed_dim=embed_dim, vision=tower, text=words, activation=activation, logit_bias=True)
+
+
+def _read_image_sizes(vision: _Section, defaults: _Defaults) -> dict[str, Any]:
+    known = defaults.vision
+    return {
+        "image_size": _count(vision, "image_size", known["image_size"]),
+        "patch_size": _count(vision, "patch_size", known["patch_size"]),
+        **_read_blocks(vision, known),
+    }
+
+
+def _read_text_sizes(text: _Section, defaults: _Defaults) -> dict[str, Any]:
+    known = defaults.text
+    return {
+        "context_length": _count(text, "max_position_embeddings", known["max_position_embeddings"]),
+        "vocab_size": _count(text, "vocab_size", known["vocab_size"]),
+        **_read_blocks(text, known),
+    }
+
+
+def _read_blocks(tower: _Section, known: Mapping[str, int]) -> dict[str, Any]:
+    width = _count(tower, "hidden_size", known["hidden_size"])
+    return {
+        "width": width,
+        "layers": _count(tower, "num_hidden_layers", known["num_hidden_layers"]),
+        "heads": _count(tower, "num_attention_heads", known["num_attention_heads"]),
+        "mlp_ratio": _count(tower, "intermediate_size", known["intermediate_size"]) / width,
+    }
+
+
+def _token(text: _Section, key: str, known: Mapping[str, int]) -> int:
+    value = text.get(key, known[key])
+    if not is_count(value):
+        raise ValueError(f"{key} is {short(value)}")
+    return value
+
+
+def _norm_eps(tower: _Section, defaults: _Defaults) -> float:
+    value = tower.get("layer_norm_eps", defaults.norm_eps)
+    if type(value) is not float:
+        raise ValueError(f"layer_norm_eps is {short(value)}")
+    return value
 
 
 def _section(path: Path, record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -159,13 +302,19 @@ def _preprocess(record: Mapping[str, Any], image_size: int) -> Preprocess:
     )
 
 
-def read_tokenizer(folder: Path, text: TextConfig) -> tuple[Tokenizer, tuple[Path, ...]]:
-    """The vocabulary that lies there, checked id for id; without one, the released vocabulary."""
+_OF_CLIP_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def read_tokenizer(folder: Path, text: TextConfig, kind: str) -> tuple[BaseTokenizer, tuple[Path, ...]]:
+    """The vocabulary that lies there, checked id for id; of a CLIPModel without one, the released vocabulary."""
     settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        name = read_json(settings).get("tokenizer_class")
-        if name not in (None, "CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast"):
-            raise CheckpointError(f"{settings} names the tokenizer {short(name)}; CLIP's is CLIPTokenizer")
+    name = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+    if kind != "clip" and name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        clean: Clean = "canonicalize" if str(name).removesuffix("Fast") == "SiglipTokenizer" else "none"
+        tokenizer = foreign_tokenizer(folder, text.context_length, clean)
+        return tokenizer, tuple(path for path in (settings, folder / "tokenizer.json") if path.is_file())
+    if name not in _OF_CLIP_CLASSES:
+        raise CheckpointError(f"{settings} names the tokenizer {short(name)}; CLIP's is CLIPTokenizer")
     found = _read_vocabulary(folder)
     if found is None:
         tokenizer = Tokenizer.clip(text.context_length)
@@ -218,72 +367,98 @@ def _is_pair(value: Any) -> bool:
 
 def why_not(loaded: Loaded) -> str | None:
     """Why a transformers folder cannot hold this model."""
-    if isinstance(loaded.model.config.vision, ResNetConfig):
+    config = loaded.model.config
+    if isinstance(config.vision, ResNetConfig):
         return "transformers' CLIPModel has no ResNet image tower"
-    return why_only_diptych(loaded.model.config)
+    if find_kind(config) is None:
+        return why_not_paper(config) or "transformers has no class for these towers"
+    return None
+
+
+def find_kind(config: CLIPConfig) -> str | None:
+    """`model_type` of the class that computes what this config says, if transformers has one."""
+    for kind in _KINDS:
+        record = write_config(config, "float32", kind)
+        try:
+            said = read_config(Path(CONFIG), record)
+        except (CheckpointError, UsageError, ValueError):
+            continue
+        if normal_form(said) == normal_form(config):
+            return kind
+    return None
 
 
 def write(folder: Path, loaded: Loaded) -> None:
     """Fill an empty folder with weights, config, preprocessor and tokenizer."""
+    config = loaded.model.config
+    kind = find_kind(config)
+    if kind is None:
+        raise UsageError("transformers has no class for these towers")
     tensors: dict[str, Tensor] = {}
     for name, tensor in loaded.model.state_dict().items():
-        match transformers_places(name):
-            case (place,):
-                tensors[place] = tensor.T if name in TRANSPOSED else tensor
-            case several:
-                parts = tensor.chunk(len(several))
-                tensors |= {place: part.clone() for place, part in zip(several, parts, strict=True)}
+        tensors |= transformers_place(name, _KINDS[kind].model).give(tensor.detach().cpu())
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     save_tensors(tensors, folder / WEIGHTS[0], {"format": "pt"})
-    files.write_json(folder / CONFIG, write_config(loaded.model.config, str(loaded.model.dtype).split(".")[1]))
-    files.write_json(folder / PREPROCESSOR, _write_preprocess(loaded.preprocess))
+    files.write_json(folder / CONFIG, write_config(config, str(loaded.model.dtype).split(".")[1], kind))
+    files.write_json(folder / PREPROCESSOR, _write_preprocess(loaded.preprocess, kind))
     _write_tokenizer(folder, loaded.tokenizer)
 
 
-def write_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
-    """Our config -> `config.json`."""
+def write_config(config: CLIPConfig, dtype: str, kind: str = "clip") -> dict[str, Any]:
+    """Our config -> `config.json` of a kind; `find_kind` says which one means the same."""
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
         raise UsageError("transformers' CLIPModel has no ResNet image tower")
-    shared = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
-    start, end = text.vocab_size - 2, text.vocab_size - 1
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
+    act = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation)
+    start, end = text.vocab_size - 2, text.vocab_size - 1 if text.end_id is None else text.end_id
+    prefix = kind.replace("-", "_")
+    record: dict[str, Any] = {
+        "architectures": [{"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel"}[kind]],
+        "model_type": kind,
         "dtype": dtype,
         "torch_dtype": dtype,  # before transformers 4.56
         "text_config": {
-            "model_type": "clip_text_model",
+            "model_type": f"{prefix}_text_model",
             "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
             "max_position_embeddings": text.context_length,
+            **_write_blocks(text, act),
             "bos_token_id": start,
             "eos_token_id": end,
-            "pad_token_id": end,
-            **shared,
+            "pad_token_id": text.pad_id if kind != "clip" else end,
         },
         "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp_width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
+            "model_type": f"{prefix}_vision_model",
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
-            **shared,
+            **_write_blocks(vision, act),
         },
+    }
+    if kind == "siglip":
+        record["text_config"]["projection_size"] = config.embed_dim
+        return record
+    record["projection_dim"] = config.embed_dim
+    for section in ("text_config", "vision_config"):
+        record[section]["projection_dim"] = config.embed_dim
+    return record
+
+
+def _write_blocks(tower: ViTConfig | TextConfig, act: str) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_width,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "hidden_act": act,
+        "layer_norm_eps": tower.norm_eps,
     }
 
 
-def _write_preprocess(preprocess: Preprocess) -> dict[str, Any]:
+def _write_preprocess(preprocess: Preprocess, kind: str) -> dict[str, Any]:
     size = preprocess.image_size
     square = {"height": size, "width": size}
     crops = preprocess.resize == "shorter_side"
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "SiglipImageProcessor" if kind == "siglip" else "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size} if crops else square,
@@ -298,7 +473,11 @@ def _write_preprocess(preprocess: Preprocess) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+def _write_tokenizer(folder: Path, tokenizer: BaseTokenizer) -> None:
+    if isinstance(tokenizer, JsonTokenizer):
+        write_foreign_tokenizer(folder, tokenizer)
+        return
+    assert isinstance(tokenizer, Tokenizer)
     tokens = [*SINGLE_TOKENS, *(merge.replace(" ", "") for merge in tokenizer.merges), _START, _END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     files.write_bytes(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False).encode())

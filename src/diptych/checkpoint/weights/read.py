@@ -50,12 +50,34 @@ def _what_it_is(magic: bytes) -> str:
 
 
 class Source(NamedTuple):
-    """Where one of our tensors comes from."""
+    """Where one of our tensors comes from, or goes to."""
 
     names: tuple[str, ...]
     """In the file; several are joined along the first axis (q, k, v)."""
     transpose: bool = False
     """A projection that the file holds as nn.Linear does, output first."""
+    axes: int = 0
+    """Axes of length 1 that the file has before ours (timm's class token is [1, 1, D])."""
+    shares: tuple[int, ...] = ()
+    """How the first axis is divided among several names; by default in equal parts."""
+
+    def take(self, parts: list[Tensor]) -> Tensor:
+        """The file's tensors -> ours."""
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.axes:
+            tensor = tensor.reshape(tensor.shape[self.axes :])
+        return tensor.T.contiguous() if self.transpose else tensor
+
+    def give(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Ours -> the file's."""
+        if self.transpose:
+            tensor = tensor.T
+        tensor = tensor.reshape((1,) * self.axes + tensor.shape)
+        if len(self.names) == 1:
+            return {self.names[0]: tensor.contiguous()}
+        shares = self.shares or (1,) * len(self.names)
+        sizes = [len(tensor) * share // sum(shares) for share in shares]
+        return {name: part.contiguous() for name, part in zip(self.names, tensor.split(sizes), strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +126,10 @@ class Weights:
                     f"{self.file.paths[0]}: {short(source.names)} have shapes that do not fit together"
                 )
             return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        return shapes[0][::-1] if source.transpose else shapes[0]
+        if any(size != 1 for size in shapes[0][: source.axes]) or len(shapes[0]) < source.axes:
+            return (-1,)  # what no tensor has
+        shape = shapes[0][source.axes :]
+        return shape[::-1] if source.transpose else shape
 
 
 def damaged(file: Path) -> CheckpointError:
@@ -140,6 +165,4 @@ def find_weights(folder: Path, names: Sequence[str], config: str) -> Path:
 
 
 def _take(tensors: dict[str, Tensor], source: Source) -> Tensor:
-    parts = [tensors.pop(name) for name in source.names]  # popped, so that they are freed as the model grows
-    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return tensor.T.contiguous() if source.transpose else tensor
+    return source.take([tensors.pop(name) for name in source.names])  # popped, to be freed as the model grows

@@ -22,7 +22,9 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def compile_rows(function: Callable[Given, Result], examples: Sequence[Tensor | bool]) -> Callable[Given, Result]:
+def compile_rows(
+    function: Callable[Given, Result], examples: Sequence[Tensor | float | str]
+) -> Callable[Given, Result]:
     """A function of tensors, compiled for any number of rows above one, to be called in inference mode.
 
     Of `examples`, arguments as they will be given, those tensors have rows that have more than one dimension; all other
@@ -44,7 +46,7 @@ def compile_rows(function: Callable[Given, Result], examples: Sequence[Tensor | 
 
 @torch.inference_mode()
 def _compile(
-    function: Callable[Given, Result], examples: Sequence[Tensor | bool], path: Path
+    function: Callable[Given, Result], examples: Sequence[Tensor | float | str], path: Path
 ) -> Callable[Given, Result]:
     rows = [example.clone() if isinstance(example, Tensor) else example for example in examples]
     for tensor in rows:
@@ -64,7 +66,7 @@ def _unguarded(compiled: Callable[Given, Result]) -> Callable[Given, Result]:
     return compiled
 
 
-def _name(function: Callable[..., object], examples: Sequence[Tensor | bool]) -> str:
+def _name(function: Callable[..., object], examples: Sequence[Tensor | float | str]) -> str:
     """What the compiled code depends on: PyTorch, the processor, the source, the shapes."""
     shapes = [
         (str(e.dtype), e.ndim, tuple(e.shape[1:] if e.ndim > 1 else e.shape)) if isinstance(e, Tensor) else e

@@ -7,6 +7,7 @@ residual stream and LayerNorm are not quantised. What stands between two product
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 
 from diptych.errors import UsageError
 from diptych.model import operators
+from diptych.model.config import Activation
 from diptych.model.inference.compiled import compile_rows
-from diptych.model.transformer import QuickGELU, ResidualAttentionBlock
+from diptych.model.transformer import ACTIVATIONS, ResidualAttentionBlock
 
 LEVELS = 127
 _ZERO = 128
@@ -71,11 +73,16 @@ class Int8Block(NamedTuple):
 def quantize_block(block: ResidualAttentionBlock) -> Int8Block:
     """Round a block's weights. QuickGELU's factors move into the scales around it: silu(1.702 x) / 1.702."""
     c_fc, c_proj = quantize(block.mlp.c_fc), quantize(block.mlp.c_proj)
-    if isinstance(block.mlp.gelu, QuickGELU):
+    if name_activation(block) == "quick_gelu":
         c_fc = c_fc._replace(scale=c_fc.scale * 1.702, bias=c_fc.bias * 1.702)
         c_proj = c_proj._replace(scale=c_proj.scale / 1.702)
     ln_1, ln_2 = ((norm.weight.detach().clone(), norm.bias.detach().clone()) for norm in (block.ln_1, block.ln_2))
     return Int8Block(ln_1, quantize(block.attn.in_proj), quantize(block.attn.out_proj), ln_2, c_fc, c_proj)
+
+
+def name_activation(block: ResidualAttentionBlock) -> Activation:
+    """The name of a block's activation."""
+    return next(name for name, kind in ACTIVATIONS.items() if type(block.mlp.gelu) is kind)
 
 
 def quantize(linear: nn.Linear) -> Int8Linear:
@@ -94,9 +101,9 @@ def quantize_rows(x: Float[Tensor, "R K"]) -> Rows:
     return ((x * (1 / scale)).round() + _ZERO).to(torch.uint8), scale
 
 
-def norm(x: Float[Tensor, "R D"], weight: Float[Tensor, " D"], bias: Float[Tensor, " D"]) -> Rows:
+def norm(x: Float[Tensor, "R D"], weight: Float[Tensor, " D"], bias: Float[Tensor, " D"], eps: float) -> Rows:
     """LayerNorm, quantised."""
-    return quantize_rows(F.layer_norm(x, (x.shape[1],), weight, bias))
+    return quantize_rows(F.layer_norm(x, (x.shape[1],), weight, bias, eps))
 
 
 def add_norm(
@@ -106,10 +113,11 @@ def add_norm(
     bias: Float[Tensor, " D"],
     norm_weight: Float[Tensor, " D"],
     norm_bias: Float[Tensor, " D"],
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual stream with a product added to it, and its LayerNorm, quantised."""
     x = x + product.float() * scale + bias
-    return x, *norm(x, norm_weight, norm_bias)
+    return x, *norm(x, norm_weight, norm_bias, eps)
 
 
 def rescale(
@@ -120,15 +128,20 @@ def rescale(
 
 
 def activate(
-    product: Float[Tensor, "R M"], scale: Float[Tensor, "R 1"], bias: Float[Tensor, " M"], is_quick: bool
+    product: Float[Tensor, "R M"], scale: Float[Tensor, "R 1"], bias: Float[Tensor, " M"], activation: Activation
 ) -> Rows:
     """The activation of a product, quantised; `quantize_block` has moved QuickGELU's factors.
 
-    Below zero both functions stay above a small bound and above it they grow, so the largest magnitude of a row is
-    found without computing the activation twice.
+    Below zero all of them stay above a small bound and above it they grow, so the largest magnitude of a row is found
+    without computing the activation twice.
     """
     h = product.float() * scale + bias
-    function, lowest = (F.silu, 0.27847) if is_quick else (F.gelu, 0.16998)
+    if activation == "quick_gelu":
+        function, lowest = F.silu, 0.27847
+    elif activation == "gelu":
+        function, lowest = F.gelu, 0.16998
+    else:
+        function, lowest = partial(F.gelu, approximate="tanh"), 0.17005
     scale = function(h.amax(dim=-1, keepdim=True)).clamp(min=lowest) * (1 / LEVELS)
     return ((function(h) * (1 / scale)).round() + _ZERO).to(torch.uint8), scale
 
@@ -148,21 +161,22 @@ class Int8Transformer:
     ) -> None:
         self.blocks = [quantize_block(block) for block in blocks]
         self.heads = blocks[0].attn.heads
-        self.is_quick = isinstance(blocks[0].mlp.gelu, QuickGELU)
+        self.activation: Activation = name_activation(blocks[0])
+        self.eps = blocks[0].ln_1.eps
         self.dtype, self.read, self.attend = dtype, read, attend
         width, mlp_width = blocks[0].mlp.c_proj.out_features, blocks[0].mlp.c_proj.in_features
         x, scale, one = torch.zeros(64, width), torch.ones(64, 1), torch.ones(width)
         wide, half, qkv = (torch.zeros(64, size, dtype=dtype) for size in (mlp_width, width, 3 * width))
-        self.norm = compile_rows(norm, [x, one, one])
-        self.add_norm = compile_rows(add_norm, [x, half, scale, one, one, one])
+        self.norm = compile_rows(norm, [x, one, one, self.eps])
+        self.add_norm = compile_rows(add_norm, [x, half, scale, one, one, one, self.eps])
         self.rescale = compile_rows(rescale, [qkv, scale, torch.ones(3 * width)])
         self.quantize_rows = compile_rows(quantize_rows, [half])
-        self.activate = compile_rows(activate, [wide, scale, torch.ones(mlp_width), self.is_quick])
+        self.activate = compile_rows(activate, [wide, scale, torch.ones(mlp_width), self.activation])
 
     def __call__(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N read D"]:
         n, length, width = x.shape
         x = x.reshape(-1, width)  # [N * L, D]
-        rows, scale = self.norm(x, *self.blocks[0].ln_1)
+        rows, scale = self.norm(x, *self.blocks[0].ln_1, self.eps)
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             qkv = self.rescale(block.in_proj.multiply(rows, self.dtype), scale, block.in_proj.bias)
             read = length if following else self.read
@@ -170,11 +184,11 @@ class Int8Transformer:
             x = x if following else x.view(n, length, width)[:, :read].reshape(-1, width)
             rows, scale = self.quantize_rows(attended)
             product = block.out_proj.multiply(rows, self.dtype)
-            x, rows, scale = self.add_norm(x, product, scale, block.out_proj.bias, *block.ln_2)
-            rows, scale = self.activate(block.c_fc.multiply(rows, self.dtype), scale, block.c_fc.bias, self.is_quick)
+            x, rows, scale = self.add_norm(x, product, scale, block.out_proj.bias, *block.ln_2, self.eps)
+            rows, scale = self.activate(block.c_fc.multiply(rows, self.dtype), scale, block.c_fc.bias, self.activation)
             product = block.c_proj.multiply(rows, self.dtype)
             if following is not None:
-                x, rows, scale = self.add_norm(x, product, scale, block.c_proj.bias, *following.ln_1)
+                x, rows, scale = self.add_norm(x, product, scale, block.c_proj.bias, *following.ln_1, self.eps)
             else:
                 x = x + product.float() * scale + block.c_proj.bias
         return x.view(n, self.read, width)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diptych.errors import unknown_name
 from diptych.model import operators
 from diptych.model.config import PRECISIONS, Precision
-from diptych.model.transformer import MLP, QuickGELU, ResidualAttentionBlock, Transformer
+from diptych.model.transformer import MLP, QuickGELU, ResidualAttentionBlock, TanhGELU, Transformer
 
 Made = TypeVar("Made")
 Resolved = Literal["exact", "float32", "bfloat16", "int8"]
@@ -114,7 +114,7 @@ def fold_quick_gelu(mlp: MLP) -> None:
 
 def _activation_that_joins(mlp: MLP) -> str:
     """oneDNN's name of the activation, which it computes while the product is still in the cache."""
-    return {nn.SiLU: "swish", nn.GELU: "gelu"}.get(type(mlp.gelu), "none")
+    return {nn.SiLU: "swish", nn.GELU: "gelu", TanhGELU: "gelu_tanh"}.get(type(mlp.gelu), "none")
 
 
 class PackedLinear(nn.Module):

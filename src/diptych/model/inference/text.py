@@ -4,9 +4,10 @@
     a photo of a dog     ->                  dog <end>
     a photo of the cat                    the cat <end>
 
-Attention is causal: keys, values and outputs of a token depend on what stands before it and on nothing else, so
+Where attention is causal, keys, values and outputs of a token depend on what stands before it and on nothing else, so
 they are the same for all texts that begin alike. The result is exact, not an approximation. For 80 templates and
-1,000 class names 12 tokens a text become 4.
+1,000 class names 12 tokens a text become 4. A tower whose tokens see all others (SigLIP) shares nothing: its rows are
+computed whole.
 
 Texts are sorted, so that those that share a beginning are neighbours, and cut into tries of bounded size. In a trie
 all linear layers see one row for each token, T in all, without padding; only attention, which is small, works on rows
@@ -70,7 +71,7 @@ def encode_trie(tower: TextTransformer, ready: Ready, trie: Trie) -> Float[Tenso
     ends = [Group(group.own[:, -1:], group.path, group.mask[:, :, -1:]) for group in trie.groups]
     attended = _attend(last.attn, last.ln_1(x).to(ready.dtype), ends)[trie.text_back]
     x = _finish(last, x[trie.ends], attended, ready.dtype)
-    return tower.ln_final(x) @ tower.text_projection
+    return tower.project(x)
 
 
 def _finish(
@@ -107,20 +108,40 @@ def encode_texts(
 ) -> Float[Tensor, "N E"]:
     """Features of texts as the tower itself computes them, not normalised.
 
-    Memory is bounded by `max_tokens`, the tokens of a trie, beside the rows and their features.
+    Memory is bounded by `max_tokens`, the tokens of a trie or of a batch, beside the rows and their features.
     """
+    if not tower.config.is_trimmed:
+        parts = text.split(max(1, max_tokens // tower.context_length))
+        return torch.cat([_encode_whole(tower, ready, part) for part in parts])
     device = tower.positional_embedding.device
-    rows, inverse = sort_rows(text.numpy(force=True))
+    rows, inverse = sort_rows(text.numpy(force=True), tower.config.end_id)
     features = [encode_trie(tower, ready, move_trie(trie, device)) for trie in build_tries(rows, max_tokens)]
-    return torch.cat(features)[torch.from_numpy(inverse).to(device)] if features else tower.text_projection[:0]
+    if not features:
+        return tower.project(tower.positional_embedding[:0])
+    return torch.cat(features)[torch.from_numpy(inverse).to(device)]
 
 
-def sort_rows(text: Rows) -> tuple[Rows, Rows]:
+def _encode_whole(tower: TextTransformer, ready: Ready, text: Int[Tensor, "N L"]) -> Float[Tensor, "N E"]:
+    """Texts whose padding is seen: whole rows, of the last block the token that is read."""
+    text = text.to(tower.positional_embedding.device)
+    x, sight = tower.embed(text)
+    *blocks, last = ready.blocks
+    for block in blocks:
+        x = x + block.attn(block.ln_1(x).to(ready.dtype), sight)
+        x.add_(block.mlp(block.ln_2(x).to(ready.dtype)))
+    token = tower.get_read(text)
+    attended = last.attn.read(last.ln_1(x).to(ready.dtype), token, sight)
+    x = x[torch.arange(len(x), device=x.device), token] + attended
+    return tower.project(x + last.mlp(last.ln_2(x).to(ready.dtype)))
+
+
+def sort_rows(text: Rows, end_id: int | None = None) -> tuple[Rows, Rows]:
     """Rows without their padding's values, sorted and each once; and for each row of `text` which of them it is.
 
-    A row ends at its highest id, as the tower reads it.
+    A row ends at its end token, or at its highest id, as the tower reads it.
     """
-    ends = text.argmax(axis=1) if text.size else np.zeros(len(text), dtype=np.int64)
+    marks = text if end_id is None else text == end_id
+    ends = marks.argmax(axis=1) if text.size else np.zeros(len(text), dtype=np.int64)
     text = np.where(np.arange(text.shape[1]) <= ends[:, None], text, -1)[:, : ends.max(initial=-1) + 1]
     order = np.lexsort(text.T[::-1]) if text.size else np.arange(len(text))
     text = text[order]

@@ -84,12 +84,11 @@ class LockedTower:
     def space(self) -> str:
         """Names all that decides a feature, but the sample."""
         model, preprocess, tokenizer = self.loaded
-        text = {"tokenizer": tokenizer.fingerprint, "special": tokenizer.special_tokens}
         return name_space(
             version=VERSION,
             model=to_dict(model.config),
             weights=hash_tower(model.visual if self.image else model.text),
-            input=to_dict(preprocess) if self.image else text,
+            input=to_dict(preprocess) if self.image else tokenizer.key,
             types=[str(self.dtype), str(self.stored), self.device.type],
         )
 
