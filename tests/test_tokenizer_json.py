@@ -205,6 +205,14 @@ def test_rows_equal_those_of_transformers_behind_open_clip_s_rules(families, nam
         assert ours == row, text
 
 
+@pytest.mark.parametrize("name", ["CLIPA", "MetaCLIP 2", "RoBERTa"])
+def test_a_folder_that_names_no_special_tokens_is_known_by_those_it_has(families, tmp_path, name):
+    folder, _ = families(name)  # the repositories of bert-base-uncased, xlm-roberta-base and roberta-base are like this
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    assert read_tokenizer(tmp_path, 32).rules == read_tokenizer(folder, 32).rules
+
+
 def test_a_list_of_words_alone_is_read_with_bert_s_rules(families, tmp_path):
     folder, _ = families("CLIPA")
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
@@ -413,8 +421,10 @@ def test_transformers_siglip_tokenizer_cleans_texts_by_itself(families, tmp_path
 
 
 def test_reading_a_foreign_folder_says_what_it_lacks(families, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": BPE}))
     with pytest.raises(UsageError, match="names no pad_token"):
         read_tokenizer(tmp_path, 64)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": {"content": "</s>"}}')
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(NotFoundError, match=r"it has spiece\.model only, which diptych does not read; AutoTokenizer"):

@@ -343,7 +343,8 @@ def read_tokenizer(
     folder = Path(folder)
     settings = {**_read_settings(folder / SPECIALS), **_read_settings(folder / SETTINGS)}
     kind = "BertTokenizer" if _is_wordpiece(folder) else str(settings.get("tokenizer_class")).removesuffix("Fast")
-    usual = _SPECIALS_OF.get(kind, {})
+    data = _build_wordpiece(folder, settings) if _is_wordpiece(folder) else _read(folder / JSON)
+    usual = _SPECIALS_OF.get(kind) or ({} if "pad_token" in settings else _find_specials(data))
     named = {name: _content(settings.get(f"{name}_token", usual.get(name))) for name in _NAMES}
     pad, end = named["pad"], named["eos"] or named["sep"]
     if pad is None or end is None:
@@ -366,7 +367,6 @@ def read_tokenizer(
         drop=named["sep"] if strip_sep_token else None,
         special=special,
     )
-    data = _build_wordpiece(folder, settings) if _is_wordpiece(folder) else _read(folder / JSON)
     return JsonTokenizer(data, rules, context_length, special_tokens)
 
 
@@ -395,6 +395,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UsageError(f"{path} holds no settings: it is no JSON object")
     return record
+
+
+def _find_specials(data: bytes) -> Mapping[str, str]:
+    """The special tokens of the class that a vocabulary is of, if its folder names neither (bert-base-uncased)."""
+    known = _build(data, (), False, True).backend.token_to_id
+    return next((names for names in _SPECIALS_OF.values() if None not in map(known, names.values())), {})
 
 
 def _content(token: Any) -> str | None:
