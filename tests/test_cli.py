@@ -142,6 +142,9 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
         (["classify", "a.jpg", "--labels", "a", "--device", "foo"], "no device 'foo' here; PyTorch finds cpu"),
         (["classify", "nowhere.jpg", "--labels", "a"], "no such picture: nowhere.jpg"),
         (["classify", "*.nothing", "--labels", "a"], "no pictures in *.nothing"),
+        (["classify", "a.jpg", "--labels", "a", "--labels", "b"], "--labels is given 2 times; give it once, with all"),
+        (["train", "RN-Ti", "--data=x", "--out", "y", "--data", "z"], "--data is given 2 times"),
+        (["plan", "ViT-B-32", "--caption_tokens", "8", "--caption-tokens", "9"], "--caption-tokens is given 2 times"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys):

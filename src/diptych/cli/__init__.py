@@ -13,6 +13,7 @@ import re
 import select
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -51,6 +52,8 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 _STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+_REPEATABLE = {("evaluate", "--model")}
+"""Options that count as often as they are given; of any other the parser would take the last and drop the rest."""
 _PIPE_CLOSED = 128 + 13
 """What a shell makes of a program that SIGPIPE ended."""
 
@@ -157,6 +160,7 @@ def _parse(arguments: Sequence[str]) -> Command:
     name = arguments[0] if arguments else "-"
     if not name.startswith("-") and name.replace("_", "-") not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
+    _refuse_repeated(name, arguments)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -177,6 +181,14 @@ def _parse(arguments: Sequence[str]) -> Command:
         raise
     finally:
         sys.stderr.write(_name_command(told.getvalue(), arguments))
+
+
+def _refuse_repeated(command: str, arguments: Sequence[str]) -> None:
+    """UsageError for an option that is given twice."""
+    options = itertools.takewhile(lambda one: one != "--", arguments)
+    flags = Counter(one.partition("=")[0].replace("_", "-") for one in options if one.startswith("--"))
+    if twice := [flag for flag, count in flags.items() if count > 1 and (command, flag) not in _REPEATABLE]:
+        raise UsageError(f"{twice[0]} is given {flags[twice[0]]} times; give it once, with all its values behind it")
 
 
 def _name_command(told: str, arguments: Sequence[str]) -> str:
