@@ -31,7 +31,7 @@ from diptych.cli.output import shorten
 from diptych.cli.plan import Plan
 from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
-from diptych.config import hide_secrets
+from diptych.config import hide_secrets, require_finite
 from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
 
 Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
@@ -160,17 +160,19 @@ def _parse(arguments: Sequence[str]) -> Command:
     name = arguments[0] if arguments else "-"
     if not name.startswith("-") and name.replace("_", "-") not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    _refuse_repeated(name, arguments)
+    _refuse_odd(name, arguments)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.extras.subcommand_cli_from_dict(
+            command = tyro.extras.subcommand_cli_from_dict(
                 COMMANDS | {"train": with_recipe(arguments)} if name == "train" else COMMANDS,
                 prog="diptych",
                 description="Build and use CLIP models from end to end; --version tells which release this is.",
                 args=arguments,
                 config=_STYLE,
             )
+        require_finite(command)
+        return command
     except SystemExit as ended:
         if error := _find_usage_error(ended):
             told = io.StringIO()
@@ -183,8 +185,14 @@ def _parse(arguments: Sequence[str]) -> Command:
         sys.stderr.write(_name_command(told.getvalue(), arguments))
 
 
-def _refuse_repeated(command: str, arguments: Sequence[str]) -> None:
-    """UsageError for an option that is given twice."""
+def _refuse_odd(command: str, arguments: Sequence[str]) -> None:
+    """UsageError for an empty argument, which as a path would be the folder we are in, and for an option that is given
+    twice."""
+    before = ("the first", *arguments)
+    if empty := [name for name, one in zip(before, arguments, strict=False) if one == ""]:
+        raise UsageError(f"the argument behind {empty[0]} is empty; is it a variable that was not set?")
+    if unset := [one for one in arguments if re.fullmatch(r"--[\w-]+=", one)]:
+        raise UsageError(f"{unset[0]} has no value; is it a variable that was not set?")
     options = itertools.takewhile(lambda one: one != "--", arguments)
     flags = Counter(one.partition("=")[0].replace("_", "-") for one in options if one.startswith("--"))
     if twice := [flag for flag, count in flags.items() if count > 1 and (command, flag) not in _REPEATABLE]:
@@ -215,7 +223,7 @@ def name_flags(message: str, flags: Sequence[str]) -> str:
     """
     for flag in flags:
         name = flag[2:].replace("-", "_")
-        found = rf"(?<![\w/.-]){name}(?![\w/.-])" if "_" in name else rf"^{name}(?= -?\d)"
+        found = rf"(?<![\w/.-]){name}(?![\w/.-])" if "_" in name else rf"^{name}(?= -?(?:\d|nan|inf))"
         message = re.sub(found, flag, message)
     return message
 
