@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -166,3 +169,22 @@ def test_templates_of_a_checkpoint_that_are_none_are_refused(tmp_path):
     native.save(tmp_path / "m", make_loaded(config))
     with pytest.raises(CheckpointError, match="needs exactly one"):
         layouts.load(tmp_path / "m")
+
+
+def test_a_sheet_shows_a_name_that_is_not_utf_8(model, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / os.fsdecode(b"a\xff.png")).write_bytes(encode(draw("red", "dot"), "PNG"))
+    sheet = tmp_path / "sheet.html"
+    assert call("classify", folder, "--labels", "a\udcfe", "b", "--model", model / "plain", "--html", sheet) == 0
+    assert "a\\udcff.png" in sheet.read_text()
+
+
+@pytest.mark.parametrize("given", [b"cat\n\xff\n", None])
+def test_labels_from_a_standard_input_that_has_none(pictures, model, given):
+    """None: it is closed."""
+    command = [sys.executable, "-m", "diptych", "classify", pictures, "--model", model / "plain", "--labels", "@-"]
+    command = ["bash", "-c", f'"$@" {"" if given else "<&-"}', "-", *map(str, command)]
+    ended = subprocess.run(command, input=given, capture_output=True, timeout=60, env=os.environ | {"LC_ALL": "C"})
+    assert ended.returncode == 2
+    assert (b"is not UTF-8" if given else b"no label was named") in ended.stderr

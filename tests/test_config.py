@@ -49,6 +49,12 @@ def test_a_near_miss_of_a_preset_gets_a_suggestion():
         (lambda: SourceConfig(path=Path("x"), weight=0.0), "above 0"),
         (lambda: SourceConfig.parse("a@b"), "PATH@WEIGHT"),
         (lambda: OptimConfig(lr=0.0), "lr"),
+        (lambda: OptimConfig(beta1=1.0), r"beta1 1.0 is not a share in \[0, 1\)"),
+        (lambda: OptimConfig(beta2=-0.1), "beta2 -0.1"),
+        (lambda: OptimConfig(eps=0.0), "eps 0.0 must be above 0"),
+        (lambda: OptimConfig(max_grad_norm=-1.0), "max_grad_norm -1.0 must be above 0"),
+        (lambda: RunConfig(timeout=0.0), "timeout 0.0 must be above 0"),
+        (lambda: RunConfig(checkpoint_minutes=-1.0), "checkpoint_minutes -1.0 must be above 0"),
     ],
 )
 def test_contradictions_are_refused_where_they_are_written(make, message):

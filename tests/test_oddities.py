@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diptych.checkpoint import layouts
 from diptych.checkpoint.formats import native
 from diptych.config import from_dict, to_dict
 from diptych.decode import decode, find_oddities
@@ -81,6 +82,19 @@ def test_what_pillow_turns_itself_is_not_turned_again():
     assert open_picture(data).size == (200, 300)
     found = [Preprocess(image_size=32, turn=turn).pixels(open_picture(data)) for turn in (False, True)]
     np.testing.assert_array_equal(*found)
+
+
+def test_a_palette_that_is_not_there_costs_that_picture_alone(tmp_path, capsys):
+    """Pillow asserts that there is one when it is asked for transparency."""
+    data = encode(noise().convert("P"), "PNG")
+    at = data.index(b"PLTE")
+    size = int.from_bytes(data[at - 4 : at], "big")
+    (tmp_path / "a.png").write_bytes(data[: at - 4] + data[at + size + 8 :])
+    (tmp_path / "b.png").write_bytes(encode(noise(), "PNG"))
+    assert find_oddities((tmp_path / "a.png").read_bytes()) == ()
+    layouts.save(make_loaded(TINY_VIT), tmp_path / "model")
+    call("classify", tmp_path, "--labels", "cat", "dog", "--model", tmp_path / "model")
+    assert "b.png" in capsys.readouterr().out
 
 
 def test_damaged_metadata_is_no_oddity():

@@ -123,7 +123,9 @@ def hide_secrets(text: str) -> str:
 
 
 def require_finite(config: Any) -> None:
-    """Raise UsageError for a setting that is NaN or infinite."""
+    """Raise UsageError for a setting, or one of a config inside, that is NaN or infinite."""
     for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            require_finite(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} {value} is no number that can be used")

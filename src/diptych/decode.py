@@ -129,14 +129,15 @@ def find_oddities(data: bytes) -> tuple[str, ...]:
     if data.startswith(b"\xff\xd8\xff") and b"Exif\0\0" not in data[:4096]:
         return ()
     try:
-        image = open_header(data)
+        with _faults_named(data):
+            image = _open(data, FORMATS, MAX_PIXELS)
+            found = {
+                "turned": read_orientation(image) != 1,
+                "16-bit": image.mode.startswith("I"),
+                "transparent": image.has_transparency_data,  # which fails on a palette that is not there
+            }
     except PictureError:
         return ()
-    found = {
-        "turned": read_orientation(image) != 1,
-        "16-bit": image.mode.startswith("I"),
-        "transparent": image.has_transparency_data,
-    }
     return tuple(name for name, is_there in found.items() if is_there)
 
 

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -36,7 +37,9 @@ MAX_TABLE = 256 << 20
 MAX_LINE = 1 << 20
 """Bytes of a line of text; a longer one is none."""
 _BLOCK = 1 << 20
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
+MAX_RANGE = 1_000_000
+"""Files that the ranges of a name may stand for."""
 
 
 def spell_out(place: str) -> list[str]:
@@ -53,10 +56,13 @@ def spell_out(place: str) -> list[str]:
 def expand_range(place: str) -> list[str]:
     """`a/{00..02}.tar` -> a/00.tar, a/01.tar, a/02.tar; any number of ranges."""
     parts = _RANGE.split(place)
-    choices = [[f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-               for first, last in zip(parts[1::3], parts[2::3], strict=True)]  # fmt: skip
-    if not all(choices):
+    ends = list(zip(parts[1::3], parts[2::3], strict=True))
+    counts = [int(last) - int(first) + 1 for first, last in ends]
+    if any(count < 1 for count in counts):
         raise UsageError(f"the range in {place} is empty; the smaller number comes first")
+    if math.prod(counts) > MAX_RANGE:
+        raise UsageError(f"{place} stands for {math.prod(counts):,} files, at most {MAX_RANGE:,}")
+    choices = [[f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)] for first, last in ends]
     return ["".join(x for pair in itertools.zip_longest(parts[::3], some, fillvalue="") for x in pair)
             for some in itertools.product(*choices)]  # fmt: skip
 

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -315,3 +316,18 @@ def test_a_folder_in_which_nothing_could_be_embedded_is_not_claimed(model, pictu
     (out / "manifest.json").write_text("{}")
     with pytest.raises(UsageError, match=r"holds no manifest\.json of this version"):
         embed(model, broken, out=out)
+
+
+def test_a_disk_that_is_full_from_the_first_byte_on_locks_nobody_out(model, pictures, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "diptych", "embed", model, str(pictures), "--out", str(out)]
+    full = subprocess.run(
+        command,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert full.returncode == 2, full.stderr
+    assert "File too large" in full.stderr
+    assert embed(model, pictures, out=out).features == 21

@@ -23,7 +23,7 @@ from diptych.evaluate.config import EvaluateConfig
 from diptych.evaluate.datasets.download import fetch_wds, locate
 from diptych.evaluate.datasets.labels import doubt_names, index_labels
 from diptych.evaluate.datasets.layouts import find_layout, open_samples
-from diptych.evaluate.datasets.registry import Place, guess_place, load_dataset_entry, load_own
+from diptych.evaluate.datasets.registry import OWN, Dataset, Place, Profile, guess_place, load_dataset_entry, load_own
 from diptych.evaluate.datasets.samples import Samples
 from diptych.evaluate.run import run
 from samples import TINY_VIT, make_loaded, write_samples, write_tar
@@ -404,6 +404,68 @@ def test_a_quote_that_is_never_closed_does_not_swallow_the_rest(tmp_path):
     assert reopen(tmp_path).labels == ["A class"]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'a.png,"cat\nb.png,dog\nc.png,cat"\n',
+        'a.png,"5 inch\nb.png,dog\nc.png,6" screen\n',
+        '"a.png,cat\nb.png",dog\n',
+    ],
+)
+def test_a_quote_that_is_closed_lines_later_does_not_swallow_them(tmp_path, rows):
+    (tmp_path / "test.csv").write_text(f"image,label\n{rows}")
+    with pytest.raises(DatasetError, match="swallow"):
+        reopen(tmp_path)
+
+
+def test_a_caption_with_commas_and_no_quotes_is_not_cut(tmp_path):
+    (tmp_path / "test.csv").write_text("image,captions\na.png,a dog, running\nb.png,a cat\nc.png,a cow,,\n")
+    opened = reopen(tmp_path, "captions")
+    assert (opened.labels, opened.skipped) == ([("a cat",), ("a cow",)], {"too_many_cells": 1})
+
+
+def test_a_picture_that_is_spelled_in_two_ways_is_one(tmp_path):
+    write_table(tmp_path / "test.csv", [["image", "captions"], ["p/a.png", "one"], ["./p/b/../a.png", "two"]])
+    assert reopen(tmp_path, "captions").labels == [("one", "two")]
+    write_table(tmp_path / "test.csv", [["image", "label"], ["p/a.png", "x"], ["./p/a.png", "y"]])
+    with pytest.raises(DatasetError, match="come more than once"):
+        reopen(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("test-00000-of-00001.parquet", "test-00000-of-00001-a1b2c3.parquet"),  # the hub's names of before and of now
+        ("small/test-00000-of-00001.parquet", "large/test-00000-of-00001.parquet"),  # two configurations
+        ("small/test/0000.parquet", "large/test/0000.parquet"),
+        ("test.parquet", "test_backup.parquet"),
+    ],
+)
+def test_tables_that_are_each_the_whole_split_are_not_taken_together(tmp_path, first, second):
+    write_parquet(tmp_path / "made", pictures())
+    made = next((tmp_path / "made").iterdir()).read_bytes()
+    for name in (first, second):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(made)
+    with pytest.raises(DatasetError, match="several tables of test"):
+        reopen(tmp_path / "set")
+    (tmp_path / "set" / second).unlink()
+    assert len(reopen(tmp_path / "set")) == 24
+
+
+def test_space_around_a_name_makes_no_other_class(tmp_path):
+    labels = iter([f"{NAMES[number]}{' ' * (place % 2)}" for place, (_, number, _) in enumerate(pictures())])
+    write_parquet(tmp_path, pictures(), names=(), label=lambda _: next(labels))
+    assert set(reopen(tmp_path).labels) == set(NAMES)
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    write_table(tmp_path / "test.csv", [["image", "label"], ["a.png", "cat"], ["b.png", "cat"]])
+    entry = Dataset(id="mine", title="mine", metric="acc1", profiles={OWN: Profile()})
+    with pytest.raises(DatasetError, match="mine has one class, cat: nothing to tell apart"):
+        index_labels(entry.resolve(OWN), reopen(tmp_path), Place())
+
+
 def test_splits_are_found_by_what_they_are_called_and_else_named(tmp_path):
     for name in ("Training/a", "Training/b", "validation/a", "validation/b"):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -677,3 +739,8 @@ def test_layouts_that_cannot_be_of_a_kind_say_so(tmp_path):
     (tmp_path / "a" / "x").mkdir(parents=True)
     with pytest.raises(UsageError, match="one label to each picture"):
         reopen(tmp_path / "a", "captions", layout="folders")
+
+
+def test_a_mark_before_the_json_of_a_sample_is_no_part_of_it(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.txt", b"a"), ("0.json", b'\xef\xbb\xbf{"label": "cat"}')])
+    assert reopen(tmp_path).labels == ["cat"]

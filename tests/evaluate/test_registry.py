@@ -4,7 +4,10 @@ import pytest
 
 from diptych.errors import DatasetError, NotFoundError, UsageError
 from diptych.evaluate.datasets.registry import (
+    OWN,
     SUITES,
+    Dataset,
+    Profile,
     known_datasets,
     load_dataset_entry,
     load_own,
@@ -92,6 +95,35 @@ def test_sources_with_other_orders_and_spellings_are_matched():
     by_number = match_classes(load_dataset_entry("imagenet_v2"), sorted(map(str, range(1000))))
     assert by_number[:3] == [0, 1, 10]
     assert match_names(load_dataset_entry("fer2013"), ["Happiness", "smiling"]) == {"Happiness": 3, "smiling": 3}
+
+
+def make_entry(*classes: str) -> Dataset:
+    return Dataset(id="mine", title="mine", metric="acc1", classes=classes, profiles={OWN: Profile()})
+
+
+@pytest.mark.parametrize(
+    ("classes", "found", "order"),
+    [
+        (("C", "C++", "C#"), ["C", "C#", "C++"], [0, 2, 1]),
+        (("C", "C++", "C#"), ["c", "c#", "c++"], [0, 2, 1]),
+        (("\u304b", "\u304c"), ["\u304b\u3099", "\u304b"], [1, 0]),  # Japanese ka and ga, the second in two signs
+        (("-1", "1", "+1"), ["+1", "-1", "1"], [2, 0, 1]),
+        (("Polish", "polish"), ["polish", "Polish"], [1, 0]),
+        (("crane", "crane", "dog"), ["crane", "dog", "crane"], [0, 2, 1]),
+    ],
+)
+def test_classes_that_differ_by_signs_or_case_alone_are_told_apart(classes, found, order):
+    entry = make_entry(*classes)
+    assert match_classes(entry, found) == order
+    if len(set(classes)) == len(classes):
+        assert match_names(entry, found) == dict(zip(found, order, strict=True))
+
+
+def test_a_spelling_that_fits_several_classes_is_refused():
+    with pytest.raises(DatasetError, match="other classes"):
+        match_classes(make_entry("C", "C++"), ["c_", "C++"])
+    with pytest.raises(DatasetError, match="'POLISH' names several classes"):
+        match_names(make_entry("Polish", "polish"), ["POLISH"])
 
 
 def test_other_classes_are_named():

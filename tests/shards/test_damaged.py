@@ -220,6 +220,7 @@ def arrangements() -> list[Case]:
         ("a truncated picture", with_file("jpg", encode(draw("red", "circle"))[:400]), "truncated"),
         ("JSON that is a list", with_file("json", b"[1]"), "bad_text"),
         ("JSON nested too deep", with_file("json", deep), "bad_text"),
+        ("JSON that is UTF-16", with_details('{"caption": "a"}'.encode("utf-16")), "bad_text"),
         ("half a surrogate", with_details(b'{"caption": "\\ud800"}'), "bad_text"),
         ("a caption that is a number", with_details(b'{"caption": 7}'), "empty_caption"),
     ]

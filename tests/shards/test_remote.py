@@ -261,3 +261,6 @@ def test_ranges_are_written_out():
     assert files.expand_range("x/{0..1}/{0..1}.tar") == ["x/0/0.tar", "x/0/1.tar", "x/1/0.tar", "x/1/1.tar"]
     with pytest.raises(UsageError, match="empty"):
         files.expand_range("x/{3..1}.tar")
+    with pytest.raises(UsageError, match="stands for 1,000,000,000,000 files, at most 1,000,000"):
+        files.expand_range("x/{0..999999}/{0..999999}.tar")
+    assert files.expand_range(f"x/{{0..{'9' * 5000}}}.tar") == [f"x/{{0..{'9' * 5000}}}.tar"]  # no number of any file

@@ -1,6 +1,7 @@
 """`diptych finetune` and `wise-ft` as commands."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from diptych.cli import main
 from diptych.pair import Pair
 from diptych.shards.write import write_shards
 from diptych.train import loop
-from samples import TINY_VIT, make_loaded, make_pairs, train_config, write_samples
+from samples import TINY_VIT, draw, make_loaded, make_pairs, train_config, write_samples
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +120,20 @@ def test_wrong_input_is_said_in_one_line(start, data, tmp_path, capsys):
     assert "text" in error
     assert finetune(start, data, tmp_path / "run", "--stop-when-lost", 1) == 2
     assert "stop_when_lost needs something to be lost; add --evaluate NAME=PATH" in capsys.readouterr().err
+
+
+def test_an_evaluation_set_that_changed_is_not_compared_with_what_it_was(start, data, tmp_path, capsys):
+    for colour, shape in [(c, s) for s in ("circle", "square", "dot") for c in ("red", "blue")]:
+        (tmp_path / "set" / shape).mkdir(parents=True, exist_ok=True)
+        draw(colour, shape).save(tmp_path / "set" / shape / f"{colour}.png")
+    out, known = tmp_path / "run", f"known={tmp_path / 'set'}"
+    steering = f"\x1b[31m={tmp_path / 'set'}"
+    assert finetune(start, data, out, "--steps", 2, "--evaluate", known, steering) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "set" / "dot")
+    longer = ["--steps", 2, "--extend-to", 3, "--evaluate"]
+    assert finetune(start, data, out, *longer, known) == 2
+    assert "the evaluation set known is not the one that the run" in capsys.readouterr().err
+    assert finetune(start, data, out, *longer, f"other={tmp_path / 'set'}") == 0
+    told = capsys.readouterr().out
+    assert "known/acc1" not in told  # what was found two steps ago is no number of now

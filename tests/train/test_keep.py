@@ -15,9 +15,10 @@ import pytest
 from diptych.checkpoint.formats import native
 from diptych.errors import CheckpointError, RunLockedError, UsageError
 from diptych.files import hold_folder
+from diptych.tokenizer import Tokenizer
 from diptych.train import loop
 from diptych.train.run_folder.checkpoints import CheckpointManager, Mirror
-from samples import train_config, write_samples
+from samples import SMALL_VOCABULARY, TINY_VIT, small, train_config, write_samples
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +232,14 @@ def test_a_log_that_lost_its_end_is_gone_on_with_and_never_filled_with_zeros(dat
         loop.run(train_config(data, tmp_path / "run", steps=3))
     assert whole.startswith(path.read_bytes().rpartition(b"\n")[0])
     assert b"\0" not in path.read_bytes()
+
+
+def test_a_run_goes_on_only_with_the_tokenizer_that_it_began_with(data, tmp_path):
+    merges = SMALL_VOCABULARY.merges
+    SMALL_VOCABULARY.save(tmp_path / "words")
+    config = train_config(data, tmp_path / "run", model=small(TINY_VIT), steps=2, warmup=1)
+    config = replace(config, tokenizer=tmp_path / "words")
+    loop.run(config)
+    Tokenizer((merges[2], merges[3], *merges[:2], *merges[4:]), context_length=16).save(tmp_path / "words")
+    with pytest.raises(UsageError, match="the tokenizer is not the one that the run in"):
+        loop.run(replace(config, run=replace(config.run, extend_to=4)))

@@ -13,6 +13,7 @@ import re
 import select
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -33,7 +34,7 @@ from diptych.cli.report import Report
 from diptych.cli.shards import Shards
 from diptych.cli.tokenizer import Tokenize
 from diptych.cli.train import Train, with_recipe
-from diptych.config import hide_secrets
+from diptych.config import hide_secrets, require_finite
 from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
 from diptych.machine import share_cores
 
@@ -74,6 +75,8 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 _STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+_REPEATABLE = {("evaluate", "--model")}
+"""Options that count as often as they are given; of any other the parser would take the last and drop the rest."""
 _PIPE_CLOSED = 128 + 13
 """What a shell makes of a program that SIGPIPE ended."""
 
@@ -183,16 +186,19 @@ def _parse(arguments: Sequence[str]) -> Command:
     name = arguments[0] if arguments else "-"
     if not name.startswith("-") and name.replace("_", "-") not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
+    _refuse_odd(name, arguments)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.extras.subcommand_cli_from_dict(
+            command = tyro.extras.subcommand_cli_from_dict(
                 COMMANDS | {"train": with_recipe(arguments)} if name == "train" else COMMANDS,
                 prog="diptych",
                 description="Build and use CLIP models from end to end; --version tells which release this is.",
                 args=arguments,
                 config=_STYLE,
             )
+        require_finite(command)
+        return command
     except SystemExit as ended:
         if error := _find_usage_error(ended):
             told = io.StringIO()
@@ -203,6 +209,20 @@ def _parse(arguments: Sequence[str]) -> Command:
         raise
     finally:
         sys.stderr.write(_name_command(told.getvalue(), arguments))
+
+
+def _refuse_odd(command: str, arguments: Sequence[str]) -> None:
+    """UsageError for an empty argument, which as a path would be the folder we are in, and for an option that is given
+    twice."""
+    before = ("the first", *arguments)
+    if empty := [name for name, one in zip(before, arguments, strict=False) if one == ""]:
+        raise UsageError(f"the argument behind {empty[0]} is empty; is it a variable that was not set?")
+    if unset := [one for one in arguments if re.fullmatch(r"--[\w-]+=", one)]:
+        raise UsageError(f"{unset[0]} has no value; is it a variable that was not set?")
+    options = itertools.takewhile(lambda one: one != "--", arguments)
+    flags = Counter(one.partition("=")[0].replace("_", "-") for one in options if one.startswith("--"))
+    if twice := [flag for flag, count in flags.items() if count > 1 and (command, flag) not in _REPEATABLE]:
+        raise UsageError(f"{twice[0]} is given {flags[twice[0]]} times; give it once, with all its values behind it")
 
 
 def _name_command(told: str, arguments: Sequence[str]) -> str:
@@ -229,7 +249,7 @@ def name_flags(message: str, flags: Sequence[str]) -> str:
     """
     for flag in flags:
         name = flag[2:].replace("-", "_")
-        found = rf"(?<![\w/.-]){name}(?![\w/.-])" if "_" in name else rf"^{name}(?= -?\d)"
+        found = rf"(?<![\w/.-]){name}(?![\w/.-])" if "_" in name else rf"^{name}(?= -?(?:\d|nan|inf))"
         message = re.sub(found, flag, message)
     return message
 

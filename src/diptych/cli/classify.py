@@ -260,13 +260,21 @@ def read_labels(given: Sequence[str], images: Sequence[str]) -> list[str]:
             labels.append(label)
             continue
         try:
-            text = sys.stdin.read() if label == "@-" else files.read_text(Path(label[1:]))
+            text = read_stdin() if label == "@-" else files.read_text(Path(label[1:]))
         except FileNotFoundError:
             raise NotFoundError(f"no such file of labels: {label[1:]}") from None
         labels += [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise UsageError("no label was named; give several to choose from")
     return labels
+
+
+def read_stdin() -> str:
+    """All of the standard input, nothing if it is closed; UsageError if it is not UTF-8, whatever the locale."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin else ""
+    except UnicodeDecodeError:
+        raise UsageError("the standard input is not UTF-8; save it as UTF-8") from None
 
 
 def find_pictures(patterns: Sequence[str]) -> tuple[list[Path], Counter[str]]:

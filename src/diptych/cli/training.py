@@ -4,6 +4,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -93,13 +94,15 @@ def run_and_report(config: TrainConfig, evaluators: "Sequence[TrainingEvaluator]
         print_train_report(report)
         for evaluator in evaluators:
             if evaluator.broken:
-                print(f"  {evaluator.name}: pictures left out: {list_counts(evaluator.broken)}")
+                print(f"  {printable(evaluator.name)}: pictures left out: {list_counts(evaluator.broken)}")
         told = report.resumed_from == report.steps and (config.out / "report.html").exists()
         if not told and report.stopped_by != "SIGTERM":  # whoever sends it waits for seconds only
             examples = {evaluator.name: evaluator.examples for evaluator in evaluators}
             write_page(lambda page: page.write_run_page(config, report, examples))
         if report.lost:
-            print(f"stopped: more than {config.start.stop_when_lost:g} points lost in {', '.join(report.lost)}")
+            print(
+                f"stopped: more than {config.start.stop_when_lost:g} points lost in {printable(', '.join(report.lost))}"
+            )
     if report.lost:
         return LOST_STATUS
     return 128 + signal.Signals[report.stopped_by] if report.stopped_by else 0
@@ -193,7 +196,7 @@ def describe_changes(start: Mapping[str, float], now: Mapping[str, float]) -> li
     """A line for each share: at the start, now, and the difference in points of a hundred."""
     from diptych.train.finetune.guard import changes
 
-    found = changes(start, now)
+    found = [replace(change, name=printable(change.name)) for change in changes(start, now)]
     width = max((len(change.name) for change in found), default=0)
     return [
         f"{change.name:{width}}  start {change.start:7.2%}  now {change.now:7.2%}  "
@@ -213,7 +216,7 @@ def print_train_report(report: "TrainReport") -> None:
     if report.skipped:
         print(f"skipped samples: {list_counts(report.skipped)}")
     print(f"step {report.steps}, {report.samples_seen} pairs seen, loss {report.loss:.4f}, {report.seconds:.0f} s")
-    lines = [f"{name} {value:.4f}" for name, value in report.metrics.items()]
+    lines = [f"{printable(name)} {value:.4f}" for name, value in report.metrics.items()]
     for line in describe_changes(report.start_metrics, report.metrics) if report.start_metrics else lines:
         print(f"  {line}")
     print(f"checkpoint: {printable(report.checkpoint)}")

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diptych import files
 from diptych.embed.images import BATCH_SIZE
 from diptych.embed.sources import Row, fetch
 from diptych.embed.stream import encode_stream
@@ -110,6 +111,13 @@ class TrainingEvaluator:
         else:
             found = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in KS]
         return tuple(f"{self.name}/{metric}" for metric in (*found, "images", "skipped"))
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """A hash of what is asked, by which a set that changed within a run is found."""
+        exam = self.exam
+        asked = (exam.protocol, exam.classes.names, exam.samples.keys, exam.samples.labels, tuple(self.templates))
+        return {f"evaluation set {self.name}": files.digest(repr(asked))}
 
     @torch.inference_mode()
     def __call__(self, model: CLIP) -> dict[str, float]:

@@ -76,15 +76,17 @@ def environment() -> "Environment":
 
 
 def render(template: str, **values: object) -> str:
-    """A page from one of the templates in `assets`."""
+    """A page from one of the templates in `assets`; half characters, as names of files have them, as their codes."""
     source = resources.files("diptych.assets").joinpath(template).read_text("utf-8")
-    return environment().from_string(source).render(**values)
+    return environment().from_string(source).render(**values).encode(errors="backslashreplace").decode()
 
 
 def write_page(path: Path, title: str, text: str, sections: Sequence[Section]) -> Path:
     """Write the sections that hold something; returns the path."""
     shown = [s for s in sections if s.table or s.chart or s.pairs or s.examples]
-    files.write_bytes(path, render("page.html.j2", title=title, text=text, sections=shown).encode())
+    files.write_bytes(
+        path, render("page.html.j2", title=title, text=text, sections=shown).encode(errors="backslashreplace")
+    )
     return path
 
 

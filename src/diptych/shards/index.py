@@ -30,7 +30,7 @@ from diptych.shards.members import Damage, Member, iter_members
 INDEX_VERSION = 2
 READ_VERSIONS = (1, INDEX_VERSION)
 """Version 1 has no checksum."""
-SCAN_VERSION = 4
+SCAN_VERSION = 5
 """Version of the rules by which a foreign tar is read: a cached index by other rules is rebuilt."""
 MAX_TEXT_BYTES = 1 << 20
 """Bytes of a caption, or of a sample's JSON."""
@@ -255,9 +255,9 @@ def _read_sample(tar: BinaryIO, key: str, members: dict[str, Member], captionles
         return "too_many_bytes"
     if any(name in members and members[name].size > MAX_TEXT_BYTES for name in ("txt", "json")):
         return "text_too_large"
-    details = _read(tar, members.get("json"))
     caption = _read(tar, members.get("txt"))
     try:
+        details = (_read(tar, members.get("json")) or b"").decode("utf-8-sig")
         parsed = files.parse_json(details) if details else {}
         text = caption.decode("utf-8-sig") if caption is not None else parsed.get("caption")
         (text if isinstance(text, str) else "").encode()  # JSON can hold half a surrogate pair, a caption cannot
@@ -276,7 +276,7 @@ def _read_sample(tar: BinaryIO, key: str, members: dict[str, Member], captionles
         "caption": text.strip(),
         "offset": image.offset,
         "size": image.size,
-        "details": details.decode("utf-8", "replace") if details else "{}",
+        "details": details or "{}",
     }
 
 

@@ -141,14 +141,14 @@ class Engine:
         began = time.monotonic()
         _check_tasks(tasks)
         with files.hold_folder(job.folder) if hold else contextlib.nullcontext():
-            for part in (job.folder / "done", job.folder / "dropped"):
-                part.mkdir(exist_ok=True)
             _remove_leftovers(job.folder)
             found = _find_done(job, tasks, self.redo)
             missing = [task for task in tasks if task.name not in found]
             done = dict(found)
             if missing:
-                parts.begin_manifest(job.folder, job.describe())
+                parts.begin_manifest(job.folder, job.describe())  # before all else: by it the folder is known as ours
+                for part in ("done", "dropped"):
+                    (job.folder / part).mkdir(exist_ok=True)
                 if prepare is not None:
                     prepare(found)
                 for name, record in self._do(job, missing):

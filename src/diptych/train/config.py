@@ -19,6 +19,12 @@ CacheFeatures = Literal["auto", "on", "off"]
 FeatureType = Literal["float32", "float16"]
 
 
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) is not None and value <= 0:
+            raise UsageError(f"{name} {value} must be above 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with decoupled weight decay, linear warm-up, cosine decay to zero."""
@@ -46,6 +52,10 @@ class OptimConfig:
             raise UsageError(
                 f"lr {self.lr} must be above 0, warmup {self.warmup} and weight_decay {self.weight_decay} not below"
             )
+        for name in ("beta1", "beta2"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise UsageError(f"{name} {value} is not a share in [0, 1)")
+        _require_positive(self, "eps", "max_grad_norm")  # a norm below 0 would turn every gradient round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,7 @@ class RunConfig:
         require_finite(self)
         if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
             raise UsageError(f"steps {self.steps} and epochs {self.epochs} must be above 0")
+        _require_positive(self, "timeout", "checkpoint_minutes")
         for name in ("checkpoint_every", "keep_last", "micro_batch_size", "extend_to", "evaluate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

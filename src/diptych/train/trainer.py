@@ -79,6 +79,8 @@ class Trainer:
                 f"use {smaller}--warmup {max(1, self.steps // 20)} or train longer"
             )
         self.model = (start.model if start else build_model(config)).to(self.device)
+        self.origin = {"tokenizer": self.tokenizer.fingerprint}
+        """What the run began with and reads again, by hash; it may not have changed when the run goes on."""
         if start:
             self._prepare_start(dtype, on_note)
         if config.run.recompute:
@@ -171,6 +173,8 @@ class Trainer:
     ) -> TrainReport:
         """The training loop: resume, then step, log, evaluate, checkpoint until the last step or a reason to stop."""
         started, config = time.monotonic(), self.config
+        for evaluator in evaluators:
+            self.origin |= getattr(evaluator, "origin", {})
         resumed_from, passed_over = self.resume()
         state = self.state
         clock = Clock(self.steps, config.loader.batch_size, self.device)
@@ -241,6 +245,13 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         training = native.load_training(folder)
+        before = training.values.get("origin", {})
+        if changed := [name for name, value in self.origin.items() if before.get(name, value) != value]:
+            raise UsageError(
+                f"the {changed[0]} is not the one that the run in {self.config.out} began with; put that back, or name "
+                f"{'the set otherwise' if changed[0].startswith('evaluation') else 'another out'}"
+            )
+        self.origin = before | self.origin
         if self.config.start.lora_rank is None:
             parallel.fill(self.model, native.map_weights(self.model, folder))
         else:
@@ -344,8 +355,8 @@ class Trainer:
         model = model if self.config.start.lora_rank is None else lora.merged(model)
         model.eval()
         with torch.inference_mode():
-            for evaluator in evaluators:
-                self.state.metrics |= evaluator(model)
+            found = [evaluator(model) for evaluator in evaluators]
+        self.state.metrics = {name: value for metrics in found for name, value in metrics.items()}
         if self.state.step:
             self.keeper.judge(self.state.step, self.state.metrics)
         else:
@@ -375,6 +386,7 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "micro_batch_size": self.micro_batch_size,
             "config": to_dict(config),
+            "origin": self.origin,
         }
         native.save(
             native.step_folder(config.out, state.step),

@@ -86,6 +86,8 @@ def _classes_of_source(
         names = tuple(sorted(strings))
         number = {name: i for i, name in enumerate(names)}
         numbers = tuple(tuple(number[str(one)] for one in several) for several in labels)
+    if entry.kind == "single" and len(names) == 1:
+        raise DatasetError(f"{entry.id} has one class, {names[0]}: nothing to tell apart")
     spelled = [name.replace("_", " ") for name in names] if samples.layout == "folders" else names
     return numbers, tuple((name,) for name in spelled)
 

@@ -14,6 +14,7 @@ with other classes is refused. Nothing here imports torch.
 import re
 import tomllib
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -364,7 +365,8 @@ def _check(entry: Dataset) -> None:
 
 def match_classes(entry: Dataset, found: Sequence[str]) -> list[int]:
     """For each name in `found` the number of the class of `entry.classes` that is called so, by any of its names,
-    aliases and ids; raises DatasetError unless they are the same classes. Case and signs do not count.
+    aliases and ids; raises DatasetError unless they are the same classes. Case and signs count only where they tell
+    classes apart (C, C++).
 
     Of several classes with the same name the first that is found is the first of the registry.
     """
@@ -372,15 +374,14 @@ def match_classes(entry: Dataset, found: Sequence[str]) -> list[int]:
         count = f"the source has {len(found)} classes, the registry {len(entry.classes)}"
         raise DatasetError(f"{entry.id}: {count}; {_describe_unknown(entry, found)}")
     places = _vocabulary(entry)
-    seen: dict[str, int] = {}
+    seen = Counter[tuple[int, ...]]()
     numbers: list[int] = []
     for name in found:
-        folded = _fold(name)
-        nth, options = seen.get(folded, 0), places.get(folded, [])
-        if nth >= len(options):
+        options = _find_classes(places, name)
+        if seen[options] >= len(options):
             raise DatasetError(f"{entry.id}: the source has other classes; {_describe_unknown(entry, found)}")
-        seen[folded] = nth + 1
-        numbers.append(options[nth])
+        numbers.append(options[seen[options]])
+        seen[options] += 1
     if twice := [name for name, n in zip(found, numbers, strict=True) if numbers.count(n) > 1]:
         raise DatasetError(f"{entry.id}: {twice[0]!r} and {twice[1]!r} of the source are one class of the registry")
     return numbers
@@ -389,31 +390,44 @@ def match_classes(entry: Dataset, found: Sequence[str]) -> list[int]:
 def match_names(entry: Dataset, found: Sequence[str]) -> dict[str, int]:
     """Class numbers by name, for names that may lack some of the classes, such as labels written out."""
     places = _vocabulary(entry)
-    if unknown := [name for name in found if len(places.get(_fold(name), [])) != 1]:
-        why = "is no class of the registry" if _fold(unknown[0]) not in places else "names several classes"
+    numbers = {name: _find_classes(places, name) for name in found}
+    if unknown := [name for name, options in numbers.items() if len(options) != 1]:
+        why = "is no class of the registry" if _fold(unknown[0]) not in places[-1] else "names several classes"
         raise DatasetError(f"{entry.id}: {unknown[0]!r} {why}; {_describe_unknown(entry, found)}")
-    return {name: places[_fold(name)][0] for name in found}
+    return {name: options[0] for name, options in numbers.items()}
 
 
-def _vocabulary(entry: Dataset) -> dict[str, list[int]]:
-    """Names that a source may use for a class -> its number, or several."""
+Vocabulary = tuple[dict[str, tuple[int, ...]], ...]
+"""For each of `_SPELLINGS`: names that a source may use for a class -> its number, or several."""
+
+
+def _find_classes(places: Vocabulary, name: str) -> tuple[int, ...]:
+    """The class that is called so, by the closest spelling; several if they have one name, none if it is left open
+    which of several with other names is meant."""
+    spelled = (table.get(spell(name), ()) for spell, table in zip(_SPELLINGS, places, strict=True))
+    options = next(filter(None, spelled), ())
+    return options if len(options) < 2 or options in places[0].values() else ()
+
+
+def _vocabulary(entry: Dataset) -> Vocabulary:
     words = [list(names) for names in entry.names]
     of_first = {names[0]: number for number, names in reversed(list(enumerate(entry.names)))}
     for alias, target in entry.aliases.items():
         words[of_first[target]].append(alias)
     for number, folder in enumerate(entry.ids):
         words[number] += [folder] if entry.subset else [folder, str(number)]
-    places: dict[str, list[int]] = {}
-    for number, several in enumerate(words):
-        for word in dict.fromkeys(_fold(word) for word in several):
-            places.setdefault(word, []).append(number)
+    places: Vocabulary = tuple({} for _ in _SPELLINGS)
+    for spell, table in zip(_SPELLINGS, places, strict=True):
+        for number, several in enumerate(words):
+            for word in dict.fromkeys(map(spell, several)):
+                table[word] = (*table.get(word, ()), number)
     return places
 
 
 def _describe_unknown(entry: Dataset, found: Sequence[str]) -> str:
     """Which names only one of both has."""
-    places, folded = _vocabulary(entry), {_fold(name) for name in found}
-    here = {number for name in folded for number in places.get(name, [])}
+    places, folded = _vocabulary(entry)[-1], {_fold(name) for name in found}
+    here = {number for name in folded for number in places.get(name, ())}
     unknown = [name for name in found if _fold(name) not in places]
     missing = [names[0] for number, names in enumerate(entry.names) if number not in here]
     say = [f"only the source has {', '.join(map(repr, unknown[:3]))}"] if unknown else []
@@ -425,3 +439,11 @@ def _fold(name: str) -> str:
     """Letters and digits only, in lower case, without accents."""
     plain = unicodedata.normalize("NFKD", name.casefold())
     return "".join(sign for sign in plain if sign.isalnum())
+
+
+def _compose(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+_SPELLINGS = (_compose, lambda name: _compose(name.casefold()), _fold)
+"""From the closest to the widest: as it is written, without case, without signs and accents."""

@@ -134,7 +134,7 @@ def plain_class(value: Any, classes: int) -> int | str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
-        return value if value.strip() else None
+        return value.strip() or None
     if not isinstance(value, int | float | Decimal) or not 0 <= value < 10**9 or value != int(value):
         return None
     return int(value) if not classes or value < classes else None

@@ -1,6 +1,7 @@
 """Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -89,6 +90,10 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
     ]
     if not files:
         raise NotFoundError(f"{path} has no split {split}: no {split}*.parquet and no folder {split}")
+    sets = {_set_of(file.relative_to(path), split): file for file in files}
+    if len(sets) > 1 and any(is_whole for _, is_whole in sets):
+        named = " and ".join(str(file.relative_to(path)) for file in [*sets.values()][:2])
+        raise DatasetError(f"{path} has several tables of {split}: {named}; name the file or the folder of one")
     for file in files:
         if match := _SHARD_OF.search(file.name):
             total = int(match[2])
@@ -96,6 +101,14 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
             if missing := [other.name for other in names if not other.is_file()]:
                 raise DatasetError(f"{path} lacks {len(missing)} of {total} files of {split}: {missing[0]}")
     return files
+
+
+def _set_of(file: Path, split: str) -> tuple[str, bool]:
+    """Which files of a split belong together, and whether they are all of it, by their name."""
+    if split in (folders := file.parts[:-1]):
+        return "/".join(folders[: folders.index(split)]), True
+    parts = _SHARD_OF.search(file.stem)
+    return f"{file.parent}/{_SHARD_OF.sub(parts[2], file.stem) if parts else ''}", bool(parts) or file.stem == split
 
 
 def _read_schema(file: Path) -> tuple[pa.Schema, int]:
@@ -158,7 +171,7 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
     check_columns(file, header, place.image, label)
     if "split" in header:
         there = sorted({row["split"] for row in table if row["split"]})
-        table = [row for row in table if row["split"] == split]
+        table = [row for row in table if (row["split"] or "").strip() == split]
         if not table:
             raise NotFoundError(f"{file} has no split {split}; its column `split` has {', '.join(there[:5])}")
     elif split != "test" and file.stem != split:
@@ -167,16 +180,21 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
     samples.skipped.update(record.reason for record in records if record.values is None)
     places: dict[str, int] = {}
     cells = [(row[label] or "").strip() for row in table]
+    single_lines = [*cells, *(row[place.image] or "" for row in table)] if kind != "captions" else []
+    if torn := next((one for one in single_lines if "\n" in one or "\r" in one), None):
+        raise DatasetError(f"{file} has a cell of several lines, {torn[:40]!r}: a quote swallowed the lines behind it")
     numbers = kind != "captions" and _are_numbers(one for cell in cells for one in _several(cell, kind))
     for row, cell in zip(table, cells, strict=True):
         picture, parsed = row[place.image] or "", _csv_label(cell, kind, numbers=numbers)
-        if not picture:
+        if any(one.strip() for one in row.get(None, ())):  # a sign between columns within a text that has no quotes
+            samples.skipped["too_many_cells"] += 1
+        elif not picture:
             samples.skipped["no_image"] += 1
         elif parsed is None:
             samples.skip_label(None if numbers and cell.lower() == _NAN else cell, f"column {label!r}")
         elif leaves_folder(picture):
             samples.skipped["outside_folder"] += 1
-        elif kind == "captions" and picture in places:  # a line for every caption of a picture
+        elif (picture := os.path.normpath(picture)) in places and kind == "captions":  # a line for every caption
             before = cast(tuple[str, ...], samples.labels[places[picture]])
             samples.labels[places[picture]] = (*before, *cast(tuple[str, ...], parsed))
         else:
