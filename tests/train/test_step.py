@@ -1,5 +1,6 @@
 """Gradient caching equals one pass."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from diptych.image import Preprocess
 from diptych.model.clip import CLIP
 from diptych.ranks import Ranks
 from diptych.shards.loader import Batch, Position
-from diptych.train.parallel.micro_batch import choose_micro_batch_size, kept_bytes
+from diptych.train.parallel.micro_batch import choose_micro_batch_size, free_memory, kept_bytes
 from diptych.train.step import Step
 from samples import TINY_RESNET, TINY_VIT
 
@@ -105,6 +106,13 @@ def test_a_loss_that_is_not_finite_leaves_no_gradient():
     for micro_batch_size in (40, 10):
         assert step.gradients(batch, 0, micro_batch_size).isnan()
         assert all(parameter.grad is None for parameter in step.plain.parameters())
+
+
+def test_free_memory_is_told_or_half_of_the_machine(tmp_path):
+    (told := tmp_path / "meminfo").write_text("MemTotal:       900 kB\nMemAvailable:   7 kB\n")
+    assert free_memory(torch.device("cpu"), told) == 7 << 10
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert free_memory(torch.device("cpu"), tmp_path / "none") == machine // 2
 
 
 def test_the_micro_batch_is_what_fits_into_memory():
