@@ -1,9 +1,12 @@
-"""Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
+"""Tables of pictures and labels: Parquet, also that of Hugging Face datasets, CSV and JSON lines. Nothing here imports
+torch."""
 
 import contextlib
 import csv
 import io
+import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -144,12 +147,12 @@ def _holds(file: Path, column: str) -> str:
     return holds
 
 
-# --- CSV ---
+# --- CSV, and JSON lines, whose values are taken as if they stood in a CSV ---
 
 
 def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     file = _table_of(path, split)
-    header, table = _read_csv(file)
+    header, table = _read_jsonl(file) if file.suffix.lower() == ".jsonl" else _read_csv(file)
     label = place.captions if kind == "captions" and place.captions in header else place.label
     check_columns(file, header, place.image, label)
     if "split" in header:
@@ -210,6 +213,25 @@ def _read_csv(file: Path) -> tuple[list[str], list[dict[Any, Any]]]:
     except (UsageError, csv.Error, OSError) as error:
         raise DatasetError(f"{file} cannot be read as CSV: {error}") from None
     raise AssertionError
+
+
+def _read_jsonl(file: Path) -> tuple[list[str], list[dict[Any, Any]]]:
+    """All keys, and rows as `_read_csv` gives them: what a line does not have is empty."""
+    try:
+        text = files.read_text(file, files.MAX_TABLE)
+    except (UsageError, OSError) as error:
+        raise DatasetError(f"{file} cannot be read as JSON lines: {error}") from None
+    table: list[dict[Any, Any]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            cells = files.parse_json(line).items()
+        except (ValueError, AttributeError):
+            raise DatasetError(f"{file} cannot be read as JSON lines: line {number} is no JSON object") from None
+        plain = {name: value if isinstance(value, str) else json.dumps(value) for name, value in cells}
+        table.append(defaultdict(str, {name: value for name, value in plain.items() if value != "null"}))
+    return list(dict.fromkeys(name for row in table for name in row)), table
 
 
 def _several(cell: str, kind: DatasetKind) -> list[str]:
