@@ -105,6 +105,15 @@ class NonFiniteLossError(DiptychError):
     """The loss is NaN or infinite; the weights were not touched by this step."""
 
 
+def install(extra: str) -> str:
+    """What to type for the packages of an extra: in a checkout, since no index has this package.
+
+    >>> install("heic")
+    "pip install '.[heic]'"
+    """
+    return f"pip install '.[{extra}]'"
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     """Build the error for a name that does not exist, with the nearest ones that do.
 

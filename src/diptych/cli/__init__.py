@@ -31,7 +31,7 @@ from diptych.cli.plan import Plan
 from diptych.cli.report import Report
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets
-from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
+from diptych.errors import DiptychError, PictureWarning, UsageError, install, unknown_name
 
 Command = Train | Finetune | WiseFT | Plan | Curate | Classify | Embed | Evaluate | Report | Inspect | Convert | Verify
 COMMANDS: dict[str, type[Command]] = {
@@ -85,7 +85,7 @@ def exit_on_error() -> Iterator[None]:
         except ModuleNotFoundError as error:
             if (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])) is None:
                 raise
-            _fail(f"this needs the package {error.name}; install diptych with its extra: pip install '.[{extra}]'")
+            _fail(f"this needs the package {error.name}; install diptych with its extra: {install(extra)}")
         except MemoryError as error:
             _fail(f"there is not enough memory ({error or 'no more was given'}); what was done is kept")
         except OSError as error:
