@@ -145,14 +145,15 @@ def find_oddities(data: bytes) -> tuple[str, ...]:
     if data.startswith(b"\xff\xd8\xff") and b"Exif\0\0" not in data[:4096]:
         return ()
     try:
-        image = open_header(data)
+        with _faults_named(data):
+            image = open_header(data)
+            found = {
+                "turned": read_orientation(image) != 1,
+                "16-bit": image.mode.startswith("I"),
+                "transparent": image.has_transparency_data,
+            }
     except PictureError:
         return ()
-    found = {
-        "turned": read_orientation(image) != 1,
-        "16-bit": image.mode.startswith("I"),
-        "transparent": image.has_transparency_data,
-    }
     return tuple(name for name, is_there in found.items() if is_there)
 
 
