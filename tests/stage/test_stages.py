@@ -100,6 +100,12 @@ def test_a_damaged_part_is_noticed_and_done_again(tmp_path, straight, damage):
     assert tree(tmp_path) == straight
 
 
+def test_a_part_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "part-00000.parquet")
+    with pytest.raises(UsageError, match="is a pipe"):
+        next(parts.read_part(tmp_path / "part-00000.parquet"))
+
+
 def test_a_damaged_or_foreign_record_counts_as_not_done(tmp_path, straight):
     stages.crawl(tmp_path)
     half(tmp_path)

@@ -71,6 +71,7 @@ class Manifest:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a part and hold its pages to their checksums; raises ShardError if it is damaged."""
+    files.require_file(path)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
