@@ -69,6 +69,13 @@ class PictureError(DiptychError):
         """This error, with the name of the picture in its message."""
         return self if name in self.detail else type(self)(self.reason, f"{name}: {self.detail}")
 
+    def without_frames(self) -> "PictureError":
+        """This error, to be kept: frames hold the picture, and in circles that are collected late."""
+        error: BaseException | None = self
+        while error is not None:
+            error.__traceback__, error = None, error.__context__
+        return self
+
     def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
         return type(self), (self.reason, self.detail)  # it crosses process borders
 

@@ -158,9 +158,12 @@ def read_done(folder: Path, name: str) -> TaskRecord | None:
     try:
         done = TaskRecord(**files.read_json(folder / "done" / f"{name}.json"))
         inside = all((folder / file).resolve().is_relative_to(folder.resolve()) for file in done.files)
+        counts = (done.rows, done.kept, *done.dropped.values())
+        counted = all(type(one) is int for one in counts) and done.rows == done.kept + sum(done.dropped.values())
+        named = all(isinstance(one, str) for one in (done.fingerprint, *done.files.values()))
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None
-    return done if inside else None
+    return done if inside and counted and named else None
 
 
 def write_done(folder: Path, name: str, done: TaskRecord) -> None:
