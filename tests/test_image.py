@@ -56,6 +56,9 @@ def test_a_picture_may_be_a_path_bytes_an_array_or_pillows(tmp_path):
 def test_a_missing_path_and_a_wrong_array_are_told_apart(tmp_path):
     with pytest.raises(PictureError, match="missing: no such picture"):
         open_picture(tmp_path / "none.jpg")
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(PictureError, match=r"not_a_picture: .*text\.jpg"):
+        open_picture(tmp_path / "text.jpg")
     with pytest.raises(UsageError, match=r"use uint8 \[H, W, 3\]"):
         open_picture(np.zeros((4, 4), dtype=np.uint8))
 

@@ -76,6 +76,13 @@ def test_oddities_are_found_in_the_header(image, format, found):
     assert find_oddities(encode(image, format)) == found
 
 
+def test_a_picture_that_lacks_its_colours_has_no_oddities():
+    whole = encode(Image.new("P", (9, 9)), "PNG")
+    start = whole.index(b"PLTE") - 4
+    size = int.from_bytes(whole[start : start + 4], "big")
+    assert find_oddities(whole[:start] + whole[start + 12 + size :]) == ()
+
+
 def test_what_pillow_turns_itself_is_not_turned_again():
     data = turned("TIFF")
     assert find_oddities(data) == ()

@@ -19,7 +19,7 @@ from diptych import decode as decode_module
 from diptych.decode import FORMATS, REASONS, decode, read_file
 from diptych.errors import PictureError
 from diptych.image import MAX_ASPECT, Crop, Preprocess, open_picture, read_crop
-from strangers.pictures import many_scans
+from strangers.pictures import many_scans, tiff_of_jpegs
 
 SIZE = 32
 PREPROCESS = Preprocess(image_size=SIZE)
@@ -277,3 +277,21 @@ def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused_at_once():
     assert time.monotonic() - started < 5
     for few in (many_scans(3000, 3), many_scans(100, 2000)):  # usual, and many of few pixels
         decode(few)
+
+
+def test_scans_are_counted_in_every_strip_of_a_tiff():
+    """One of 3,000 x 3,000 pixels that is a JPEG; one of 300 x 60,000 whose 200 strips are the same."""
+    for data, said in (
+        (tiff_of_jpegs(many_scans()), "3000 x 3000 in 2,005 scans"),
+        (tiff_of_jpegs(many_scans(300, 700), 300, 200), "300 x 60000 in 705 scans"),
+    ):
+        with pytest.raises(PictureError, match=f"too_many_pixels: {said}"):
+            decode(data)
+    plain = encode(Image.new("L", (300, 300), 90), "JPEG")
+    assert decode(tiff_of_jpegs(plain, 300)).getpixel((9, 9)) == 90
+    buffer = io.BytesIO()
+    Image.new("RGB", (3000, 4000), "red").save(buffer, "TIFF", compression="jpeg")  # 500 strips of a scan each
+    assert decode(buffer.getvalue() + b"\xff\xda" * 100).size == (
+        3000,
+        4000,
+    )  # behind all strips

@@ -4,17 +4,20 @@ import itertools
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych import tokens
 from diptych.bpe import build_pairs, merge_long, merge_short, spell_tokens
 from diptych.tokenizer import _ASCII_PIECES, _PIECES, ChunkCache, Tokenizer, clean, clean_quickly, train_bpe
 from reference import bpe as slow
@@ -394,3 +397,37 @@ def test_loading_says_what_is_wrong_with_a_file(tmp_path, small):
 def test_a_tokenizer_without_a_vocabulary_has_clip_s():
     assert Tokenizer() == Tokenizer.clip()
     assert Tokenizer()(["a cat"]).tolist() == Tokenizer.clip()(["a cat"]).tolist()
+
+
+@pytest.mark.parametrize("unit", ["amp;", "a&#109;p;", "#38;", "#38;#x26;AMP;"])
+@pytest.mark.parametrize("before", ["&", "\uff06", "<\n&", "a photo of r&b\n&"])
+def test_entities_in_entities_cost_no_more_than_their_text(before, unit):
+    """ftfy goes over a text once for each of them: 800 kB took a quarter of an hour."""
+    started = time.process_time()
+    clean(before + unit * 100_000)
+    assert time.process_time() - started < 5
+
+
+def test_long_texts_are_repaired_as_short_ones(monkeypatch):
+    parts = (
+        "&amp;",
+        "amp;",
+        "&",
+        "#38;",
+        "&lt;",
+        "lt;",
+        "<",
+        "Ã©",
+        "&eacute;",
+        "&#109;",
+        "p;",
+        " ",
+        "\n",
+        "\uff06",
+        "x",
+    )
+    monkeypatch.setattr(tokens, "_LONG_TEXT", 0)
+    draws = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draws.choice([*parts, " ", "\n"]) for _ in range(draws.randrange(1, 14)))
+        assert tokens._repair(text) == ftfy.fix_text(text), text

@@ -6,6 +6,7 @@ imports no torch, so that the processes of curation, which decode what strangers
 
 import contextlib
 import io
+import math
 import os
 import stat
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from diptych.errors import PictureError
+from diptych.errors import PictureError, install
 from diptych.image_file import MAX_BYTES, SUFFIXES, is_heic
 from diptych.machine import open_file
 
@@ -48,6 +49,10 @@ MAX_PIXELS = 100_000_000
 
 USUAL_SCANS = 32
 """A JPEG of more scans, each of which is a pass over all pixels, is refused where scans times pixels are too many."""
+_SCAN = b"\xff\xda"
+_COMPRESSION, _JPEG_IN_TIFF = 259, (6, 7)
+_PLACES_IN_TIFF = ((324, 325), (273, 279))
+"""Tags of a TIFF: where its tiles or strips begin, and their bytes."""
 
 # Pillow warns of odd metadata and of bombs; both are decided here. Once for all: other threads have their own filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -100,8 +105,20 @@ def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     _register_formats()
     known = [name for name in formats if name in Image.OPEN]  # AVIF may be left out of a build
     image = Image.open(io.BytesIO(data), formats=known)
-    check_pixels(image.width, image.height, data, max_pixels)
+    check_pixels(image.width, image.height, data, max_pixels, _count_scans_of_tiff(image, data))
     return image
+
+
+def _count_scans_of_tiff(image: Image.Image, data: bytes) -> int:
+    """Passes over all pixels of a TIFF whose strips or tiles are JPEGs. Tiles are of one size, so it is the mean of
+    theirs; all that there are for each, where they overlap or their places are not told."""
+    if image.format != "TIFF" or (tags := image.tag_v2).get(_COMPRESSION) not in _JPEG_IN_TIFF:  # type: ignore[attr-defined]
+        return 1
+    starts, sizes = next(((tags[a], tags[b]) for a, b in _PLACES_IN_TIFF if a in tags and b in tags), ((), ()))
+    if not sizes or not all(sizes) or sum(sizes) > len(data) or len(starts) != len(sizes):
+        return data.count(_SCAN)
+    scans = sum(data.count(_SCAN, start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return math.ceil(scans / len(sizes))
 
 
 @cache
@@ -141,10 +158,10 @@ def find_oddities(data: bytes) -> tuple[str, ...]:
     return tuple(name for name, is_there in found.items() if is_there)
 
 
-def check_pixels(width: int, height: int, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+def check_pixels(width: int, height: int, data: bytes, max_pixels: int = MAX_PIXELS, scans: int = 1) -> None:
     """Raise PictureError for a size above the limit, or for a JPEG that goes over its pixels far too often: some 100 kB
     of scans would otherwise keep a processor for minutes."""
-    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1
+    scans = data.count(_SCAN) if data.startswith(b"\xff\xd8") else scans
     if width * height * (scans if scans > USUAL_SCANS else 1) > max_pixels:
         times = f" in {scans:,} scans" if scans > USUAL_SCANS else ""
         raise PictureError("too_many_pixels", f"{width} x {height}{times}, at most {max_pixels:,}")
@@ -168,7 +185,7 @@ def _faults_named(data: bytes) -> Iterator[None]:
 
 def _describe(data: bytes) -> str:
     if is_heic(data) and "HEIF" not in SUFFIXES:
-        return "HEIC is not read without the extra `heic` (pip install '.[heic]'); or convert it to JPEG"
+        return f"HEIC is not read without the extra `heic` ({install('heic')}); or convert it to JPEG"
     if data.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page"
     return f"{len(data)} bytes of no format that is read ({', '.join(SUFFIXES)})"

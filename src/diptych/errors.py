@@ -69,6 +69,13 @@ class PictureError(DiptychError):
         """This error, with the name of the picture in its message."""
         return self if name in self.detail else type(self)(self.reason, f"{name}: {self.detail}")
 
+    def without_frames(self) -> "PictureError":
+        """This error, to be kept: frames hold the picture, and in circles that are collected late."""
+        error: BaseException | None = self
+        while error is not None:
+            error.__traceback__, error = None, error.__context__
+        return self
+
     def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
         return type(self), (self.reason, self.detail)  # it crosses process borders
 
@@ -103,6 +110,15 @@ class TaskLostError(DiptychError):
 
 class NonFiniteLossError(DiptychError):
     """The loss is NaN or infinite; the weights were not touched by this step."""
+
+
+def install(extra: str) -> str:
+    """What to type for the packages of an extra: in a checkout, since no index has this package.
+
+    >>> install("heic")
+    "pip install '.[heic]'"
+    """
+    return f"pip install '.[{extra}]'"
 
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UsageError:

@@ -146,7 +146,10 @@ def open_picture(picture: Picture) -> Image.Image:
         case bytes():
             return decode(picture)
         case str() | Path():
-            return decode(read_file(Path(picture)))
+            try:
+                return decode(read_file(Path(picture)))
+            except PictureError as error:
+                raise error.of(str(picture)) from None
         case _:
             raise UsageError(
                 f"{type(picture).__name__} is not a picture; give a path, encoded bytes, a Pillow image, or an array "

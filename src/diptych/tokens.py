@@ -27,12 +27,33 @@ Clean = Literal["none", "whitespace", "lower", "canonicalize", "siglip"]
 FILE_NAME = "diptych_tokenizer.json"
 
 _LONG_NUMBER = re.compile("&#([0-9]{1000,});?")
+_AND = re.compile("[&\uff06]")
+_NESTED = re.compile("&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26);)+")
+"""An "&" that was written as an entity, again and again."""
+_LONG_TEXT = 5000
+_DEEPEST = 16
+"""Other ways to write entities in entities are undone so many times in a long text."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def repair(text: str) -> str:
     """Repair broken characters, then resolve HTML's entities twice."""
-    return _unescape(_unescape(ftfy.fix_text(text)))
+    return _unescape(_unescape(_repair(text)))
+
+
+def _repair(text: str) -> str:
+    """ftfy's `fix_text`. It takes entities in entities out one at a time, going over all of the text for each, so in a
+    long text that is done before: in lines without a "<", those that ftfy does it in too."""
+    if len(text) <= _LONG_TEXT or not _AND.search(text):
+        return ftfy.fix_text(text)
+    first = text.find("<")
+    end = text.rfind("\n", 0, first) + 1 if first >= 0 else len(text)
+    plain = text[:end]
+    for _ in range(_DEEPEST):
+        before, plain = plain, ftfy.fixes.unescape_html(_NESTED.sub("&", _AND.sub("&", plain)))
+        if plain == before:
+            break
+    return ftfy.fix_text(plain + text[end:], unescape_html=False)
 
 
 def _unescape(text: str) -> str:

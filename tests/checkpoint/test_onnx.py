@@ -78,7 +78,7 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch
 def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(UsageError, match=r"needs the package onnxscript; pip install 'diptych\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"needs the package onnxscript; pip install '\.\[onnx\]'"):
         layouts.save(make_loaded(VIT), tmp_path / "out", "onnx")
 
 

@@ -114,6 +114,13 @@ def test_a_copy_of_a_pair_is_written_once(tmp_path):
     assert (report.kept, report.dropped) == (26, {"duplicate_key": 26})
 
 
+@pytest.mark.parametrize(("content", "said"), [(b"a\n" + b"x" * (1 << 21), "line 2 has over"), (b"a\xff", "not UTF-8")])
+def test_a_list_of_keys_that_is_none_is_refused(tmp_path, content, said):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=rf"list\.txt.*{said}"):
+        delete.run(DeleteConfig(shards=tmp_path, file=tmp_path / "list.txt"))
+
+
 def test_deleting_by_key_picture_and_page(tmp_path):
     fetched(tmp_path)
     run(config(tmp_path))

@@ -15,13 +15,14 @@ import pytest
 from diptych.checkpoint.layouts import save
 from diptych.cli import main
 from diptych.embed.bulk.config import EmbedConfig, OutputConfig, WorkConfig
-from diptych.embed.bulk.folder import load_features
+from diptych.embed.bulk.folder import load_features, write_features
 from diptych.embed.bulk.run import EmbedProgress, EmbedReport, run
 from diptych.embed.images import embed_images
 from diptych.embed.sources import Row, TextSource
 from diptych.embed.texts import embed_texts
 from diptych.errors import NotFoundError, RunLockedError, UsageError
-from diptych.files import hold_folder
+from diptych.files import hold_folder, make_folder, sha256
+from diptych.stage.folder import TaskRecord, write_manifest
 from samples import TINY_VIT, draw, encode, make_loaded, make_pairs, noise, write_samples
 
 EXACT = WorkConfig(precision="exact", batch_size=8)
@@ -75,6 +76,24 @@ def test_a_folder_becomes_the_features_that_the_library_computes(model, pictures
         ("07.jpg", "not_a_picture"),
         ("11.jpg", "truncated"),
     ]
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow", "npy"])
+def test_features_lie_in_a_folder_of_any_name(tmp_path, format):
+    out = tmp_path / os.fsdecode(b"a\xff")
+    make_folder(out / "features")
+    written = write_features(out / "features", "00000", format, "photos", ["a.jpg"], np.ones((1, 4), np.float32))
+    hashes = {f"features/{name}": sha256(out / "features" / name) for name in written}
+    record = TaskRecord(
+        fingerprint="",
+        rows=1,
+        kept=1,
+        dropped={},
+        files=hashes,
+    )
+    write_manifest(out, stage="embed", config={}, parent=None, done=[record])
+    assert (found := load_features(out)).ids == ["a.jpg"]
+    assert found.features.shape == (1, 4)
 
 
 def test_other_tools_read_the_parts(model, pictures, tmp_path):

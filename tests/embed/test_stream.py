@@ -1,3 +1,5 @@
+import gc
+import sys
 import threading
 from itertools import groupby
 from types import SimpleNamespace
@@ -5,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diptych.decode import decode
 from diptych.embed.stream import encode_stream
 from diptych.errors import PictureError
 
@@ -77,6 +80,20 @@ def test_rubbish_streams():
     assert (key, isinstance(outcome, PictureError)) == (0, True)
     assert len(taken) < 100
     stream.close()
+
+
+def test_what_could_not_be_used_is_not_kept():
+    """A stream of broken pictures held all of them until Python looked for circles: 1 MB each."""
+    pictures = [bytes([i]) * 5000 for i in range(40)]
+    before = [sys.getrefcount(one) for one in pictures]
+    encoder = SimpleNamespace(streams=1, read=decode, encode=lambda batch: torch.ones(len(batch), 1))
+    gc.disable()
+    try:
+        outcomes = list(encode_stream(encoder, ((i, pictures[i]) for i in range(40)), batch_size=8))
+        assert [error.reason for _, error in outcomes] == ["not_a_picture"] * 40
+        assert [sys.getrefcount(one) for one in pictures] == before
+    finally:
+        gc.enable()
 
 
 def test_an_error_of_the_encoder_comes_out_and_stops_the_threads():

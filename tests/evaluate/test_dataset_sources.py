@@ -396,6 +396,22 @@ def test_a_list_in_a_cell_is_several(tmp_path):
     assert reopen(tmp_path, "multi").labels == [("x", "y"), ("z", "x"), ()]
 
 
+def test_json_lines_are_read_as_if_they_were_a_csv(tmp_path):
+    rows = [
+        {"image": "a.png", "label": 1},
+        {"label": None, "image": "b.png", "more": {}},
+        {"image": "c.png", "label": "0"},
+    ]
+    (table := tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"label": 0}])) + "\n\n")
+    opened = reopen(table)
+    assert (opened.keys, opened.labels, opened.skipped) == (["a.png", "c.png"], [1, 0], {"no_label": 1, "no_image": 1})
+    table.write_text(json.dumps({"image": "a.png", "captions": ["a dog", "x\u2028y"]}, ensure_ascii=False))
+    assert reopen(table, "captions").labels == [("a dog", "x\u2028y")]
+    table.write_text('{"image": "a.png", "label": 1}\n[1]')
+    with pytest.raises(DatasetError, match=r"mine\.jsonl cannot be read as JSON lines: line 2 is no JSON object"):
+        reopen(table)
+
+
 def test_a_quote_that_is_never_closed_does_not_swallow_the_rest(tmp_path):
     (tmp_path / "test.csv").write_text('image,label\na.png,cat\nb.png,"dog\nc.png,cat\nd.png,cat\n')
     with pytest.raises(DatasetError, match="cannot be read as CSV: unexpected end of data"):

@@ -109,7 +109,7 @@ def test_commands_name_the_suite_or_the_datasets():
         "diptych evaluate --model MODEL --suite paper27 --protocols probe"
     )
     assert evaluate_command(("digits",), several=True) == "diptych evaluate --model A --model B ... --suite made"
-    assert evaluate_command(("digits", "mine")) == "diptych evaluate --model MODEL --suite digits mine.toml"
+    assert evaluate_command(("digits", "mine")) == "diptych evaluate --model MODEL --suite digits path/to/mine"
 
 
 def test_figure_5_subtracts_the_resnet_s_probe_and_shows_the_paper_s_delta(study):
@@ -383,7 +383,7 @@ def test_a_picture_shows_every_mark_its_name_and_hollow_published_ones(study):
     "ends", [(0.9, 1.2), (2.1, 2.9), (1.0, 4.96), (0.004, 7.0), (3.0, 370.0), (1e-3, 1e3), (31.0, 33.0)]
 )
 def test_an_axis_of_logarithms_has_numbers_to_read_it_by(ends):
-    from diptych.evaluate.report.draw import _log_ticks
+    from diptych.report.draw import _log_ticks
 
     ticks = _log_ticks(*ends)
     assert 2 <= len(ticks) <= 9
@@ -392,7 +392,7 @@ def test_an_axis_of_logarithms_has_numbers_to_read_it_by(ends):
 
 
 def test_one_dataset_s_figure_7_has_numbers_on_its_axis_and_zero_shot_a_mark_of_its_own_in_figure_6(tmp_path):
-    from diptych.evaluate.report.draw import draw_svg
+    from diptych.report.draw import draw_svg
 
     made.save_model(tmp_path, made.facts("mine", "runs/mine", 0.009))
     shots = {"1": [0.3], "4": [0.4], "16": [0.5]}

@@ -233,6 +233,14 @@ def test_waiting_for_the_network_is_data_wait(data, http, tmp_path):
     assert reports[0].data_wait > 0.5
 
 
+def test_who_refuses_connections_is_given_up_before_anything_was_done(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "DELAYS", (0.01, 0.02, 0.03, 0.04, 60.0))
+    with pytest.raises(ShardError, match=r"http://127\.0\.0\.1:1/x could not be fetched in 5 tries"):
+        build("http://127.0.0.1:1/x", tmp_path)
+    assert "trying again for 0.1 s" in caplog.messages[0]
+    assert len(caplog.messages) == 4
+
+
 def test_nothing_at_a_url_is_said(http, tmp_path):
     with pytest.raises(NotFoundError):
         build(f"{http.url}/missing.tar", tmp_path)

@@ -100,6 +100,12 @@ def test_a_damaged_part_is_noticed_and_done_again(tmp_path, straight, damage):
     assert tree(tmp_path) == straight
 
 
+def test_a_part_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "part-00000.parquet")
+    with pytest.raises(UsageError, match="is a pipe"):
+        next(parts.read_part(tmp_path / "part-00000.parquet"))
+
+
 def test_a_damaged_or_foreign_record_counts_as_not_done(tmp_path, straight):
     stages.crawl(tmp_path)
     half(tmp_path)
@@ -107,7 +113,10 @@ def test_a_damaged_or_foreign_record_counts_as_not_done(tmp_path, straight):
     record = json.loads((tmp_path / "half/done/part-00003.json").read_text())
     outside = {**record, "files": {"../crawl/part-00000.parquet": "0" * 64}}
     (tmp_path / "half/done/part-00003.json").write_text(json.dumps(outside))
-    assert half(tmp_path).done == 2
+    for number, changes in ((0, {"rows": "5"}), (2, {"kept": record["kept"] + 1}), (4, {"files": {"x": None}})):
+        path = tmp_path / f"half/done/part-{number:05d}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert half(tmp_path).done == 5
     assert tree(tmp_path) == straight
 
 

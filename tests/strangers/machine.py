@@ -1,7 +1,9 @@
 """The machine and the environment: no room, no permission, no home, few open files, odd terminals, closed streams."""
 
+import errno
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -65,6 +67,17 @@ def _read_only() -> None:
     os.chmod(".", 0o555)
 
 
+def _nothing_of_linux() -> None:
+    """As on other systems: no /proc, no groups of control, and nobody says which cores are ours."""
+
+    def refuse(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(("/proc/", "/sys/")):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), arguments[0])
+
+    del os.sched_getaffinity
+    sys.addaudithook(refuse)
+
+
 LIMITS: dict[str, Callable[[], None]] = {
     "files of 4 kB at most": limit(resource.RLIMIT_FSIZE, 4096),
     "files of 100 kB at most": limit(resource.RLIMIT_FSIZE, 100_000),
@@ -73,6 +86,7 @@ LIMITS: dict[str, Callable[[], None]] = {
     "16 open files": limit(resource.RLIMIT_NOFILE, 16),
     "a folder that cannot be written": _read_only,
     "a mask that hides all": lambda: os.umask(0o777) and None,
+    "nothing that only Linux has": _nothing_of_linux,
     "a mask of 077": lambda: os.umask(0o077) and None,
 }
 STREAMS: dict[str, Callable[[], None]] = {

@@ -63,7 +63,7 @@ def model_folder(world: World, name: str, folder: Path) -> list[str]:
 
 def out_folder(world: World, name: str, folder: Path) -> list[str]:
     copy(world, folder, "model", "set")
-    return ["embed", "model", "set", "--out", f"./{name}", "--precision", "float32"]
+    return ["embed", "model", "set", "--out", f"./{name}", "--precision", "float32", "--format", "arrow"]
 
 
 def run_folder(world: World, name: str, folder: Path) -> list[str]:

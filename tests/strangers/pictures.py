@@ -107,6 +107,18 @@ def tiff(*tags: tuple[int, int, int, int], next_ifd: int = 0, tail: bytes = b"")
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + struct.pack("<I", next_ifd) + tail
 
 
+def tiff_of_jpegs(jpeg: bytes, side: int = 3000, strips: int = 1) -> bytes:
+    """A TIFF of strips that are all the same JPEG."""
+    first = 8 + 2 + 9 * 12 + 4
+    place = [(273, 4, 1, first), (279, 4, 1, len(jpeg))]
+    if strips > 1:
+        place = [(273, 4, strips, first), (279, 4, strips, first + 4 * strips)]
+        jpeg = struct.pack(f"<{2 * strips}I", *[first + 8 * strips] * strips, *[len(jpeg)] * strips) + jpeg
+    size = [(256, 3, 1, side), (257, 3, 1, side * strips), (278, 4, 1, side)]
+    kind = [(258, 3, 1, 8), (259, 3, 1, 7), (262, 3, 1, 1), (277, 3, 1, 1)]
+    return tiff(*sorted([*size, *kind, *place]), tail=jpeg)
+
+
 def _animated(name: str, frames: int, size: tuple[int, int]) -> bytes:
     first, *rest = [Image.new("P" if name == "GIF" else "RGB", size, i % 250) for i in range(frames)]
     return encode(first, name, save_all=True, append_images=rest)
@@ -185,6 +197,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
         + bytes(20 + 1024)
         + b"\xff\x01" * 300_000
     ),
+    "tif of a jpg of many scans": lambda: tiff_of_jpegs(many_scans()),
+    "tif of one jpg of many scans in many places": lambda: tiff_of_jpegs(many_scans(300, 700), 300, 200),
     "tif in a circle": lambda: tiff(
         (256, 3, 1, 9),
         (257, 3, 1, 9),

@@ -49,7 +49,10 @@ PLACES: dict[str, Place] = {
     "classify a picture": Place("x.jpg", ["classify", "x.jpg", "--labels", "a", "b", "--model", "model"]),
     "classify a folder": Place("set/a/x.jpg", classify(), ("model", "set")),
     "classify by a file of labels": Place(
-        "labels.txt", [*classify()[:2], "--labels", "@labels.txt", "--model", "model"], ("model", "set"), "text"
+        "labels.txt",
+        [*classify()[:2], "--labels", "@labels.txt", "--model", "model"],
+        ("model", "set", "labels.txt"),
+        "text",
     ),
     "classify with a model": Place("model", classify(), ("set",)),
     "classify with weights": Place("model/model.safetensors", classify(), ("model", "set"), "weights"),

@@ -25,16 +25,17 @@ READERS: dict[str, tuple[tuple[str, ...], list[str]]] = {
 """Folder -> what else its reader needs, and the reader."""
 
 
-def iter_cases(world: World, values: int = 6, seeds: int = 3) -> Iterator[Case]:
+def iter_cases(world: World, wholes: int = 6, values: int = 3, seeds: int = 1) -> Iterator[Case]:
+    """Of the ways to spoil a file some are drawn for each; all of them occur over the files."""
     for folder, (needs, arguments) in READERS.items():
         for name in iter_files(world, folder):
             data = (world.root / name).read_bytes()
             spoilt = []
             draws = random.Random(name)
             if name.endswith(".json"):
-                spoilt = [*damage_json(data), *damage_values(data, draws, values)]
+                spoilt = [*draws.sample([*damage_json(data)], wholes), *damage_values(data, draws, values)]
             elif name.endswith(".jsonl"):
-                for what, line in [*damage_json(data.splitlines()[0] if data else b"{}")]:
+                for what, line in draws.sample([*damage_json(data.splitlines()[0] if data else b"{}")], wholes):
                     spoilt.append((f"a line {what}", line + b"\n" + data))
             if data:
                 spoilt += [(f"random damage {seed}", damage_bytes(data, draws)) for seed in range(seeds)]

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from strangers.case import Case, World, refused_or_right
+from strangers.case import Case, Outcome, World, refused_or_right
 from strangers.world import FINETUNE, copy
 
 KIND = "remote"
@@ -22,6 +23,7 @@ class _Answers(BaseHTTPRequestHandler):
     """The first part of the path says what is answered."""
 
     def do_GET(self) -> None:
+        self.server.asked.touch()  # type: ignore[attr-defined]
         fault = self.path.split("/")[1]
         with_body = self.command == "GET"
         if fault == "circle":
@@ -62,6 +64,11 @@ class _Answers(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def __init__(self, asked: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.asked = asked
+        """Made as soon as anything is asked: a case that ends before proves nothing."""
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Who gives up on an answer is right."""
 
@@ -86,6 +93,7 @@ BODIES = {
     "binary": bytes(range(256)) * 20,
 }
 FAULTS = ("endless", "bomb", "trickle", "circle", "404", "500", "negative", "words", "longer", "huge", *BODIES)
+ROWS = 3
 HIDDEN = [
     "http://user:HIDDENPASSWORD@127.0.0.1:1/x",
     "s3://KEY:HIDDENPASSWORD@bucket/x",
@@ -107,84 +115,51 @@ PRIVATE = [
 
 def iter_cases(world: World) -> Iterator[Case]:
     for fault in FAULTS:
-        yield Case(
-            KIND, f"train on what answers {fault}", partial(_train, world, fault), check=refused_or_right, seconds=120
-        )
-        yield Case(
-            KIND,
-            f"fetch what answers {fault}",
-            partial(_fetch, world, [f"/{fault}/x.jpg"], True),
-            check=refused_or_right,
-            seconds=120,
-        )
+        train, fetch = partial(_train, world, fault), partial(_fetch, world, fault)
+        yield Case(KIND, f"train on what answers {fault}", train, check=_asked, seconds=120)
+        yield Case(KIND, f"fetch what answers {fault}", fetch, check=_fetched, seconds=120)
     for number, url in enumerate(HIDDEN):
-        yield Case(
-            KIND, f"a password in an address {number}", partial(_hidden, world, url), check=_keeps_secret, seconds=180
-        )
-    yield Case(
-        KIND,
-        "fetch from private addresses",
-        partial(_fetch, world, PRIVATE, False),
-        check=refused_or_right,
-        inputs=len(PRIVATE),
-    )
+        make = partial(_hidden, world, url)
+        yield Case(KIND, f"a password in an address {number}", make, check=_keeps_secret, seconds=180)
+    make = partial(_fetch, world, None)
+    yield Case(KIND, "fetch from private addresses", make, check=_not_asked, inputs=len(PRIVATE))
 
 
-def serve() -> str:
+def serve(folder: Path) -> str:
     """Started in the case's own process, so that it ends with it."""
-    server = _Server(("127.0.0.1", 0), _Answers)
+    server = _Server(folder / "asked")
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_address[1]}"
+    return f"127.0.0.1:{server.server_address[1]}"
 
 
 def _train(world: World, fault: str, folder: Path) -> list[str]:
     copy(world, folder, "model")
-    return [*FINETUNE, "--data", f"{serve()}/{fault}/shards"]
+    return [*FINETUNE, "--data", f"http://{serve(folder)}/{fault}/shards"]
 
 
-def _fetch(world: World, urls: list[str], own: bool, folder: Path) -> list[str]:
-    copy(world, folder, "crawl")
-    host = serve()
-    part = next((folder / "crawl").rglob("*.parquet"))
-    table = pq.read_table(part)
-    addresses = [host + urls[0] if own else urls[i % len(urls)] for i in range(len(table))]
-    place = table.schema.get_field_index("image_url")
-    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(addresses)), part)
-    _vouch(folder / "crawl", part)
-    options = [
-        "--contact",
-        "https://one.test/",
-        "--no-robots",
-        "--processes",
-        "1",
-        "--deadline",
-        "5",
-        "--attempts",
-        "1",
-    ]
-    return [
-        "curate",
-        "fetch",
-        "--folder",
-        "crawl",
-        "--out",
-        "out",
-        *options,
-        *(["--allow-host", host[7:]] if own else []),
-    ]
-
-
-def _vouch(folder: Path, part: Path) -> None:
-    """Whoever forges a part forges its sums too."""
+def _fetch(world: World, fault: str | None, folder: Path) -> list[str]:
+    """The addresses of a part that was crawled are others: those of a fault, else private ones."""
     from diptych import files
+    from diptych.stage.folder import read_manifest, save_manifest
 
-    for path in (folder / "manifest.json", *(folder / "done").glob("*.json")):
-        text = path.read_text()
-        name = part.relative_to(folder).as_posix()
-        for record in (json.loads(text),):
-            if name in record.get("files", {}):
-                record["files"][name] = files.sha256(part)
-                path.write_text(json.dumps(record))
+    copy(world, folder, "crawl")
+    host = serve(folder)
+    private = [*PRIVATE, f"http://{host}/x.jpg", f"http://localhost:{host.rpartition(':')[2]}/x.jpg"]
+    addresses = private if fault is None else [f"http://{host}/{fault}/{i}.jpg" for i in range(ROWS)]
+    manifest = read_manifest(folder / "crawl")
+    (part,) = (folder / "crawl").glob("*.parquet")
+    table = pq.read_table(part)
+    table = table.take([i % len(table) for i in range(len(addresses))])
+    for name, values in (("image_url", addresses), ("key", [f"{i:032x}" for i in range(len(addresses))])):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values))
+    pq.write_table(table, part)
+    save_manifest(folder / "crawl", replace(manifest, files=manifest.files | {part.name: files.sha256(part)}))
+    return [
+        *("curate", "fetch", "--folder", "crawl", "--out", "out", "--processes", "1"),
+        *("--contact", "https://one.test/", "--no-robots", "--deadline", "5", "--attempts", "1"),
+        *([] if fault is None else ["--allow-host", host]),
+    ]
 
 
 def _hidden(world: World, url: str, folder: Path) -> list[str]:
@@ -192,7 +167,27 @@ def _hidden(world: World, url: str, folder: Path) -> list[str]:
     return [*FINETUNE, "--data", url]
 
 
-def _keeps_secret(outcome: object) -> str | None:
-    text = outcome.out + outcome.err  # type: ignore[attr-defined]
-    kept = [p for p in outcome.folder.rglob("*") if p.is_file() and b"HIDDENPASSWORD" in p.read_bytes()]  # type: ignore[attr-defined]
+def _asked(outcome: Outcome) -> str | None:
+    return refused_or_right(outcome) if (outcome.folder / "asked").exists() else "nothing was asked"
+
+
+def _fetched(outcome: Outcome) -> str | None:
+    return _asked(outcome) or _counted(outcome, ROWS)
+
+
+def _not_asked(outcome: Outcome) -> str | None:
+    if (outcome.folder / "asked").exists():
+        return "a private address was asked"
+    return _counted(outcome, len(PRIVATE) + 2)
+
+
+def _counted(outcome: Outcome, rows: int) -> str | None:
+    report = json.loads((outcome.folder / "out" / "manifest.json").read_text())
+    held = report["rows"] == sum(report["dropped"].values()) == rows
+    return None if held else f"{rows} rows became {report['kept']} and {report['dropped']}"
+
+
+def _keeps_secret(outcome: Outcome) -> str | None:
+    text = outcome.out + outcome.err
+    kept = [p for p in outcome.folder.rglob("*") if p.is_file() and b"HIDDENPASSWORD" in p.read_bytes()]
     return f"the password is in {kept or 'what was printed'}" if kept or "HIDDENPASSWORD" in text else None

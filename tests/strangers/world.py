@@ -42,6 +42,7 @@ def build(root: Path) -> World:
     write_tar(
         root / "foreign.tar", [(f"{i}.{s}", d) for i in range(8) for s, d in (("jpg", JPEG), ("txt", b"a red circle"))]
     )
+    (root / "labels.txt").write_text("a red circle\na blue circle\n")
     (root / "texts.txt").write_text("a red circle\na blue square\n")
     pq.write_table(pa.table({"image": [JPEG] * 4, "label": [0, 1, 0, 1], "text": list("abcd")}), root / "table.parquet")
     (root / "table.csv").write_text("image,label\nset/a/red.jpg,a\nset/b/blue.jpg,b\n")

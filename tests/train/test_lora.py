@@ -148,4 +148,4 @@ def test_peft_is_not_imported_without_the_option(data, start, tmp_path):
 def test_without_peft_the_option_says_what_to_install(data, start, tmp_path):
     last, error = call(data, start, tmp_path / "run", "sys.modules['peft'] = None", "--lora-rank", "2")
     assert last == "True 2"
-    assert error.strip() == "diptych: --lora-rank needs peft, which is not installed: pip install 'diptych[lora]'"
+    assert error.strip() == "diptych: --lora-rank needs peft, which is not installed: pip install '.[lora]'"

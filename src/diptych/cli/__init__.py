@@ -35,7 +35,7 @@ from diptych.cli.shards import Shards
 from diptych.cli.tokenizer import Tokenize
 from diptych.cli.train import Train, with_recipe
 from diptych.config import hide_secrets, require_finite
-from diptych.errors import DiptychError, PictureWarning, UsageError, unknown_name
+from diptych.errors import DiptychError, PictureWarning, UsageError, install, unknown_name
 from diptych.machine import share_cores
 
 Command = (
@@ -111,7 +111,7 @@ def exit_on_error() -> Iterator[None]:
         except ModuleNotFoundError as error:
             if (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])) is None:
                 raise
-            _fail(f"this needs the package {error.name}; install diptych with its extra: pip install '.[{extra}]'")
+            _fail(f"this needs the package {error.name}; install diptych with its extra: {install(extra)}")
         except MemoryError as error:
             _fail(f"there is not enough memory ({error or 'no more was given'}); what was done is kept")
         except OSError as error:

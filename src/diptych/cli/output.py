@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from diptych.errors import install
+
 LINE_SECONDS = 30.0
 """Time between two lines of progress where stderr is no terminal."""
 MAX_LINE = 2000
@@ -52,7 +54,7 @@ def list_counts(counts: Mapping[str, int]) -> str:
 def list_others(suffixes: Mapping[str, int]) -> str:
     """Files that were not taken for pictures, by suffix, and what would read the pictures of phones among them."""
     heic = any(suffix in (".heic", ".heif") for suffix in suffixes)
-    hint = "; HEIC is read with the extra `heic`: pip install '.[heic]'" if heic else ""
+    hint = f"; HEIC is read with the extra `heic`: {install('heic')}" if heic else ""
     return list_counts(suffixes) + hint
 
 

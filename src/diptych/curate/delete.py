@@ -7,7 +7,7 @@ from pathlib import Path
 from diptych import files
 from diptych.curate.config import DeleteConfig
 from diptych.curate.write import COMPACTED
-from diptych.errors import NotFoundError
+from diptych.errors import NotFoundError, UsageError
 from diptych.shards.compact import CompactReport, compact
 from diptych.shards.dataset import load_dataset
 from diptych.shards.tombstones import DELETED, read_tombstones, write_tombstones
@@ -64,9 +64,18 @@ def run(config: DeleteConfig) -> DeleteReport:
 def _read_list(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise NotFoundError(f"no such file: {path} (a key or an address on each line)")
-    for line in files.read_text(path, files.MAX_TABLE).splitlines():
-        if line.strip():
-            yield line.strip()
+    if path.stat().st_size > files.MAX_TABLE:
+        raise UsageError(f"{path} has more than {files.MAX_TABLE:,} bytes; delete with several lists")
+    with open(path, "rb") as file:
+        for number, line in enumerate(files.iter_lines(file), 1):
+            if line is None:
+                raise UsageError(f"{path} is no list of keys: its line {number} has over {files.MAX_LINE:,} bytes")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise UsageError(f"{path} is not UTF-8; save it as UTF-8") from None
+            if text:
+                yield text
 
 
 def _addresses(details: str) -> list[str]:

@@ -35,8 +35,8 @@ from diptych.stage.job import Task
 
 _COMPANIONS = frozenset({"txt", "json", "cls"})
 """Suffixes of the other members of a sample."""
-READ_ROWS = 64
-"""Rows of a Parquet file that are brought into memory at a time."""
+READ_ROWS = 16
+"""Rows of a Parquet file that are in memory at a time: few, since no file says how large its values become."""
 _LOOKED_AT = 100
 """Values of a column of text that decide what it holds."""
 

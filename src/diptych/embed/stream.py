@@ -113,7 +113,7 @@ def encode_stream(
         try:
             return key, encoder.read(content)
         except PictureError as error:
-            return key, error
+            return key, error.without_frames()
 
     def encode(batch: list[Entry[Key]]) -> list[Entry[Key]]:
         usable = [content for _, content in batch if not isinstance(content, PictureError)]

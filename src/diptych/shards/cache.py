@@ -31,6 +31,8 @@ from diptych.shards.order import SourceOrder
 LOG = logging.getLogger(__name__)
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Seconds before each further try."""
+OPENING_TRIES = 4
+"""So many of them before anything was done: who has just typed an address is told soon that nothing answers there."""
 THREADS = 4
 """Shards of a source that are fetched at a time."""
 SLOW = 10.0
@@ -124,10 +126,10 @@ class ShardCache:
         return found
 
 
-def with_retries(url: str, action: Callable[[], Any]) -> Any:
+def with_retries(url: str, action: Callable[[], Any], *, opening: bool = False) -> Any:
     """Do what needs the network, again and again; in the end a ShardError that names URL and reason."""
-    url = hide_secrets(url)
-    for delay in (*DELAYS, None):
+    url, delays = hide_secrets(url), DELAYS[:OPENING_TRIES] if opening else DELAYS
+    for number, delay in enumerate((*delays, None)):
         try:
             return action()
         except FileNotFoundError:
@@ -138,10 +140,12 @@ def with_retries(url: str, action: Callable[[], Any]) -> Any:
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, ShardError) else str(error)
             if delay is None:
                 raise ShardError(
-                    f"{url} could not be fetched in {len(DELAYS) + 1} tries; the last: {reason}. What is here is kept: "
+                    f"{url} could not be fetched in {len(delays) + 1} tries; the last: {reason}. What is here is kept: "
                     "the same command goes on once the other side answers"
                 ) from None
-            LOG.warning("fetching %s failed (%s); trying again in %g s", url, reason, delay)
+            if not number:
+                reason = f"{reason}; trying again for {sum(delays):g} s"
+            LOG.warning("fetching %s failed (%s)", url, reason)
             time.sleep(delay)
     raise AssertionError("unreachable")
 

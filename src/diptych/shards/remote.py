@@ -12,13 +12,14 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from diptych import files
-from diptych.errors import NotFoundError, ShardError, UsageError
+from diptych.errors import NotFoundError, ShardError, UsageError, install
 from diptych.shards.cache import RemoteShard, ShardCache, with_retries
 from diptych.shards.dataset import DATASET_FILE, DATASET_VERSION, Dataset, require_plain_names
 from diptych.shards.index import MAX_INDEX_BYTES, ShardIndex, build_index, read_index, write_index
@@ -28,6 +29,7 @@ from diptych.shards.tombstones import TOMBSTONES_FILE, parse_tombstones
 LOG = logging.getLogger(__name__)
 
 _THREADS = 8
+_ask = partial(with_retries, opening=True)
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ def open_remote(url: str, cache: ShardCache, caption_key: str | None = None) -> 
     if len(names) > 1 or url.endswith(".tar"):
         return _open_foreign(store, url, names, cache, caption_key)
     name = f"{url}/{DATASET_FILE}"
-    description = _require_end(with_retries(name, lambda: _read_optional(store, f"{root}/{DATASET_FILE}")), name)
+    description = _require_end(_ask(name, lambda: _read_optional(store, f"{root}/{DATASET_FILE}")), name)
     if description is not None:
         found = _open_described(store, root, url, description, cache)
         return replace(found, dataset=found.dataset.choose_captions(caption_key)) if caption_key else found
-    listed = with_retries(url, lambda: store.ls(root, detail=False))
+    listed = _ask(url, lambda: store.ls(root, detail=False))
     tars = sorted({str(place).rstrip("/").rpartition("/")[2] for place in listed})
     tars = [name for name in tars if name.endswith(".tar")]
     if not tars:
@@ -84,7 +86,7 @@ def _connect(url: str) -> tuple[Any, str]:
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
         store, root = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"data at {url} cannot be used: {error}; `pip install diptych[remote]` for http") from None
+        raise UsageError(f"data at {url} cannot be used: {error}; {install('remote')} for http") from None
     return store, str(root).rstrip("/")
 
 
@@ -115,7 +117,7 @@ def _open_described(store: Any, root: str, url: str, text: bytes, cache: ShardCa
 def _open_foreign(store: Any, url: str, urls: list[str], cache: ShardCache, caption_key: str | None) -> RemoteDataset:
     def look(one: str) -> RemoteShard:
         _, place = fsspec.core.url_to_fs(one)
-        info = with_retries(one, lambda: store.info(place))
+        info = _ask(one, lambda: store.info(place))
         size = info.get("size")
         mark = [str(info.get(name)) for name in ("ETag", "etag", "mtime", "LastModified", "created")]
         name = one.rpartition("/")[2]
@@ -142,7 +144,7 @@ def _index(shard: RemoteShard, cache: ShardCache, captionless: bool) -> ShardInd
     if not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         beside = shard.place.removesuffix(".tar") + ".arrow"
-        data = with_retries(beside, lambda: _read_optional(shard.files, beside, MAX_INDEX_BYTES))
+        data = _ask(beside, lambda: _read_optional(shard.files, beside, MAX_INDEX_BYTES))
         if (found := _require_end(data, beside, MAX_INDEX_BYTES)) is not None:
             files.write_bytes(here, found)
         else:
@@ -176,7 +178,7 @@ def _deleted(store: Any, root: str, url: str) -> frozenset[str]:
             LOG.warning("%s is forbidden (%s): taken as if there were none, as some stores say so then", name, error)
             return None
 
-    text = _require_end(with_retries(name, read), name)
+    text = _require_end(_ask(name, read), name)
     return frozenset() if text is None else parse_tombstones(text, name)
 
 

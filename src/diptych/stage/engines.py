@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, runtime_checkable
 
-from diptych.errors import TaskLostError, UsageError
+from diptych.errors import TaskLostError, UsageError, install
 from diptych.stage.folder import TaskRecord
 from diptych.stage.job import Job, Task
 
@@ -175,7 +175,7 @@ def connect_ray(processes: int = 0) -> Any:
     try:
         import ray
     except ImportError:
-        raise UsageError("engine ray needs Ray; `pip install diptych[ray]`") from None
+        raise UsageError(f"engine ray needs Ray: {install('ray')}") from None
     if not ray.is_initialized():
         own = None if os.environ.get("RAY_ADDRESS") else processes or None
         ray.init(num_cpus=own, log_to_driver=False, include_dashboard=False)

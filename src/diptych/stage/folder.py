@@ -70,6 +70,7 @@ class Manifest:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a part and hold its pages to their checksums; raises ShardError if it is damaged."""
+    files.require_file(path)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
@@ -156,9 +157,12 @@ def read_done(folder: Path, name: str) -> TaskRecord | None:
     try:
         done = TaskRecord(**files.read_json(folder / "done" / f"{name}.json"))
         inside = all((folder / file).resolve().is_relative_to(folder.resolve()) for file in done.files)
+        counts = (done.rows, done.kept, *done.dropped.values())
+        counted = all(type(one) is int for one in counts) and done.rows == done.kept + sum(done.dropped.values())
+        named = all(isinstance(one, str) for one in (done.fingerprint, *done.files.values()))
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None
-    return done if inside else None
+    return done if inside and counted and named else None
 
 
 def write_done(folder: Path, name: str, done: TaskRecord) -> None:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, install
 from diptych.model.clip import CLIP
 from diptych.model.text import TextTransformer
 from diptych.model.transformer import Sight
@@ -88,7 +88,7 @@ def require_packages() -> None:
     """Raise UsageError unless everything that writing and checking needs is installed."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"writing ONNX needs the package {package}; pip install 'diptych[onnx]'")
+            raise UsageError(f"writing ONNX needs the package {package}; {install('onnx')}")
 
 
 def _modules(model: CLIP) -> dict[str, nn.Module]:

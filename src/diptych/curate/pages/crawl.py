@@ -31,7 +31,7 @@ from diptych.curate.pages.page import (
 )
 from diptych.curate.pages.sandbox import Answer, Parser
 from diptych.curate.rows import CANDIDATES, key_of, outcome
-from diptych.errors import NotFoundError, UsageError
+from diptych.errors import NotFoundError, UsageError, install
 from diptych.pair import format_details
 from diptych.stage.run import Engine, StageReport, Task, part_name
 
@@ -120,7 +120,7 @@ def _import_extract() -> "type[Extract]":
     try:
         from diptych.curate.pages.extract import Extract
     except ImportError as error:
-        raise UsageError(f"{error}; reading web pages needs more libraries: `pip install diptych[curate]`") from None
+        raise UsageError(f"{error}; reading web pages needs more libraries: {install('curate')}") from None
     return Extract
 
 
@@ -182,7 +182,7 @@ def _list_folder(place: str) -> list[str]:
     try:
         store, root = fsspec.core.url_to_fs(place)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{place} cannot be listed: {error}; `pip install diptych[remote]` for http") from None
+        raise UsageError(f"{place} cannot be listed: {error}; {install('remote')} for http") from None
     if not store.isdir(root):
         raise NotFoundError(
             f"{place} is neither a folder that is there nor named like a file of pages, which ends with "

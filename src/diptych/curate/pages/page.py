@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from diptych import files
 from diptych.curate.pages.warc import TOO_LARGE, Damage, Readable, Record, read_records
-from diptych.errors import NotFoundError, UsageError
+from diptych.errors import NotFoundError, UsageError, install
 
 Kind = Literal["html", "wat"]
 
@@ -70,7 +70,7 @@ def open_input(path: str) -> Any:
     except FileNotFoundError:
         raise NotFoundError(f"{path} is not there; an input is a file or folder of WARC, WAT or HTML") from None
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{path} cannot be opened: {error}; `pip install diptych[remote]` for http") from None
+        raise UsageError(f"{path} cannot be opened: {error}; {install('remote')} for http") from None
 
 
 def read_pages(stream: Readable, path: str, url: str, limit: int) -> Iterator[Page | Drop]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from diptych.curate.rows import CANDIDATES, with_reason
 from diptych.curate.text.config import FilterConfig
 from diptych.curate.text.words import normalise
-from diptych.errors import UsageError
+from diptych.errors import UsageError, install
 from diptych.stage.folder import read_manifest
 from diptych.stage.run import Engine, StageReport, tasks_of
 
@@ -177,7 +177,7 @@ def _load_languages() -> tuple[Callable[[str], Any], frozenset[str]]:
         import py3langid
     except ImportError:
         raise UsageError(
-            "languages cannot be told apart without py3langid; `pip install diptych[curate]`, or give no languages"
+            f"languages cannot be told apart without py3langid; {install('curate')}, or give no languages"
         ) from None
     return py3langid.rank, frozenset(language for language, _ in py3langid.rank("a"))
 

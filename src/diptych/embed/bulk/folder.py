@@ -1,6 +1,7 @@
 """Parts of a folder of features as Parquet, Arrow or .npy, and a finished folder read back."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +89,7 @@ def _read_parquet(path: Path) -> Features:
 
 
 def _read_arrow(path: Path) -> Features:
-    with pa.memory_map(str(path)) as source:
+    with pa.memory_map(os.fsencode(path)) as source:  # as text, Arrow takes names in UTF-8 only
         return _split(pa.ipc.open_file(source).read_all())
 
 

@@ -101,7 +101,7 @@ def name_of_split(place: Place, split: str) -> str:
 def find_layout(path: Path, kind: DatasetKind) -> str:
     """The layout of what lies at a path; NotFoundError if it is none."""
     if path.is_file():
-        known = {".parquet": "parquet", ".tar": "shards", **dict.fromkeys(CSV_SUFFIXES, "csv")}
+        known = {".parquet": "parquet", ".tar": "shards", **dict.fromkeys((*CSV_SUFFIXES, ".jsonl"), "csv")}
         if path.suffix.lower() in known:
             return known[path.suffix.lower()]
     elif kind == "frames":

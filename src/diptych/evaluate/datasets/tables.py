@@ -1,17 +1,20 @@
-"""Tables of pictures and labels: Parquet, also that of Hugging Face datasets, and CSV. Nothing here imports torch."""
+"""Tables of pictures and labels: Parquet, also that of Hugging Face datasets, CSV and JSON lines. Nothing here imports
+torch."""
 
 import contextlib
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych import files
-from diptych.collect.tables import CsvTable
+from diptych.collect.tables import open_table
 from diptych.embed.sources import (
     ParquetSource,
     Row,
@@ -156,17 +159,17 @@ def _holds(file: Path, column: str) -> str:
     return holds
 
 
-# --- CSV ---
+# --- CSV, and JSON lines, whose values are taken as if they stood in a CSV ---
 
 
 def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples:
     file = _table_of(path, split)
     try:
-        opened = CsvTable.open(file)
+        opened = open_table(file)
         header, records = opened.columns, list(opened.read())
     except (UsageError, OSError) as error:
         raise DatasetError(str(error)) from None
-    table = [record.values for record in records if record.values is not None]
+    table = [_as_cells(record.values) for record in records if record.values is not None]
     label = place.captions if kind == "captions" and place.captions in header else place.label
     check_columns(file, header, place.image, label)
     if "split" in header:
@@ -213,6 +216,12 @@ def _table_of(path: Path, split: str) -> Path:
     if len(named) != 1:
         raise NotFoundError(f"{path} has no split {split}: no {split}.csv")
     return named[0]
+
+
+def _as_cells(values: Mapping[str, Any]) -> dict[str, str]:
+    """A row as a CSV has it: what is no text is written as JSON, what is not there is empty."""
+    plain = {name: one if isinstance(one, str) else json.dumps(one) for name, one in values.items()}
+    return defaultdict(str, {name: one for name, one in plain.items() if one != "null"})
 
 
 def _several(cell: str, kind: DatasetKind) -> list[str]:

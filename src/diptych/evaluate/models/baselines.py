@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.embed.fingerprint import hash_tower, name_space
-from diptych.errors import DownloadError, UsageError
+from diptych.errors import DownloadError, UsageError, install
 from diptych.evaluate.results import ModelFacts
 from diptych.image import Picture, Preprocess, open_picture, to_rgb
 
@@ -186,7 +186,7 @@ def _load_timm(name: str, device: str, pretrained: bool) -> Baseline:
         timm: Any = importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:  # torchvision of another torch fails in its own ways
         raise UsageError(
-            f"timm cannot be imported ({error}); pip install 'diptych[timm]' beside a torchvision that fits your torch"
+            f"timm cannot be imported ({error}); {install('timm')} beside a torchvision that fits your torch"
         ) from None
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)

@@ -36,14 +36,17 @@ def left_out(names: Sequence[str], why: str) -> str:
 
 
 def evaluate_command(datasets: Sequence[str], *protocols: str, several: bool = False) -> str:
-    """Command that makes these results: the suite for the paper's datasets, the names of others."""
+    """Command that makes these results: the suite for the paper's datasets, the names of others.
+
+    Where sets of one's own lie, as a folder, table or TOML, no result says.
+    """
     if not datasets or set(datasets) <= set(PAPER27):
         suite = "paper27"
     elif set(datasets) <= set(MADE):
         suite = "made"
     else:
         known = known_datasets()
-        suite = " ".join(name if name in known else f"{name}.toml" for name in datasets)
+        suite = " ".join(name if name in known else f"path/to/{name}" for name in datasets)
     models = "--model A --model B ..." if several else "--model MODEL"
     chosen = f" --protocols {' '.join(protocols)}" if protocols else ""
     return f"diptych evaluate {models} --suite {suite}{chosen}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import files
-from diptych.errors import UsageError
+from diptych.errors import UsageError, install
 from diptych.evaluate.metrics.measures import wilson_interval
 from diptych.evaluate.references import KORNBLITH12, PAPER27, caveats, reference
 from diptych.evaluate.report.captions import count, mean
@@ -65,9 +65,7 @@ def write_report(study: Study, out: Path, *, title: str, command: str, figures: 
     try:
         from diptych.report.draw import draw_svg, save_charts
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the report needs {error.name}, which is not installed; pip install 'diptych[report]'"
-        ) from None
+        raise UsageError(f"the report needs {error.name}, which is not installed; {install('report')}") from None
     charts, missing = build_charts(study)
     shown = describe(study, charts, missing, draw_svg)
     html = render("report.html.j2", title=title, command=command, **shown)

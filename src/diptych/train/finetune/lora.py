@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diptych import files
 from diptych.checkpoint.weights.write import save_tensors
-from diptych.errors import UsageError
+from diptych.errors import UsageError, install
 from diptych.model.clip import CLIP
 from diptych.train.config import StartConfig
 
@@ -45,7 +45,7 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UsageError("--lora-rank needs peft, which is not installed: pip install 'diptych[lora]'") from None
+        raise UsageError(f"--lora-rank needs peft, which is not installed: {install('lora')}") from None
     return peft
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, install
 from diptych.train.config import Sink
 
 METRICS, TIMING, SKIPPED = "metrics.jsonl", "timing.jsonl", "skipped.jsonl"
@@ -121,7 +121,7 @@ class WandB:
 
 
 def _missing(package: str) -> UsageError:
-    return UsageError(f"--log {package} needs a package that is not installed: pip install 'diptych[{package}]'")
+    return UsageError(f"--log {package} needs a package that is not installed: {install(package)}")
 
 
 WRITERS: Mapping[Sink, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
