@@ -2,7 +2,7 @@
 
 Every stage has a frozen, keyword-only dataclass as its config. It is saved beside what the stage made and read back
 here; a key that the class does not know is an error, never ignored. Where a field may hold one of several classes
-(a ViT or a ResNet), the JSON names the class under "type".
+(a ViT or a ResNet), the JSON names the class under "type"; without it, it is the first.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def _decode(hint: Any, value: Any) -> Any:
         fields = dict(value)
         if len(classes) == 1:
             return from_dict(next(iter(classes.values())), fields)
-        name = fields.pop("type", None)
+        name = fields.pop("type", next(iter(classes)))
         if not isinstance(name, str) or name not in classes:
             raise unknown_name("config type", str(name), classes)
         return from_dict(classes[name], fields)

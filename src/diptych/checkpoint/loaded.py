@@ -4,12 +4,15 @@ A layout's reader returns `Opened`: everything known before a weight is read, in
 names and shapes against the config, and only then asks for memory.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from diptych.checkpoint.weights.read import Source, Weights
@@ -17,7 +20,7 @@ from diptych.checkpoint.weights.tensors import TensorFile, short
 from diptych.errors import CheckpointError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
-from diptych.model.config import CLIPConfig, ResNetConfig
+from diptych.model.config import CLIPConfig, ResNetConfig, TimmConfig, TransformersTextConfig
 from diptych.tokens import BaseTokenizer
 
 
@@ -75,8 +78,28 @@ def build(opened: Opened, dtype: torch.dtype = torch.float32) -> Loaded:
         opened.weights.check_hash()  # damage explains the rest
         raise
     weights |= {name: weights[name].reshape(()) for name in scalars}
-    model.load_state_dict(weights | {name: torch.zeros((), dtype=torch.int64) for name in counters}, assign=True)
+    assign(model, weights | {name: torch.zeros((), dtype=torch.int64) for name in counters})
     return Loaded(model.eval(), opened.preprocess, opened.tokenizer)
+
+
+def rebuild(config: CLIPConfig, state: Mapping[str, Tensor]) -> CLIP:
+    """A model of this config that holds these very tensors."""
+    model = build_meta(config)
+    assign(model, state)
+    return model
+
+
+def assign(model: CLIP, state: Mapping[str, Tensor]) -> None:
+    """Put whole tensors into a model of `build_meta`; buffers that no checkpoint has are computed anew."""
+    model.load_state_dict(state, assign=True)
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        return
+    made = _build_buffers(model.config)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            value = made[name].to(model.dtype) if buffer.is_floating_point() else made[name]
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, value)
 
 
 def build_meta(config: CLIPConfig) -> CLIP:
@@ -89,6 +112,21 @@ def build_meta(config: CLIPConfig) -> CLIP:
             return CLIP(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"a model of these sizes cannot be built: {short(str(error))}") from None
+
+
+def _build_buffers(config: CLIPConfig) -> dict[str, Tensor]:
+    """The buffers of a model whose weights, once registered, have no memory."""
+    own = threading.get_ident()
+
+    def forget(_: nn.Module, __: str, weight: nn.Parameter | None) -> Any:
+        return nn.Parameter(weight.to("meta")) if weight is not None and threading.get_ident() == own else None
+
+    hook = register_module_parameter_registration_hook(forget)  # pyright: ignore[reportArgumentType]
+    try:
+        with _WithoutInit():
+            return dict(CLIP(config).named_buffers())
+    finally:
+        hook.remove()
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -120,7 +158,7 @@ def check_agreement(opened: Opened) -> None:
             f"{where}: the tokenizer makes {opened.tokenizer.context_length} tokens a text, "
             f"the model takes {config.text.context_length}"
         )
-    layers = config.vision.layers
+    layers = 0 if isinstance(config.vision, TimmConfig) else config.vision.layers
     blocks = config.text.layers + (layers if isinstance(layers, int) else sum(layers))
     if blocks > len(opened.weights.file.entries):  # before a model of that many blocks is built
         raise CheckpointError(f"{where}: the config names {blocks} blocks, the weights hold fewer tensors than that")
@@ -161,6 +199,9 @@ def why_not_paper(config: CLIPConfig) -> str | None:
     for name, tower in towers.items():
         if isinstance(tower, ResNetConfig):
             continue
+        if isinstance(tower, TimmConfig | TransformersTextConfig):
+            library = "timm" if isinstance(tower, TimmConfig) else "transformers"
+            return f"its {name} tower is a model of {library}"
         others = {f.name: getattr(tower, f.name) for f in fields(tower) if f.name not in _SIZES}
         defaults = {f.name: f.default for f in fields(tower)}
         if odd := [f"{key} {value}" for key, value in others.items() if value != defaults[key]]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.checkpoint.config import Resize, WeightsDtype
-from diptych.checkpoint.loaded import Loaded, build_meta
+from diptych.checkpoint.loaded import Loaded, rebuild
 from diptych.errors import UsageError, unknown_name
 from diptych.model.clip import CLIP
-from diptych.model.config import CLIPConfig
+from diptych.model.config import CLIPConfig, TimmConfig, TransformersTextConfig
 
 MAX_IMAGE_SIZE, MAX_CONTEXT = 8192, 1 << 16
 """Beyond these, positions alone take more memory than the model."""
@@ -38,11 +38,14 @@ def resize_image(loaded: Loaded, image_size: int, resize: Resize = "open_clip") 
     if resize not in get_args(Resize):
         raise unknown_name("way to resize", str(resize), get_args(Resize))
     config = loaded.model.config
-    config = replace(config, vision=replace(config.vision, image_size=image_size))
+    if isinstance(config.vision, TimmConfig):
+        raise UsageError(f"pictures of timm's {config.vision.name} have one size, {config.vision.image_size} px")
+    vision = replace(config.vision, image_size=image_size)
+    config = replace(config, vision=vision)
     name = "visual.attnpool.positional_embedding"
     state = dict(loaded.model.state_dict())
     name = name if name in state else "visual.positional_embedding"
-    state[name] = resize_grid(state[name], config.vision.grid, resize)
+    state[name] = resize_grid(state[name], vision.grid, resize)
     return Loaded(_rebuild(config, state), replace(loaded.preprocess, image_size=image_size), loaded.tokenizer)
 
 
@@ -68,6 +71,9 @@ def resize_context(loaded: Loaded, context_length: int) -> Loaded:
     config = loaded.model.config
     config = replace(config, text=replace(config.text, context_length=context_length))
     state = dict(loaded.model.state_dict())
+    if isinstance(config.text, TransformersTextConfig):  # has positions for more, or none
+        tokenizer = loaded.tokenizer.with_context_length(context_length)
+        return Loaded(_rebuild(config, state), loaded.preprocess, tokenizer)
     positions = state["text.positional_embedding"]
     before = loaded.model.config.text.context_length
     positions, behind = positions[:before], positions[before:]  # CoCa's class token stands behind the text
@@ -94,6 +100,4 @@ def change_precision(loaded: Loaded, precision: WeightsDtype) -> Loaded:
 
 def _rebuild(config: CLIPConfig, state: Mapping[str, Tensor]) -> CLIP:
     """A model of this config that holds copies of these tensors."""
-    model = build_meta(config)
-    model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
-    return model.eval()
+    return rebuild(config, {name: tensor.detach().clone() for name, tensor in state.items()}).eval()

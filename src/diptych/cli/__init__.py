@@ -86,7 +86,7 @@ _EXTRA_OF = {
         ("orjson", "selectolax", "ada_url", "resiliparse", "py3langid", "aiohttp", "aiodns", "webencodings"), "curate"
     ),
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
-    **{name: name for name in ("timm", "ray", "tensorboard", "wandb")},
+    **{name: name for name in ("timm", "transformers", "ray", "tensorboard", "wandb")},
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "peft": "lora",
 }

@@ -13,8 +13,8 @@ from diptych.embed.fingerprint import hash_tower, name_space
 from diptych.embed.stream import best_streams
 from diptych.errors import UsageError
 from diptych.model.config import Precision
-from diptych.model.inference.precision import choose_text_precision, get_ready
-from diptych.model.inference.text import encode_texts
+from diptych.model.inference.precision import choose_text_precision
+from diptych.model.inference.text import get_text_encoder
 
 BATCH_SIZE = 16_384
 """Texts that are tokenized and sorted together; they are computed a few hundred at a time."""
@@ -32,11 +32,11 @@ def embed_texts(
     if isinstance(texts, str):
         raise UsageError("texts are a list, of one if there is only one: [text]")
     model, _, tokenizer = loaded
-    ready = get_ready(model.text.transformer, precision)
+    encode = get_text_encoder(model.text, precision)
     features = torch.empty(len(texts), model.config.embed_dim)
     for start in range(0, len(texts), batch_size):
         batch = slice(start, start + batch_size)
-        features[batch] = F.normalize(encode_texts(model.text, ready, tokenizer(list(texts[batch]))), dim=-1)
+        features[batch] = F.normalize(encode(tokenizer(list(texts[batch]))), dim=-1)
     return features
 
 

@@ -8,9 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diptych.model.config import CLIPConfig, ResNetConfig, ViTConfig
+from diptych.model.config import CLIPConfig, ResNetConfig, TextConfig, TimmConfig, TransformersTextConfig, ViTConfig
 from diptych.model.resnet import ModifiedResNet
 from diptych.model.text import TextTransformer
+from diptych.model.text_encoder import TransformersText
+from diptych.model.trunk import TimmTower
 from diptych.model.vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -48,7 +50,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.visual = build_image_tower(config)
-        self.text = TextTransformer(config.text, config.embed_dim, config.activation)
+        self.text = build_text_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))  # a logarithm
         self.logit_bias = nn.Parameter(torch.tensor(0.0)) if config.logit_bias else None
 
@@ -93,8 +95,9 @@ class CLIP(nn.Module):
         return output if self.logit_bias is None else BiasedOutput(*output, self.logit_bias)
 
 
-ImageTower = VisionTransformer | ModifiedResNet
+ImageTower = VisionTransformer | ModifiedResNet | TimmTower
 """`pool` makes one vector of a picture, `project` brings it into the joint space; calling it does both."""
+TextTower = TextTransformer | TransformersText
 
 
 def build_image_tower(config: CLIPConfig) -> ImageTower:
@@ -104,3 +107,14 @@ def build_image_tower(config: CLIPConfig) -> ImageTower:
             return VisionTransformer(config.vision, config.embed_dim, config.activation)
         case ResNetConfig():
             return ModifiedResNet(config.vision, config.embed_dim)
+        case TimmConfig():
+            return TimmTower(config.vision, config.embed_dim)
+
+
+def build_text_tower(config: CLIPConfig) -> TextTower:
+    """Build the text tower that the type of `config.text` asks for."""
+    match config.text:
+        case TextConfig():
+            return TextTransformer(config.text, config.embed_dim, config.activation)
+        case TransformersTextConfig():
+            return TransformersText(config.text, config.embed_dim)

@@ -4,11 +4,14 @@ Names follow the paper's Tables 19 and 20; `PRESETS` holds its nine models, larg
 ones that others trained since, and small ones for small machines.
 """
 
+import json
+import re
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from diptych.config import LATER, MAY_CHANGE
 from diptych.errors import UsageError, unknown_name
+from diptych.model.architectures import get_layers, get_positions, get_width, read_architecture
 from diptych.templates import fill_template
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
@@ -158,6 +161,48 @@ class ResNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimmConfig:
+    """An image tower that timm builds, wrapped as OpenCLIP wraps it (`diptych.model.trunk`)."""
+
+    name: str
+    """timm's, of `timm.list_models()`; what stands behind a dot there names weights and is left out of the model."""
+    image_size: int = 224
+    """Side of the square input, pixels."""
+    pool: str = "avg"
+    """timm's `global_pool`; empty: as the model has it. abs_attn, rot_attn: attention of the mean over the last map."""
+    projection: Literal["head", "none", "linear", "mlp"] = "linear"
+    """To the joint space. head: by the trunk's own last layer. none: not at all."""
+    bias: bool = False
+    """Whether a projection `linear` or `mlp` ends with a bias."""
+    sizes: str = "{}"
+    """JSON: what else timm is told, such as {"depth": 2}."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if not re.fullmatch(r"\w{1,80}(\.\w{1,80})?", self.name, re.ASCII):
+            raise UsageError(f"timm has no model {self.name[:80]!r}")
+        if not re.fullmatch(r"\w{0,20}", self.pool, re.ASCII):
+            raise UsageError(f"timm has no pool {self.pool[:80]!r}")
+        for key, value in self.read_sizes().items():
+            numbers = value if isinstance(value, list) else [value]
+            if key not in _TIMM_SIZES or not all(type(n) is int and 0 < n < 1 << 14 for n in numbers):
+                raise UsageError(f"timm_model_kwargs {key[:80]} is not supported; known are {', '.join(_TIMM_SIZES)}")
+
+    def read_sizes(self) -> dict[str, Any]:
+        """`sizes` as values."""
+        try:
+            sizes = json.loads(self.sizes)
+        except (ValueError, RecursionError):
+            sizes = None
+        if not isinstance(sizes, dict):
+            raise UsageError(f"sizes are {self.sizes[:80]!r}, no JSON object")
+        return sizes
+
+
+_TIMM_SIZES = ("depth", "depths", "layers", "embed_dim", "embed_dims", "dims", "num_heads", "img_size", "patch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """The text tower: a GPT-2 style causal Transformer (section 2.4)."""
 
@@ -216,14 +261,62 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransformersTextConfig:
+    """A text encoder of transformers as the text tower (`diptych.model.text_encoder`)."""
+
+    architecture: str
+    """What `diptych.model.architectures` writes of its config."""
+    context_length: int = 77
+    """Longest token sequence, start and end token included."""
+    pool: Literal["mean", "class", "pooler"] = "mean"
+    """What is read of the last block's tokens. mean: the mean of those that are no padding. class: the first. pooler:
+    the first behind BERT's own pooler, a layer and tanh."""
+    projection: Literal["none", "linear", "mlp", "teacher"] = "mlp"
+    """To the joint space, without a bias. mlp: two layers and GELU between them. teacher: LayerNorm, a layer with a
+    bias to `project_dim` channels, then another (AltCLIP)."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        settings, positions = read_architecture(self.architecture), get_positions(self.architecture)
+        if positions is not None and self.context_length > positions:
+            raise UsageError(
+                f"context_length {self.context_length} is more than the text tower's {positions} positions"
+            )
+        if self.pool == "pooler" and settings["model_type"] in ("m2m_100", "mt5"):
+            raise UsageError(f"{settings['model_type']} has no pooler")
+        if (self.projection == "teacher") != ("project_dim" in settings):
+            raise UsageError("projection 'teacher' is AltCLIP's, and AltCLIP's is no other")
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return read_architecture(self.architecture)["vocab_size"]
+
+    @property
+    def pad_id(self) -> int:
+        """What stands behind a text and is not seen."""
+        return read_architecture(self.architecture)["pad_token_id"]
+
+    @property
+    def width(self) -> int:
+        """Residual stream, channels."""
+        return get_width(self.architecture)
+
+    @property
+    def layers(self) -> int:
+        """Transformer blocks."""
+        return get_layers(self.architecture)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
     """Two towers that meet in one space."""
 
     embed_dim: int = 512
     """E: width of the shared embedding space."""
-    vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
+    vision: ViTConfig | ResNetConfig | TimmConfig = field(default_factory=ViTConfig)
     """The image tower."""
-    text: TextConfig = field(default_factory=TextConfig)
+    text: TextConfig | TransformersTextConfig = field(default_factory=TextConfig)
     """The text tower."""
     activation: Activation = "quick_gelu"
     """Activation of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
@@ -235,7 +328,7 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         _check_positive(self)
         for name, tower in (("vision", self.vision), ("text", self.text)):
-            if not isinstance(tower, ResNetConfig) and tower.projection == "none":
+            if not isinstance(tower, ResNetConfig | TimmConfig) and tower.projection == "none":
                 width = self.embed_dim if isinstance(tower, ViTConfig) and tower.pool == "queries" else tower.width
                 if width != self.embed_dim:
                     raise UsageError(f"{name} has no projection: its width {width} must be embed_dim {self.embed_dim}")

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from diptych.errors import UsageError
-from diptych.model.config import QUERIES, CLIPConfig, Projection, ResNetConfig, TextConfig, ViTConfig
+from diptych.model.config import (
+    QUERIES,
+    CLIPConfig,
+    Projection,
+    ResNetConfig,
+    TextConfig,
+    TimmConfig,
+    TransformersTextConfig,
+    ViTConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +110,16 @@ def image_tower(config: CLIPConfig) -> TowerCost:
             return _vit(config.vision, config.embed_dim)
         case ResNetConfig():
             return _resnet(config.vision, config.embed_dim)
+        case TimmConfig():
+            raise UsageError(f"what timm's {config.vision.name} costs is not known: its layers are timm's")
 
 
 def text_tower(config: CLIPConfig, tokens: int) -> TowerCost:
     """Cost of the text tower for a caption of `tokens`, start and end included; padding behind it costs nothing, unless
     the tower sees it."""
     text = config.text
+    if isinstance(text, TransformersTextConfig):
+        raise UsageError("what a text tower of transformers costs is not known: its layers are not ours")
     if not 2 <= tokens <= text.context_length:
         raise UsageError(f"a caption of {tokens} tokens does not fit; use 2 to {text.context_length}, the text tower's")
     rows = text.vocab_size + text.positions + (text.pool == "class")

@@ -206,7 +206,7 @@ class TrainConfig:
             has = "has" if self.model.logit_bias else "has no"
             raise UsageError(f"the model {has} logit_bias, which does not fit the loss {self.loss.loss}")
         if self.loss.patch_dropout and not isinstance(self.model.vision, ViTConfig):
-            raise UsageError("patch_dropout needs a ViT image tower; a ResNet has no patches")
+            raise UsageError("patch_dropout needs a ViT image tower of our own, whose patches can be left out")
 
     def _check_start(self) -> None:
         start = self.start

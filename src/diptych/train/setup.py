@@ -3,16 +3,19 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from diptych.errors import NotFoundError, UsageError
 from diptych.model.clip import CLIP
-from diptych.model.config import TextConfig
+from diptych.model.config import TextConfig, TransformersTextConfig
 from diptych.tokenizer import Tokenizer
 from diptych.tokens import BaseTokenizer
 from diptych.train.config import TrainConfig
 from diptych.train.loss import initial_logit_bias
+
+AnyText = TypeVar("AnyText", TextConfig, TransformersTextConfig)
 
 
 def build_model(config: TrainConfig) -> CLIP:
@@ -33,8 +36,13 @@ def read_tokenizer(folder: Path | None) -> BaseTokenizer:
     return Tokenizer.load(folder) if folder else Tokenizer.clip()
 
 
-def fit_vocabulary(text: TextConfig, tokenizer: BaseTokenizer) -> TextConfig:
-    """The same tower for the ids of a tokenizer. The end token is found by its id where that is not the highest one."""
+def fit_vocabulary(text: AnyText, tokenizer: BaseTokenizer) -> AnyText:
+    """The same tower for the ids of a tokenizer. The end token is found by its id where that is not the highest one.
+
+    An encoder of transformers has a vocabulary of its own, and is returned as it is.
+    """
+    if not isinstance(text, TextConfig):
+        return text
     end = tokenizer.end_token_id
     finds = None if text.pool != "end" or end == tokenizer.vocab_size - 1 else end
     return replace(text, vocab_size=tokenizer.vocab_size, end_id=finds, pad_id=tokenizer.pad_token_id)

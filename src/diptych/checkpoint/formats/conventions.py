@@ -17,7 +17,7 @@ from diptych.checkpoint.weights.read import Source
 from diptych.checkpoint.weights.tensors import short
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
-from diptych.model.config import CLIPConfig, ViTConfig
+from diptych.model.config import CLIPConfig, TextConfig, ViTConfig
 from diptych.tokenizer import Tokenizer
 from diptych.tokenizer_json import JsonTokenizer, read_tokenizer
 from diptych.tokens import FILE_NAME as TOKENIZER_FILE
@@ -62,6 +62,16 @@ _PLACES: Mapping[str, Mapping[str, Source]] = {
         **_same("visual.attn_pool.mlp.c_proj", "vision_model.head.mlp.fc2"),
     },
 }
+_ENCODERS: Mapping[str, Mapping[str, str]] = {
+    # transformers' class -> beginnings of our text tower's names -> theirs
+    "ChineseCLIPModel": {"text.transformer.": "text_model.", "text.proj.": "text_projection."},
+    "AltCLIPModel": {
+        "text.transformer.": "text_model.roberta.",
+        "text.proj.0.": "text_model.pre_LN.",
+        "text.proj.1.": "text_model.transformation.",
+        "text.proj.2.": "text_projection.",
+    },
+}
 _BLOCK_PLACES = {
     "ln_1": ("layer_norm1",),
     "ln_2": ("layer_norm2",),
@@ -101,7 +111,10 @@ def openai_state(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def transformers_place(name: str, kind: str = "CLIPModel") -> Source:
     """Where a class of transformers keeps one of our tensors."""
-    if (place := _PLACES[kind].get(name)) is not None:
+    for ours, theirs in _ENCODERS.get(kind, {}).items():
+        if name.startswith(ours):
+            return Source((theirs + name.removeprefix(ours),))
+    if (place := _PLACES["CLIPModel" if kind in _ENCODERS else kind].get(name)) is not None:
         return place
     match = _OUR_BLOCK.fullmatch(name)
     if match is None:
@@ -177,13 +190,14 @@ def normal_form(config: CLIPConfig) -> CLIPConfig:
             pool_heads=vision.pool_heads or vision.heads if vision.pool in ("latent", "queries") else None,
             pool_mlp_ratio=round(vision.width * ratio) / vision.width if vision.pool == "latent" else None,
         )
-    end = text.vocab_size - 1 if text.end_id is None else text.end_id
-    text = replace(
-        text,
-        mlp_ratio=text.mlp_width / text.width,
-        end_id=end if text.pool == "end" else None,
-        pad_id=0 if text.is_trimmed else text.pad_id,  # nothing sees it
-    )
+    if isinstance(text, TextConfig):
+        end = text.vocab_size - 1 if text.end_id is None else text.end_id
+        text = replace(
+            text,
+            mlp_ratio=text.mlp_width / text.width,
+            end_id=end if text.pool == "end" else None,
+            pad_id=0 if text.is_trimmed else text.pad_id,  # nothing sees it
+        )
     return replace(config, vision=vision, text=text)
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from diptych.checkpoint.weights.tensors import short
 from diptych.errors import CheckpointError, UsageError
-from diptych.model.config import PRESETS, Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig, get_preset
+from diptych.model.config import (
+    PRESETS,
+    Activation,
+    CLIPConfig,
+    ResNetConfig,
+    TextConfig,
+    TimmConfig,
+    TransformersTextConfig,
+    ViTConfig,
+    get_preset,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -91,11 +101,12 @@ def _same_sizes(config: CLIPConfig) -> tuple[str, CLIPConfig] | None:
     for name, preset in PRESETS.items():
         if (_sizes(preset.vision), _sizes(preset.text)) == (_sizes(config.vision), _sizes(config.text)):
             vision = replace(preset.vision, image_size=config.vision.image_size)
-            return name, replace(config, vision=vision, text=replace(config.text, heads=preset.text.heads))
+            heads = preset.text.heads if isinstance(preset.text, TextConfig) else None
+            return name, replace(config, vision=vision, text=replace(config.text, heads=heads))
     return None
 
 
-def _sizes(tower: ViTConfig | ResNetConfig | TextConfig) -> tuple[object, ...]:
+def _sizes(tower: ViTConfig | ResNetConfig | TextConfig | TimmConfig | TransformersTextConfig) -> tuple[object, ...]:
     """The architecture of a tower, without what surgery changes and what the weights do not show."""
     left_out = ("heads", "image_size", "context_length", "vocab_size")
     return type(tower), *((f.name, getattr(tower, f.name)) for f in fields(tower) if f.name not in left_out)
@@ -124,11 +135,12 @@ def _grid(shapes: Shapes, name: str) -> int:
     return isqrt(places)
 
 
+_DESCRIBED = "which only the open_clip_config.json beside it describes"
 _OTHER_FAMILIES = {
-    "visual.trunk.": "its image tower is a timm model",
-    "text.proj.": "its text tower is a Hugging Face model",
-    "text.transformer.embeddings.": "its text tower is a Hugging Face model",
-    "text.transformer.encoder.": "its text tower is a Hugging Face model",
+    "visual.trunk.": f"its image tower is a timm model, {_DESCRIBED}",
+    "text.proj.": f"its text tower is a Hugging Face model, {_DESCRIBED}",
+    "text.transformer.embeddings.": f"its text tower is a Hugging Face model, {_DESCRIBED}",
+    "text.transformer.encoder.": f"its text tower is a Hugging Face model, {_DESCRIBED}",
     "text.text_decoder.": "it has a caption decoder (CoCa)",
     "text_decoder.": "it has a caption decoder (CoCa)",
     "text.cls_emb": "its text tower has a class token (CoCa)",

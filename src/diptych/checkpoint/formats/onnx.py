@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diptych.errors import UsageError, install
-from diptych.model.clip import CLIP
-from diptych.model.text import TextTransformer
+from diptych.model.clip import CLIP, TextTower
+from diptych.model.text_encoder import TransformersText
 from diptych.model.transformer import Sight
 
 OPSET = 20
@@ -31,15 +31,17 @@ _REGISTRY = "torch.onnx._internal.exporter._registration"
 class PlainText(nn.Module):
     """The text tower without its shortcuts: every token of every text is computed, none is sorted.
 
-    The same features; what `TextTransformer` saves depends on the captions, which a fixed graph cannot.
+    The same features; what the towers save depends on the captions, which a fixed graph cannot.
     """
 
-    def __init__(self, tower: TextTransformer) -> None:
+    def __init__(self, tower: TextTower) -> None:
         super().__init__()
         self.tower = tower
 
     def forward(self, text: Int[Tensor, "N L"]) -> Float[Tensor, "N E"]:
         tower = self.tower
+        if isinstance(tower, TransformersText):
+            return tower.encode(text)
         if tower.config.is_trimmed:  # of any length
             x = tower.token_embedding(text) + tower.positional_embedding[: text.shape[1]]  # [N, L, D]
             sight = Sight(is_causal=True)

@@ -29,7 +29,15 @@ from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import Preprocess
 from diptych.model.clip import CLIP
-from diptych.model.config import Activation, CLIPConfig, ViTConfig, check_activation
+from diptych.model.config import (
+    Activation,
+    CLIPConfig,
+    TextConfig,
+    TimmConfig,
+    TransformersTextConfig,
+    ViTConfig,
+    check_activation,
+)
 from diptych.tokenizer import Tokenizer
 from diptych.tokenizer_json import JsonTokenizer
 from diptych.tokens import CLEANERS, BaseTokenizer, Clean
@@ -55,7 +63,7 @@ def open_folder(
     preprocess = read_preprocess(path, section, config, published)
     text = _section(path, _section(path, record, "model_cfg"), "text_cfg")
     tokenizer = read_tokenizer(folder, text, config, file.paths[0])
-    if tokenizer.pad_token_id:
+    if tokenizer.pad_token_id and isinstance(config.text, TextConfig):
         config = replace(config, text=replace(config.text, pad_id=tokenizer.pad_token_id))
     return Opened(
         layout="open_clip",
@@ -89,14 +97,15 @@ def read_tokenizer(folder: Path, text: Mapping[str, Any], config: CLIPConfig, we
     if not text.get("hf_tokenizer_name"):
         return bare_tokenizer(weights, config)
     match text.get("tokenizer_kwargs") or {}:
-        case {**rules} if rules.keys() <= {"clean", "strip_sep_token"}:
+        case {**rules} if rules.keys() <= {"clean", "strip_sep_token", "language"}:
             clean, strip = rules.get("clean", "whitespace"), rules.get("strip_sep_token", False)
+            language = rules.get("language")
         case rules:
-            clean, strip = None, None
+            clean, strip, language = None, None, None
     cleaner: Clean | None = next((name for name in CLEANERS if name == clean), None)
-    if cleaner is None or type(strip) is not bool:
+    if cleaner is None or type(strip) is not bool or not isinstance(language, str | None):
         raise CheckpointError(f"{folder / CONFIG}: tokenizer_kwargs {short(rules)} are not supported")
-    return foreign_tokenizer(folder, config.text.context_length, cleaner, strip_sep_token=strip)
+    return foreign_tokenizer(folder, config.text.context_length, cleaner, strip_sep_token=strip, language=language)
 
 
 def _decide_activation(
@@ -191,6 +200,8 @@ _NOT_READ = ("text_decoder.",)
 def find_place(name: str, config: CLIPConfig, prefix: str) -> Source:
     """Where OpenCLIP keeps one of our tensors; `prefix` stands before those of the text tower."""
     tower, _, rest = name.partition(".")
+    if isinstance(config.vision if tower == "visual" else config.text, TimmConfig | TransformersTextConfig):
+        return Source((name,))  # modules are as OpenCLIP has them
     if tower == "visual":
         if isinstance(config.vision, ViTConfig) and timm_name(config.vision, config.activation):
             place = timm.find_place(rest)
@@ -199,7 +210,7 @@ def find_place(name: str, config: CLIPConfig, prefix: str) -> Source:
             return Source((f"visual.{_QUERY_POOL.get(rest, rest)}",))
     if name == "text.class_embedding":
         return Source((f"{prefix}cls_emb",))
-    if config.text.projection == "linear" and name in _LINEAR:
+    if isinstance(config.text, TextConfig) and config.text.projection == "linear" and name in _LINEAR:
         return Source((f"{prefix}text_projection.{_LINEAR[name]}",), transpose=name == "text.text_projection")
     return Source((to_openai(name) if tower != "text" else prefix + to_openai(name),))
 

@@ -5,15 +5,18 @@ tower, ...) is a reason to refuse, named with its value. A config without `quick
 rule, and what it computes. Reference: open_clip 3.3.0, `CLIPVisionCfg` and `CLIPTextCfg`.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from diptych.checkpoint.formats import timm
 from diptych.checkpoint.formats.conventions import normal_form
-from diptych.checkpoint.weights.tensors import is_count, short
+from diptych.checkpoint.weights.tensors import is_count, read_json, short
 from diptych.errors import UsageError
+from diptych.model.architectures import PUBLISHED, get_width, read_architecture, write_architecture
 from diptych.model.config import (
     Activation,
     CLIPConfig,
@@ -21,6 +24,8 @@ from diptych.model.config import (
     ResNetConfig,
     TextConfig,
     TextPool,
+    TimmConfig,
+    TransformersTextConfig,
     ViTConfig,
 )
 
@@ -73,6 +78,10 @@ _TEXT_KEYS = frozenset(
         "norm_kwargs",
         "act_kwargs",
         "output_tokens",
+        "hf_model_name",
+        "hf_model_pretrained",
+        "hf_proj_type",
+        "hf_pooler_type",
         "hf_tokenizer_name",
         "tokenizer_kwargs",
         "tokenizer_mode",
@@ -95,9 +104,6 @@ _AS_IN_CLIP: Mapping[str, tuple[Any, ...]] = {
     "pos_embed_type": ("learnable",),
     "block_type": (None, "default"),
     "attn_pooler_queries": (256,),
-    "hf_model_pretrained": (True,),
-    "hf_proj_type": ("mlp",),
-    "hf_pooler_type": ("mean_pooler",),
     "text_arch": ("clip",),
     "nonscalar_logit_scale": (False, True),
     "output_dict": (False, True),
@@ -125,15 +131,15 @@ def read_config(model: Mapping[str, Any], activation: Activation) -> CLIPConfig:
     return CLIPConfig(
         embed_dim=embed_dim,
         vision=tower,
-        text=_read_text(text),
+        text=_read_encoder(text, embed_dim) if text.get("hf_model_name") else _read_text(text),
         activation=text_activation,
         logit_bias=model.get("init_logit_bias") is not None,
     )
 
 
-def _read_vision(vision: Mapping[str, Any]) -> ViTConfig | ResNetConfig:
+def _read_vision(vision: Mapping[str, Any]) -> ViTConfig | ResNetConfig | TimmConfig:
     if vision.get("timm_model_name"):
-        return _read_timm(vision)
+        return _read_own(vision) or _read_timm(vision)
     image_size = _count(vision, "image_size", 224)
     layers, head_width = vision.get("layers", 12), _count(vision, "head_width", 64)
     if isinstance(layers, list):
@@ -163,25 +169,76 @@ def _read_vision(vision: Mapping[str, Any]) -> ViTConfig | ResNetConfig:
     )
 
 
-def _read_timm(vision: Mapping[str, Any]) -> ViTConfig:
-    name = vision["timm_model_name"]
-    if name not in timm.VITS:
-        raise UsageError(f"its image tower is timm's {short(name)}, which is none of our tower")
-    tower = timm.VITS[name]
-    size = _count(vision, "image_size", 224)
-    pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
-    if pool != ("map" if tower.pool == "latent" else "token") or size != tower.image_size:
-        raise UsageError(f"vision_cfg has timm_pool = {short(pool)}, image_size = {size} for {name}")
+def _read_own(vision: Mapping[str, Any]) -> ViTConfig | None:
+    """Our own tower where timm's of that name computes the same."""
+    tower = timm.VITS.get(str(vision["timm_model_name"]))
+    if tower is None or _count(vision, "image_size", 224) != tower.image_size:
+        return None
+    projection = vision.get("timm_proj", "linear")
+    if vision.get("timm_pool", "avg") != ("map" if tower.pool == "latent" else "token"):
+        return None
     if projection not in (None, "", "none"):
-        raise UsageError(f"vision_cfg has timm_proj = {short(projection)} for {name}")
+        return None
     match vision.get("timm_model_kwargs") or None:
         case None:
             layers = tower.layers
         case {"depth": layers, **rest} if not rest and is_count(layers) and 0 < layers < 1000:
             pass
-        case other:
-            raise UsageError(f"vision_cfg has timm_model_kwargs = {short(other)}")
+        case _:
+            return None
     return replace(tower, projection="none" if projection == "none" else "linear", layers=layers)
+
+
+def _read_timm(vision: Mapping[str, Any]) -> TimmConfig:
+    name, pool, bias = vision["timm_model_name"], vision.get("timm_pool", "avg"), vision.get("timm_proj_bias", False)
+    sizes = vision.get("timm_model_kwargs") or {}
+    if not isinstance(name, str) or not isinstance(pool, str) or type(bias) is not bool or not isinstance(sizes, dict):
+        raise ValueError(f"timm_model_name is {short(name)}, timm_pool {short(pool)}, timm_proj_bias {short(bias)}")
+    projection = vision.get("timm_proj", "linear") or "head"
+    if projection not in ("head", "none", "linear", "mlp"):
+        raise UsageError(f"vision_cfg has timm_proj = {short(projection)}")
+    return TimmConfig(
+        name=name,
+        image_size=_count(vision, "image_size", 224),
+        pool=pool,
+        projection=projection,  # pyright: ignore[reportArgumentType]
+        bias=bias,
+        sizes=json.dumps(sizes, sort_keys=True),
+    )
+
+
+def _read_encoder(text: Mapping[str, Any], embed_dim: int) -> TransformersTextConfig:
+    name = text["hf_model_name"]
+    if not isinstance(name, str):
+        raise ValueError(f"hf_model_name is {short(name)}")
+    if name in PUBLISHED:
+        architecture = write_architecture(PUBLISHED[name])
+    elif (Path(name) / "config.json").is_file():
+        architecture = write_architecture(read_json(Path(name) / "config.json"))
+    else:
+        raise UsageError(
+            f"text_cfg has hf_model_name = {short(name)}, whose architecture is not known here; known are "
+            f"{', '.join(PUBLISHED)}, and a folder that holds its config.json"
+        )
+    pooler, projection = text.get("hf_pooler_type", "mean_pooler"), text.get("hf_proj_type", "mlp")
+    is_bert = "d_model" not in read_architecture(architecture)
+    pools = {
+        "mean_pooler": "mean",
+        "cls_pooler": "pooler" if is_bert else "class",
+        "cls_last_hidden_state_pooler": "class",
+    }
+    if pooler not in pools:
+        raise UsageError(f"text_cfg has hf_pooler_type = {short(pooler)}")
+    if projection is None and get_width(architecture) != embed_dim:
+        raise UsageError("text_cfg has no hf_proj_type, though its widths differ")
+    if projection not in (None, "linear", "mlp"):
+        raise UsageError(f"text_cfg has hf_proj_type = {short(projection)}")
+    return TransformersTextConfig(
+        architecture=architecture,
+        context_length=_count(text, "context_length", 77),
+        pool=pools[pooler],  # pyright: ignore[reportArgumentType]
+        projection=projection or "none",  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _read_text(text: Mapping[str, Any]) -> TextConfig:
@@ -293,6 +350,8 @@ def write_config(config: CLIPConfig) -> dict[str, Any]:
 def is_custom(config: CLIPConfig) -> bool:
     """Whether OpenCLIP builds a CustomTextCLIP, whose text tower is a module of its own."""
     text = config.text
+    if isinstance(config.vision, TimmConfig) or isinstance(text, TransformersTextConfig):
+        return True
     has_timm = isinstance(config.vision, ViTConfig) and timm_name(config.vision, config.activation) is not None
     return has_timm or text.projection == "linear" or text.pool == "class" or config.logit_bias
 
@@ -304,7 +363,17 @@ def timm_name(vision: ViTConfig, activation: Activation) -> str | None:
     return timm.find_name(replace(vision, activation=vision.activation or activation))
 
 
-def _write_vision(vision: ViTConfig | ResNetConfig, activation: Activation) -> dict[str, Any]:
+def _write_vision(vision: ViTConfig | ResNetConfig | TimmConfig, activation: Activation) -> dict[str, Any]:
+    if isinstance(vision, TimmConfig):
+        return {
+            "image_size": vision.image_size,
+            "timm_model_name": vision.name,
+            "timm_model_pretrained": False,
+            "timm_pool": vision.pool,
+            "timm_proj": None if vision.projection == "head" else vision.projection,
+            **({"timm_proj_bias": True} if vision.bias else {}),
+            **({"timm_model_kwargs": sizes} if (sizes := vision.read_sizes()) else {}),
+        }
     tower: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
     if isinstance(vision, ResNetConfig):
         return tower | {"layers": list(vision.layers), "patch_size": None}
@@ -332,7 +401,17 @@ def _write_vision(vision: ViTConfig | ResNetConfig, activation: Activation) -> d
     return tower | _write_block(vision.norm_eps, vision.activation or activation)
 
 
-def _write_text(text: TextConfig, activation: Activation) -> dict[str, Any]:
+def _write_text(text: TextConfig | TransformersTextConfig, activation: Activation) -> dict[str, Any]:
+    if isinstance(text, TransformersTextConfig):
+        named = (name for name in PUBLISHED if write_architecture(PUBLISHED[name]) == text.architecture)
+        pools = {"mean": "mean_pooler", "class": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
+        return {
+            "hf_model_name": next(named, None),
+            "hf_model_pretrained": False,
+            "hf_proj_type": None if text.projection == "none" else text.projection,
+            "hf_pooler_type": pools[text.pool],
+            "context_length": text.context_length,
+        }
     tower: dict[str, Any] = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
@@ -365,7 +444,9 @@ def why_not(config: CLIPConfig) -> str | None:
     """Why OpenCLIP has no words for an architecture, if so."""
     if isinstance(config.vision, ViTConfig) and config.vision.stem == "conv":
         return "its image tower begins with a pyramid of convolutions, which only diptych has"
-    quick = config.activation == "quick_gelu"
+    quick, text = config.activation == "quick_gelu", config.text
+    if isinstance(text, TransformersTextConfig) and _write_text(text, config.activation)["hf_model_name"] is None:
+        return "open_clip fetches the architecture of such a text tower by name, and has no name for this one"
     try:
         said = read_config(write_config(config), "quick_gelu" if quick else "gelu")
     except (UsageError, ValueError):

@@ -1,6 +1,5 @@
-"""transformers' `CLIPModel`, `MetaClip2Model` and `SiglipModel` folders and hub repositories: `config.json`, weights,
-tokenizer and preprocessor files.
-
+"""transformers' `CLIPModel`, `MetaClip2Model`, `SiglipModel`, `ChineseCLIPModel` and `AltCLIPModel` folders and hub
+repositories: `config.json`, weights, tokenizer and preprocessor files.
 
 Their tower splits what OpenAI joins (q, k, v), transposes both projections, and misspells `pre_layrnorm`; the
 activation is `hidden_act`. The pooled text feature stands at the end token, whatever the old configs with
@@ -9,6 +8,7 @@ activation is `hidden_act`. The pooled text feature stands at the end token, wha
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,8 @@ from diptych.checkpoint.weights.tensors import MAX_JSON, is_count, open_file, re
 from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import CheckpointError, UsageError
 from diptych.image import OPENAI_MEAN, OPENAI_STD, Preprocess
-from diptych.model.config import Activation, CLIPConfig, ResNetConfig, TextConfig, ViTConfig
+from diptych.model.architectures import read_architecture, write_architecture
+from diptych.model.config import Activation, CLIPConfig, ResNetConfig, TextConfig, TransformersTextConfig, ViTConfig
 from diptych.tokenizer import Tokenizer
 from diptych.tokenizer_json import JsonTokenizer
 from diptych.tokens import BaseTokenizer, Clean
@@ -50,6 +51,8 @@ def open_folder(folder: Path, weights: Path | None = None) -> Opened:
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
     preprocess, preprocess_files = read_preprocess(folder, config.vision.image_size)
     tokenizer, tokenizer_files = read_tokenizer(folder, config.text, record["model_type"])
+    if isinstance(config.text, TransformersTextConfig):
+        config = replace(config, text=replace(config.text, context_length=tokenizer.context_length))
     return Opened(
         layout="transformers",
         path=folder,
@@ -72,11 +75,13 @@ def read_config(path: Path, record: Mapping[str, Any]) -> CLIPConfig:
     kind = str(record.get("model_type"))
     if kind not in _KINDS:
         raise CheckpointError(
-            f"{path} describes a model of type {short(kind)}; of transformers' models diptych knows {', '.join(_KINDS)}"
+            f"{path} describes a model of type {short(kind)}{_REASONS.get(kind, '')}; of transformers' models diptych "
+            f"knows {', '.join(_KINDS)}"
         )
     text, vision = _section(path, record, "text_config"), _section(path, record, "vision_config")
     defaults = _KINDS[kind]
-    acts = {str(section.get("hidden_act", defaults.hidden_act)) for section in (text, vision)}
+    ours = (vision,) if kind in _ENCODERS else (text, vision)
+    acts = {str(section.get("hidden_act", defaults.hidden_act)) for section in ours}
     if len(acts) != 1 or not acts <= _ACTIVATIONS.keys():
         raise CheckpointError(
             f"{path}: hidden_act is {short(sorted(acts))}; both towers need the same, one of {', '.join(_ACTIVATIONS)}"
@@ -84,16 +89,15 @@ def read_config(path: Path, record: Mapping[str, Any]) -> CLIPConfig:
     if vision.get("num_channels", 3) != 3:
         raise CheckpointError(f"{path}: pictures have {short(vision['num_channels'])} channels; CLIP's have 3")
     try:
-        config = (_read_siglip if kind == "siglip" else _read_clip)(
-            record, text, vision, defaults, _ACTIVATIONS[acts.pop()]
-        )
+        read = _read_siglip if kind == "siglip" else _read_encoder if kind in _ENCODERS else _read_clip
+        config = read(record, text, vision, defaults, _ACTIVATIONS[acts.pop()])
     except ValueError as error:
         raise CheckpointError(f"{path} makes no sense: {short(str(error))}") from None
-    if kind == "clip" and (end := text.get("eos_token_id", 49407)) not in (2, config.text.vocab_size - 1):
+    largest, end = config.text.vocab_size - 1, text.get("eos_token_id", 49407)
+    if kind == "clip" and end not in (2, largest):
         # 2: written by mistake for years, and read as "the largest id"
         raise CheckpointError(
-            f"{path}: eos_token_id is {short(end)}; CLIP reads the feature at the largest id, "
-            f"{config.text.vocab_size - 1}"
+            f"{path}: eos_token_id is {short(end)}; CLIP reads the feature at the largest id, {largest}"
         )
     return config
 
@@ -145,7 +149,15 @@ _KINDS: Mapping[str, _Defaults] = {
     "clip": _Defaults("CLIPModel", "quick_gelu", 1e-5, **_OF_CLIP),
     "metaclip_2": _Defaults("CLIPModel", "quick_gelu", 1e-5, **_OF_CLIP),  # the same names
     "siglip": _Defaults("SiglipModel", "gelu_pytorch_tanh", 1e-6, **_OF_SIGLIP),
+    "chinese_clip": _Defaults("ChineseCLIPModel", "quick_gelu", 1e-5, text={}, vision=_OF_CLIP["vision"]),
+    "altclip": _Defaults("AltCLIPModel", "quick_gelu", 1e-5, text={}, vision=_OF_CLIP["vision"]),
 }
+_ENCODERS: Mapping[str, Any] = {
+    # the text tower's `model_type`, its projection, and the width of the joint space by default
+    "chinese_clip": ("chinese_clip_text_model", "linear", 512),
+    "altclip": ("altclip_text_model", "teacher", 768),
+}
+_REASONS = {"siglip2": ", whose pictures are of variable shape (NaFlex)"}
 _ACTIVATIONS: Mapping[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -167,6 +179,23 @@ def _read_clip(
         embed_dim=_count(record, "projection_dim", 512),
         vision=ViTConfig(**_read_image_sizes(vision, defaults)),
         text=TextConfig(**_read_text_sizes(text, defaults), end_id=end, pad_id=pad),
+        activation=activation,
+    )
+
+
+def _read_encoder(
+    record: _Section, text: _Section, vision: _Section, defaults: _Defaults, activation: Activation
+) -> CLIPConfig:
+    """BERT's kin as the text tower, whose class token is read."""
+    kind, projection, width = _ENCODERS[record["model_type"]]
+    if vision.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise ValueError(f"layer_norm_eps is {short(vision['layer_norm_eps'])}; CLIP's is 1e-5")
+    return CLIPConfig(
+        embed_dim=_count(record, "projection_dim", width),
+        vision=ViTConfig(**_read_image_sizes(vision, defaults)),
+        text=TransformersTextConfig(
+            architecture=write_architecture({**text, "model_type": kind}), pool="class", projection=projection
+        ),
         activation=activation,
     )
 
@@ -305,14 +334,21 @@ def _preprocess(record: Mapping[str, Any], image_size: int) -> Preprocess:
 _OF_CLIP_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 
 
-def read_tokenizer(folder: Path, text: TextConfig, kind: str) -> tuple[BaseTokenizer, tuple[Path, ...]]:
+def read_tokenizer(
+    folder: Path, text: TextConfig | TransformersTextConfig, kind: str
+) -> tuple[BaseTokenizer, tuple[Path, ...]]:
     """The vocabulary that lies there, checked id for id; of a CLIPModel without one, the released vocabulary."""
     settings = folder / "tokenizer_config.json"
     name = read_json(settings).get("tokenizer_class") if settings.is_file() else None
     if kind != "clip" and name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         clean: Clean = "canonicalize" if str(name).removesuffix("Fast") == "SiglipTokenizer" else "none"
-        tokenizer = foreign_tokenizer(folder, text.context_length, clean)
-        return tokenizer, tuple(path for path in (settings, folder / "tokenizer.json") if path.is_file())
+        length = text.context_length
+        if isinstance(text, TransformersTextConfig) and settings.is_file():
+            longest: Any = read_json(settings).get("model_max_length")
+            length = min(length, longest) if is_count(longest) and longest > 2 else length
+        tokenizer = foreign_tokenizer(folder, length, clean)
+        paths = (folder / name for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt"))
+        return tokenizer, tuple(path for path in paths if path.is_file())
     if name not in _OF_CLIP_CLASSES:
         raise CheckpointError(f"{settings} names the tokenizer {short(name)}; CLIP's is CLIPTokenizer")
     found = _read_vocabulary(folder)
@@ -378,11 +414,13 @@ def why_not(loaded: Loaded) -> str | None:
 def find_kind(config: CLIPConfig) -> str | None:
     """`model_type` of the class that computes what this config says, if transformers has one."""
     for kind in _KINDS:
-        record = write_config(config, "float32", kind)
         try:
+            record = write_config(config, "float32", kind)
             said = read_config(Path(CONFIG), record)
         except (CheckpointError, UsageError, ValueError):
             continue
+        if isinstance(config.text, TransformersTextConfig):  # the tokenizer's to say
+            said = replace(said, text=replace(said.text, context_length=config.text.context_length))
         if normal_form(said) == normal_form(config):
             return kind
     return None
@@ -407,27 +445,18 @@ def write(folder: Path, loaded: Loaded) -> None:
 def write_config(config: CLIPConfig, dtype: str, kind: str = "clip") -> dict[str, Any]:
     """Our config -> `config.json` of a kind; `find_kind` says which one means the same."""
     vision, text = config.vision, config.text
-    if isinstance(vision, ResNetConfig):
-        raise UsageError("transformers' CLIPModel has no ResNet image tower")
+    is_encoder = kind in _ENCODERS
+    if not isinstance(vision, ViTConfig) or is_encoder != isinstance(text, TransformersTextConfig):
+        raise UsageError(f"transformers' {_KINDS[kind].model} has other towers")
     act = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation)
-    start, end = text.vocab_size - 2, text.vocab_size - 1 if text.end_id is None else text.end_id
-    prefix = kind.replace("-", "_")
     record: dict[str, Any] = {
-        "architectures": [{"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel"}[kind]],
+        "architectures": [_KINDS[kind].model if kind != "metaclip_2" else "MetaClip2Model"],
         "model_type": kind,
         "dtype": dtype,
         "torch_dtype": dtype,  # before transformers 4.56
-        "text_config": {
-            "model_type": f"{prefix}_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            **_write_blocks(text, act),
-            "bos_token_id": start,
-            "eos_token_id": end,
-            "pad_token_id": text.pad_id if kind != "clip" else end,
-        },
+        "text_config": _write_text(text, act, kind),
         "vision_config": {
-            "model_type": f"{prefix}_vision_model",
+            "model_type": f"{kind}_vision_model",
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
             **_write_blocks(vision, act),
@@ -440,6 +469,21 @@ def write_config(config: CLIPConfig, dtype: str, kind: str = "clip") -> dict[str
     for section in ("text_config", "vision_config"):
         record[section]["projection_dim"] = config.embed_dim
     return record
+
+
+def _write_text(text: TextConfig | TransformersTextConfig, act: str, kind: str) -> dict[str, Any]:
+    if isinstance(text, TransformersTextConfig):
+        return dict(read_architecture(text.architecture))
+    end = text.vocab_size - 1 if text.end_id is None else text.end_id
+    return {
+        "model_type": f"{kind}_text_model",
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.context_length,
+        **_write_blocks(text, act),
+        "bos_token_id": text.vocab_size - 2,
+        "eos_token_id": end,
+        "pad_token_id": text.pad_id if kind != "clip" else end,
+    }
 
 
 def _write_blocks(tower: ViTConfig | TextConfig, act: str) -> dict[str, Any]:

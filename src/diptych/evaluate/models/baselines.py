@@ -11,7 +11,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.embed.fingerprint import hash_tower, name_space
-from diptych.errors import DownloadError, UsageError, install
+from diptych.errors import DownloadError, UsageError
 from diptych.evaluate.results import ModelFacts
 from diptych.image import Picture, Preprocess, open_picture, to_rgb
+from diptych.model.trunk import import_timm
 
 TIMM, PYTHON = "timm:", "python:"
 Features = Callable[[Tensor], Tensor | NDArray]
@@ -182,12 +183,7 @@ def _compute(found: Baseline, batch: Tensor, device: str) -> Float[Tensor, "N D"
 
 def _load_timm(name: str, device: str, pretrained: bool) -> Baseline:
     """A model of timm without its last layer, and the preprocessing that its weights were published with."""
-    try:
-        timm: Any = importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:  # torchvision of another torch fails in its own ways
-        raise UsageError(
-            f"timm cannot be imported ({error}); {install('timm')} beside a torchvision that fits your torch"
-        ) from None
+    timm = import_timm()
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() knows the names"

@@ -14,8 +14,9 @@ all linear layers see one row for each token, T in all, without padding; only at
 of texts padded to like length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.model.inference.precision import Ready
+from diptych.model.clip import TextTower
+from diptych.model.config import Precision
+from diptych.model.inference.precision import Ready, choose_text_precision, get_ready
 from diptych.model.text import TextTransformer
+from diptych.model.text_encoder import TransformersText, find_lengths
 from diptych.model.transformer import Attention, ResidualAttentionBlock
 
 Rows = NDArray[np.int64]
@@ -101,6 +105,27 @@ def _attend(attn: Attention, x: Float[Tensor, "T D"], groups: Sequence[Group]) -
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask.to(q.dtype))
         attended.append(out.transpose(1, 2).reshape(-1, width))
     return torch.cat(attended).to(x.dtype)
+
+
+def get_text_encoder(tower: TextTower, precision: Precision) -> Callable[[Int[Tensor, "N L"]], Float[Tensor, "N E"]]:
+    """The function from tokens to features, not normalised, in a precision."""
+    if isinstance(tower, TransformersText):
+        return partial(_encode_by_length, tower, precision)
+    return partial(encode_texts, tower, get_ready(tower.transformer, precision))
+
+
+def _encode_by_length(
+    tower: TransformersText, precision: Precision, text: Int[Tensor, "N L"], max_tokens: int = MAX_TOKENS
+) -> Float[Tensor, "N E"]:
+    """Texts of like length together, as the tower itself computes them; in bfloat16 its products are."""
+    own = next(tower.parameters())
+    lengths = find_lengths(text, tower.config.pad_id)
+    order = lengths.argsort(stable=True)
+    parts = order.split(max(1, max_tokens // tower.context_length))
+    is_half = choose_text_precision(precision, own.device) == "bfloat16" and own.dtype == torch.float32
+    with torch.autocast(own.device.type, torch.bfloat16, enabled=is_half):
+        features = torch.cat([tower(text[rows].to(own.device)) for rows in parts])
+    return features.to(own.dtype)[order.argsort().to(own.device)]
 
 
 def encode_texts(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych import files
+from diptych.checkpoint.loaded import rebuild
 from diptych.checkpoint.weights.write import save_tensors
 from diptych.errors import UsageError, install
 from diptych.model.clip import CLIP
@@ -72,10 +73,7 @@ def merged(model: CLIP) -> CLIP:
             continue
         layer: Any = modules[name.removesuffix(f"{_BASE}weight")]
         state[name.replace(_BASE, ".")] = tensor + layer.get_delta_weight(_NAME)
-    with torch.device("meta"):
-        copy = CLIP(model.config)
-    copy.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
-    return copy.train(model.training)
+    return rebuild(model.config, {name: tensor.detach() for name, tensor in state.items()}).train(model.training)
 
 
 def parts(model: CLIP) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from diptych.checkpoint.formats import native
 from diptych.checkpoint.loaded import Loaded, Opened, build
 from diptych.errors import UsageError
 from diptych.model.clip import CLIP
-from diptych.model.config import ResNetConfig
+from diptych.model.config import ResNetConfig, TextConfig, ViTConfig
 from diptych.train.config import StartConfig, TrainConfig
 
 _BLOCK = re.compile(r"\.transformer\.resblocks\.(\d+)\.")
@@ -54,30 +54,33 @@ def choose_lr_scales(model: CLIP, layer_decay: float) -> dict[str, float]:
     four stages of a ResNet.
     """
     layers = {"visual": _depth(model, "visual"), "text": _depth(model, "text")}
-    return {
-        name: layer_decay ** _from_top(name, layers)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if layer_decay == 1:
+        return dict.fromkeys(trained, 1.0)
+    for tower, depth in layers.items():
+        if depth is None and any(name.startswith(f"{tower}.") for name in trained):
+            raise UsageError(f"--layer-decay counts layers, and those of this {tower} tower are another library's")
+    return {name: layer_decay ** _from_top(name, layers) for name in trained}
 
 
-def _depth(model: CLIP, tower: str) -> int:
-    if tower == "text":
-        return model.config.text.layers
-    vision = model.config.vision
-    return len(vision.layers) if isinstance(vision, ResNetConfig) else vision.layers
+def _depth(model: CLIP, tower: str) -> int | None:
+    config = model.config.text if tower == "text" else model.config.vision
+    if isinstance(config, TextConfig | ViTConfig):
+        return config.layers
+    return len(config.layers) if isinstance(config, ResNetConfig) else None
 
 
-def _from_top(name: str, layers: Mapping[str, int]) -> int:
+def _from_top(name: str, layers: Mapping[str, int | None]) -> int:
     """0 for what stands behind all layers, 1 for the top one, ..., one more than there are layers for the stem."""
     tower, _, inside = name.partition(".")
-    if tower not in layers or inside.split(".")[0] in _HEADS:
+    depth = layers.get(tower)
+    if depth is None or inside.split(".")[0] in _HEADS:
         return 0
     if (block := _BLOCK.search(name)) is not None:
-        return layers[tower] - int(block[1])
+        return depth - int(block[1])
     if (stage := _STAGE.search(name)) is not None:
-        return layers[tower] + 1 - int(stage[1])
-    return layers[tower] + 1
+        return depth + 1 - int(stage[1])
+    return depth + 1
 
 
 def count_trained(model: nn.Module) -> tuple[int, int]:

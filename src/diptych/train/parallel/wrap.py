@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from diptych.checkpoint.loaded import rebuild
 from diptych.model.clip import CLIP
 from diptych.model.operators import norms
 from diptych.model.transformer import ResidualAttentionBlock
@@ -95,10 +96,7 @@ def whole(model: CLIP) -> CLIP:
     if not is_cut(model):
         return model
     state = {name: full(tensor) for name, tensor in model.state_dict().items()}
-    with torch.device("meta"):
-        copy = CLIP(model.config)
-    copy.load_state_dict(state, assign=True)
-    return copy
+    return rebuild(model.config, state)
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
