@@ -175,9 +175,12 @@ def test_a_sheet_shows_a_name_that_is_not_utf_8(model, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / os.fsdecode(b"a\xff.png")).write_bytes(encode(draw("red", "dot"), "PNG"))
-    sheet = tmp_path / "sheet.html"
+    sheet = tmp_path / "new" / "sheet.html"
     assert call("classify", folder, "--labels", "a\udcfe", "b", "--model", model / "plain", "--html", sheet) == 0
     assert "a\\udcff.png" in sheet.read_text()
+    capsys.readouterr()
+    assert call("classify", folder, "--labels", "a", "b", "--model", model / "plain", "--html", folder) == 2
+    assert capsys.readouterr().out == ""  # before any picture is looked at
 
 
 @pytest.mark.parametrize("given", [b"cat\n\xff\n", None])

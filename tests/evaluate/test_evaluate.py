@@ -39,6 +39,15 @@ def evaluate(model, tmp_path, suite, **options):
     return run(config)
 
 
+@pytest.mark.parametrize("twins", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301")])
+def test_classes_that_are_one_to_the_model_are_named(model, tmp_path, twins):
+    for name in (*twins, "dog"):
+        (tmp_path / "set" / "test" / name).mkdir(parents=True)
+        draw("red", "dot").save(tmp_path / "set" / "test" / name / "a.png")
+    (result,) = evaluate(model, tmp_path, tmp_path / "set").results
+    assert any(one.startswith("several classes are called ca") for one in result.warnings)
+
+
 def test_zero_shot_is_what_the_classifier_says(model, tmp_path):
     write_shapes(tmp_path / "shapes")
     report = evaluate(model, tmp_path, write_own(tmp_path / "mine.toml", "title = 'Shapes'"))

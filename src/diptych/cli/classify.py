@@ -73,6 +73,10 @@ class Classify:
 
     def __call__(self) -> int:
         labels = read_labels(self.labels, self.images)
+        if self.html is not None:  # it is written last
+            files.make_folder(self.html.parent, flag="--html")
+            if self.html.is_dir():
+                raise UsageError(f"{self.html} is a folder; name the file to write")
         from diptych.checkpoint.layouts import load
         from diptych.model.device import choose_device
         from diptych.templates import parse_templates

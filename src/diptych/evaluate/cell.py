@@ -31,6 +31,7 @@ from diptych.evaluate.protocols import fewshot, overlap, probe, prompts, retriev
 from diptych.evaluate.protocols.task import NOTHING, Arrays, ProtocolSpec, Split, Task
 from diptych.evaluate.results import Protocol, Result, load_result, result_path, save_result
 from diptych.ranks import Ranks
+from diptych.tokenizer import clean
 
 VERSION = 2
 """Version of what is measured: a higher one does not take up results of a lower one."""
@@ -266,7 +267,8 @@ class Cell:
             if test is not None:
                 numbered = align_classes(numbered, test.numbered, split)
         problems = []
-        if repeated := [name for name, times in Counter(names[0] for names in numbered.names).items() if times > 1]:
+        read = Counter(clean(names[0]) for names in numbered.names)  # as models read them: `Cat` is `cat`
+        if repeated := [name for name, times in read.items() if times > 1]:
             problems.append(
                 (f"several classes are called {', '.join(repeated[:5])}: only one can be recognised", False)
             )
