@@ -476,10 +476,10 @@ def test_what_transformers_writes_for_the_released_vocabulary_is_the_released_fi
 @pytest.mark.parametrize(
     ("section", "change", "reason"),
     [
-        ("vision_cfg", {"timm_model_name": "convnext_base"}, "timm's convnext_base"),
-        ("text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name"),
+        ("vision_cfg", {"timm_model_name": "convnext base"}, "timm has no model"),
+        ("text_cfg", {"hf_model_name": "gpt2"}, "gpt2"),
         ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "all"}}, "clean"),
-        ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}, "no .*token"),
+        ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}, "needs a tokenizer.json"),
         ("text_cfg", {"text_arch": "modern"}, "text_arch = modern"),
         ("text_cfg", {"pool_type": "mean"}, "pool_type = mean"),
         ("vision_cfg", {"pool_type": "avg"}, "pool_type = avg"),

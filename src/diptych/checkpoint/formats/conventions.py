@@ -15,7 +15,7 @@ from diptych import files
 from diptych.checkpoint.sources import Published
 from diptych.checkpoint.weights.read import Source
 from diptych.checkpoint.weights.tensors import short
-from diptych.errors import CheckpointError, UsageError
+from diptych.errors import CheckpointError, NotFoundError, UsageError
 from diptych.image import Preprocess
 from diptych.model.config import CLIPConfig, TextConfig, ViTConfig
 from diptych.tokenizer import Tokenizer
@@ -209,7 +209,7 @@ def foreign_tokenizer(
         if (folder / TOKENIZER_FILE).is_file():
             return Tokenizer.load(folder)
         return read_tokenizer(folder, context_length, clean=clean, strip_sep_token=strip_sep_token, language=language)
-    except UsageError as error:
+    except (UsageError, NotFoundError) as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from None
 
 

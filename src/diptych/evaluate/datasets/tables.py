@@ -189,9 +189,7 @@ def open_csv(path: Path, split: str, place: Place, kind: DatasetKind) -> Samples
     numbers = kind != "captions" and _are_numbers(one for cell in cells for one in _several(cell, kind))
     for row, cell in zip(table, cells, strict=True):
         picture, parsed = row[place.image] or "", _csv_label(cell, kind, numbers=numbers)
-        if any(one.strip() for one in row.get(None, ())):  # a sign between columns within a text that has no quotes
-            samples.skipped["too_many_cells"] += 1
-        elif not picture:
+        if not picture:
             samples.skipped["no_image"] += 1
         elif parsed is None:
             samples.skip_label(None if numbers and cell.lower() == _NAN else cell, f"column {label!r}")
