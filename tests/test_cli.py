@@ -130,8 +130,8 @@ def test_one_bad_picture_costs_that_picture_only(run, tmp_path, capsys):
         (["train", "ViT-B32", "--data", "x", "--out", "y"], "did you mean ViT-B-32"),
         (["train", "RN-Ti", "--data", "nowhere", "--out", "y"], "no such dataset: nowhere"),
         (["train", "RN-Ti", "--data", "a@b", "--out", "y"], "PATH@WEIGHT"),
-        (["train", "RN-Ti", "--data", "x", "--out", "y", "--tokenizer", "none"], "no diptych_tokenizer.json in none"),
-        (["plan", "ViT-L14"], "unknown preset 'ViT-L14'; did you mean ViT-L-14"),
+        (["train", "RN-Ti", "--data", "x", "--out", "y", "--tokenizer", "none"], "no such tokenizer folder: none"),
+        (["plan", "ViT-L14"], "unknown architecture 'ViT-L14'; did you mean ViT-L-14"),
         (["plan", "ViT-B-32", "--caption-tokens", "78"], "a caption of 78 tokens does not fit; use 2 to 77"),
         (["classify", "--labels", "a"], "no picture was named; give pictures, folders of pictures, or globs"),
         (
