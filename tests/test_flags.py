@@ -8,8 +8,8 @@ import pytest
 PAGE = (Path(__file__).parents[1] / "docs" / "cli.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## `diptych ([a-z -]+)`\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 FLAGS = {
-    "train": 43,
-    "finetune": 51,
+    "train": 44,
+    "finetune": 52,
     "wise-ft": 5,
     "plan": 13,
     "curate": 0,
@@ -22,7 +22,7 @@ FLAGS = {
     "verify": 2,
     "curate queries": 14,
     "curate crawl": 15,
-    "curate filter": 15,
+    "curate filter": 17,
     "curate distinct": 11,
     "curate match": 7,
     "curate balance": 10,
