@@ -15,6 +15,8 @@ from PIL import Image, PngImagePlugin
 
 from diptych.checkpoint import layouts
 from diptych.cli import main
+from diptych.curate.rows import read_queries
+from diptych.errors import DiptychError
 from diptych.image_file import SUFFIXES
 from diptych.shards.config import LoaderConfig, SourceConfig
 from diptych.shards.dataset import load_dataset
@@ -62,7 +64,7 @@ FILES = {
     "a name that is not UTF-8": (os.fsdecode(b"a\xff.jpg"), JPEG),
     "a folder called .jpg": ("a.jpg", "folder"),
     "a file whose name begins with a dot": (".a.jpg", JPEG),
-    "HEIC": ("a.heic", b"\0\0\0\x18ftypheic" + bytes(100)),
+    "HEIC, without the extra `heic`": ("a.heic", b"\0\0\0\x18ftypheic" + bytes(100)),
 }
 TEXT = b"a red circle"
 SAMPLES: dict[str, list[tuple[str, bytes | str]]] = {
@@ -89,6 +91,36 @@ LINES = {
 }
 
 
+ARGUMENTS: dict[str, list[tuple[str, bytes | str | int]]] = {
+    "a pipe, socket or device, or a link to one": [
+        (name, "pipe") for name in ("labels", "toml", "csv", "list", "texts")
+    ],
+    "a file without permission, a folder in place of a file": [(name, "folder") for name in ("labels", "toml", "list")],
+    "JSON, TOML, a list of labels of more than 64 MiB, a CSV or list of keys of more than 256 MiB": [
+        ("labels", 65 << 20),
+        ("toml", 65 << 20),
+        ("csv", 257 << 20),
+        ("keys", 257 << 20),
+    ],
+    "a text that is not UTF-8 where a list, table or TOML is due": [
+        (name, b"caf\xe9\n") for name in ("labels", "toml", "csv", "list", "keys")
+    ],
+    "a line of 1 MiB in a list of queries; in a corpus, in page views": [
+        (name, b"a lamp\nen Lamp 12 0\n" + b"x" * (2 << 20)) for name in ("list", "corpus", "pageviews")
+    ],
+    "a table of queries that is empty, damaged, or lacks `id` or `text`": [("queries", b""), ("queries", b"PAR1" * 9)],
+    "a file of ours that was changed: its record, index, manifest or log": [
+        ("done/00000.json", b"{"),
+        ("features/00000.parquet", b"PAR1"),
+        ("manifest.json", b"{"),
+    ],
+}
+"""What an argument names -> what it is to be for which command, or a file of ours and what became of it."""
+
+
+SUFFIX = {"toml": ".toml", "csv": ".csv", "queries": ".parquet"}
+
+
 def read_tables() -> dict[str, dict[str, list[str]]]:
     """Heading of a section -> first cell -> the other cells."""
     tables: dict[str, dict[str, list[str]]] = {}
@@ -109,6 +141,7 @@ def test_the_page_has_a_row_for_every_kind_and_none_besides():
         ("Files of a folder", FILES),
         ("Members of a tar", SAMPLES),
         ("Lines of a text file", LINES),
+        ("Arguments", ARGUMENTS),
     ):
         assert list(TABLES[section])[1:] == list(kinds)
 
@@ -149,7 +182,7 @@ def expected(cell: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_of_a_folder(kind, model, tmp_path, capsys):
-    if kind == "HEIC" and "HEIF" in SUFFIXES:
+    if kind.startswith("HEIC") and "HEIF" in SUFFIXES:
         pytest.skip("the extra `heic` is installed")
     by_classify, by_embed, by_evaluate = TABLES["Files of a folder"][kind]
     name, content = FILES[kind]
@@ -207,3 +240,54 @@ def test_a_line_of_a_text_file(kind, model, tmp_path, capsys):
     call("embed", model, tmp_path / "a.txt", "--out", tmp_path / "features", "--json")
     report = json.loads(capsys.readouterr().out)
     assert (report["features"], report["skipped"]) == (3 - len(expected(by_embed)), expected(by_embed))
+
+
+@pytest.mark.parametrize(("row", "what", "content"), [(row, *one) for row in ARGUMENTS for one in ARGUMENTS[row]])
+def test_an_argument(row, what, content, model, tmp_path, capsys):
+    place, out = tmp_path / f"bad{SUFFIX.get(what, '.txt')}", tmp_path / "out"
+    embed = ["embed", model, tmp_path / "set", "--out", out, "--precision", "float32"]
+    lay(tmp_path / "set", "b.jpg", JPEG)
+    if ours := "/" in what or what == "manifest.json":
+        call(*embed)
+        place = out / what
+    if isinstance(content, int):
+        with open(place, "wb") as file:
+            file.truncate(content)
+    elif content == "pipe":
+        os.mkfifo(place)
+    elif content == "folder":
+        place.mkdir()
+    else:
+        place.write_bytes(content)  # type: ignore[arg-type]
+    evaluate = ["evaluate", "--model", model, "--suite", place, "--out", out]
+    lists = ["curate", "queries", "--out", out, "--processes", "0"]
+    commands = {
+        "labels": ["classify", tmp_path / "set", "--labels", f"@{place}", "--model", model],
+        "toml": evaluate,
+        "csv": evaluate,
+        "texts": ["embed", model, place, "--out", out],
+        "keys": ["curate", "delete", tmp_path / "set", "--from", place],
+        "list": [*lists, "--lists", place],
+        "corpus": [*lists, "--corpus", place],
+        "pageviews": [*lists, "--pageviews", place],
+    }
+    if what == "queries":  # read by those who match, in processes of their own
+        with pytest.raises(DiptychError, match=r"bad\.parquet"):
+            read_queries(place)
+        return
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in (embed if ours else commands[what])])
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("diptych: ")]
+    (said,) = TABLES["Arguments"][row]
+    if ended.value.code == 2:
+        assert "one line" in said
+        assert len(lines) == 1
+        assert ours or place.name in lines[0]
+    elif what == "csv":
+        assert ended.value.code == 1
+        assert place.name in printed.err + printed.out
+    else:
+        assert (ended.value.code or 0) == 0
+        assert "passed over" in said or "made anew" in said

@@ -38,7 +38,7 @@ def test_a_damaged_list_of_queries_is_one_line(tmp_path):
 @pytest.mark.parametrize("command", ["lists", "corpus", "pageviews"])
 def test_a_pipe_is_not_waited_for_and_a_line_has_an_end(command, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "long.txt").write_bytes(b"x" * (2 << 20) + b"\ncircle\n")
+    (tmp_path / "long.txt").write_bytes(b"x" * (2 << 20) + b"\ncircle\nen Circle 12 0\n")
     for name in ("pipe", "long"):
         arguments = ["queries", f"--{command}", tmp_path / f"{name}.txt", "--out", tmp_path / name, "--processes", 0]
         with pytest.raises(SystemExit):

@@ -8,6 +8,8 @@ import textwrap
 
 import pytest
 
+from diptych.model.inference.compiled import _is_ours
+
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 
 SCRIPT = """
@@ -79,3 +81,11 @@ def test_without_a_compiler_the_functions_themselves_are_used(tmp_path):
     assert worst > 0.9999
     assert is_plain
     assert "add_norm runs uncompiled, which is slow" in said
+
+
+def test_only_what_we_own_is_run(tmp_path, monkeypatch):
+    (path := tmp_path / "function.bin").touch()
+    assert _is_ours(path)
+    assert not _is_ours(tmp_path / "none.bin")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert not _is_ours(path)

@@ -233,6 +233,17 @@ def test_waiting_for_the_network_is_data_wait(data, http, tmp_path):
     assert reports[0].data_wait > 0.5
 
 
+def test_what_goes_wrong_at_an_address_is_told_without_its_secrets(caplog):
+    """As HTTP's client names the address that it asked."""
+
+    def ask() -> None:
+        raise OSError("500, message='Error', url='http://host/x?sig=HIDDEN'")
+
+    with pytest.raises(ShardError, match="500") as told:
+        cache.with_retries("http://host/x?sig=HIDDEN", ask)
+    assert "HIDDEN" not in str(told.value) + caplog.text
+
+
 def test_who_refuses_connections_is_given_up_before_anything_was_done(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cache, "DELAYS", (0.01, 0.02, 0.03, 0.04, 60.0))
     with pytest.raises(ShardError, match=r"http://127\.0\.0\.1:1/x could not be fetched in 5 tries"):

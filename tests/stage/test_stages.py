@@ -312,6 +312,14 @@ def test_a_folder_that_was_begun_says_with_what_and_is_not_read(tmp_path):
         tasks_of(tmp_path / "half")
 
 
+def test_a_manifest_names_nothing_outside_of_its_folder(tmp_path):
+    for name in ("../thesis.parquet", "/etc/passwd", "a/../../b"):
+        done = parts.TaskRecord(fingerprint="", rows=0, kept=0, dropped={}, files={name: "0"})
+        parts.write_manifest(tmp_path, stage="crawl", config={}, parent=None, done=[done])
+        with pytest.raises(ShardError, match="is not in its folder"):
+            parts.read_manifest(tmp_path)
+
+
 def test_a_manifest_that_was_changed_or_is_not_there_is_told(tmp_path):
     stages.crawl(tmp_path)
     path = tmp_path / "crawl/manifest.json"

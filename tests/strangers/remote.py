@@ -98,6 +98,7 @@ HIDDEN = [
     "http://user:HIDDENPASSWORD@127.0.0.1:1/x",
     "s3://KEY:HIDDENPASSWORD@bucket/x",
     "http://127.0.0.1:1/x?sig=HIDDENPASSWORD",
+    "http://{host}/500/x.tar?sig=HIDDENPASSWORD",
 ]
 PRIVATE = [
     "http://127.0.0.1/",
@@ -164,7 +165,7 @@ def _fetch(world: World, fault: str | None, folder: Path) -> list[str]:
 
 def _hidden(world: World, url: str, folder: Path) -> list[str]:
     copy(world, folder, "model")
-    return [*FINETUNE, "--data", url]
+    return [*FINETUNE, "--data", url.format(host=serve(folder))]
 
 
 def _asked(outcome: Outcome) -> str | None:

@@ -137,7 +137,7 @@ def with_retries(url: str, action: Callable[[], Any], *, opening: bool = False) 
         except Exception as error:  # every file system raises its own
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ShardError(f"no space left for {url}; name another --cache or a smaller --cache-bytes") from None
-            reason = f"{type(error).__name__}: {error}" if not isinstance(error, ShardError) else str(error)
+            reason = hide_secrets(str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}")
             if delay is None:
                 raise ShardError(
                     f"{url} could not be fetched in {len(delays) + 1} tries; the last: {reason}. What is here is kept: "

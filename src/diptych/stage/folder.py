@@ -7,6 +7,7 @@ whoever reads it.
 import contextlib
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -289,7 +290,10 @@ def read_manifest(folder: Path) -> Manifest:
             raise ShardError(f"{path} was changed after it was written: its hash is another; run the stage again")
         if any(content.pop(name) != value for name, value in HEADER.items()):
             raise ShardError(f"{path} has another format version; run the stage again with this version")
-        return Manifest(**content, hash=digest)
+        manifest = Manifest(**content, hash=digest)
+        if outside := next((name for name in manifest.files if os.path.isabs(name) or ".." in Path(name).parts), None):
+            raise ShardError(f"{path} names {outside!r}, which is not in its folder; it is not what a stage wrote")
+        return manifest
     except NotFoundError:
         raise
     except (FileNotFoundError, NotADirectoryError):

@@ -142,7 +142,10 @@ def read_list(place: str) -> Iterator[str]:
                 raise UsageError(f"{place} has a line of more than {files.MAX_LINE:,} bytes, which is no query")
             if number == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise UsageError(f"{place} is UTF-16; save it as UTF-8")
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip("\r\n")
+            try:
+                text = line.decode("utf-8-sig" if number == 0 else "utf-8").strip("\r\n")
+            except UnicodeDecodeError:
+                raise UsageError(f"line {number + 1} of {place} is not UTF-8; save it as UTF-8") from None
             if name.endswith(".jsonl"):
                 yield _read_string(text, place)
             else:

@@ -6,6 +6,7 @@ nothing compiles (there is no C++ compiler), the function itself is used; it com
 
 import hashlib
 import inspect
+import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ def compile_rows(
     sizes are as in the examples.
     """
     path = files.cache_folder("compiled") / f"{_name(function, examples)}.bin"
-    if path.exists():
+    if _is_ours(path):
         try:
             with open(path, "rb") as file:
                 return _unguarded(torch.compiler.load_compiled_function(file))
@@ -42,6 +43,11 @@ def compile_rows(
     except Exception as error:  # whatever a compiler may lack: what it was to be made from still works
         warnings.warn(f"{function.__name__} runs uncompiled, which is slow: {_first_line(error)}", stacklevel=2)
         return function
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is there and we made it: it is a program, and is run."""
+    return path.exists() and (not hasattr(os, "geteuid") or path.stat().st_uid == os.geteuid())
 
 
 @torch.inference_mode()
