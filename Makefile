@@ -32,11 +32,12 @@ fix: .venv/dev   ## let ruff mend and format
 	$(VENV)/ruff format .
 
 bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenizer
-	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/checkouts.py benchmarks/parity.py benchmarks/hostile.py benchmarks/kill.py,$(wildcard benchmarks/*.py))); do \
+	@set -e; for file in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out benchmarks/harness.py benchmarks/checkouts.py benchmarks/parity.py benchmarks/parity_families.py benchmarks/hostile.py benchmarks/kill.py,$(wildcard benchmarks/*.py))); do \
 		echo "== $$file"; $(VENV)/python $$file $(ARGS); done
 
-parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)
+parity: .venv/demo peers ## every layout and published architecture in both directions beside open_clip and transformers (half an hour)
 	$(VENV)/python benchmarks/parity.py $(ARGS)
+	$(if $(ARGS),,PYTHONPATH=src .venv-peers/bin/python -W ignore benchmarks/parity_families.py)
 
 hostile: .venv/demo .venv/dev ## load files made to harm, each in a process of its own
 	$(VENV)/python benchmarks/hostile.py

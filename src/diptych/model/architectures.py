@@ -140,8 +140,8 @@ def read_architecture(architecture: str) -> Settings:
     """The settings of an architecture; UsageError for what `write_architecture` does not write."""
     try:
         record = json.loads(architecture)
-        canonical = write_architecture(record)
-    except (ValueError, AttributeError, RecursionError) as error:
+        canonical = write_architecture(record if isinstance(record, dict) else {})
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"an architecture that cannot be read: {str(error)[:200]}") from None
     if canonical != architecture:
         raise UsageError("an architecture with other keys than those of its model type, or in another order")
