@@ -41,8 +41,9 @@ bench: .venv/demo peers ## run every benchmark, or one: make bench NAME=tokenize
 gpu:             ## hold a GPU against the processor and measure it (8 minutes; needs PyTorch alone)
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
-parity: .venv/demo peers ## every layout in both directions beside open_clip and transformers (about 5 minutes)
+parity: .venv/demo peers ## every layout and published architecture in both directions beside open_clip and transformers (half an hour)
 	$(VENV)/python benchmarks/parity.py $(ARGS)
+	$(if $(ARGS),,PYTHONPATH=src .venv-peers/bin/python -W ignore benchmarks/parity_families.py)
 
 hostile: .venv/demo .venv/dev ## meet every kind of bad input, each command in a watched process of its own
 	$(VENV)/python -W ignore benchmarks/hostile.py $(ARGS)

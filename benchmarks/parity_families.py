@@ -12,6 +12,8 @@ ours -> theirs: where the layout can say it we write the folder; open_clip loads
 Distances are relative to the length of a feature, of logits to the largest one.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import contextlib
 import functools
@@ -113,7 +115,7 @@ def draw_inputs(image_size: int, text: dict[str, Any], pad: int) -> tuple[torch.
     image = torch.randn(2, 3, image_size, image_size, generator=generator)
     length = text.get("context_length", 77)
     tokens = torch.randint(3, VOCABULARY - 2, (3, length), generator=generator)
-    end = text.get("eos_id") if text.get("pool_type") == "eos" else VOCABULARY - 1
+    end: int = text["eos_id"] if text.get("pool_type") == "eos" else VOCABULARY - 1
     for row, count in zip(tokens, (3, max(4, length // 3), length), strict=True):
         row[count - 1], row[count:] = end, pad
     return image, tokens
@@ -283,7 +285,7 @@ def passes(outcome: dict[str, Any]) -> bool:
 def main() -> int:
     logging.disable(logging.WARNING)  # that weights are random
     transformers.logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="every published architecture beside open_clip")
     parser.add_argument("--only", nargs="+", help="architectures; transformers:siglip for one of transformers' classes")
     only = parser.parse_args().only
     tags: dict[str, set[tuple[str, str]]] = {}

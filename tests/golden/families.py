@@ -75,6 +75,61 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 320,
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    # transformers' configs under the names that OpenCLIP's configs have for larger ones
+    "roberta-base": {"model_type": "roberta", **_BERT, "max_position_embeddings": 20},
+    "facebook/nllb-200-distilled-600M": {
+        "model_type": "m2m_100",
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "vocab_size": 320,
+    },
+    "google/mt5-base": {
+        "model_type": "mt5",
+        "d_model": 32,
+        "d_kv": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_ff": 64,
+        "vocab_size": 320,
+    },
+}
+
+
+def _encoder(name: str, projection: str | None, pooler: str) -> dict[str, Any]:
+    text = {"hf_model_name": name, "hf_proj_type": projection, "hf_pooler_type": pooler, "context_length": 12}
+    embed_dim = 24 if projection else 32
+    return {"embed_dim": embed_dim, "vision_cfg": _OWN, "text_cfg": {**text, "hf_model_pretrained": False}}
+
+
+def _trunk(name: str, pool: str, projection: str | None, size: int, **sizes: Any) -> dict[str, Any]:
+    tower = {"timm_model_name": name, "timm_pool": pool, "timm_proj": projection, "image_size": size}
+    return {"embed_dim": 24, "vision_cfg": {**tower, "timm_model_kwargs": sizes}, "text_cfg": _TEXT}
+
+
+_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 64]}
+FOREIGN: dict[str, dict[str, Any]] = {
+    # towers that other libraries build
+    "RoBERTa": _encoder("roberta-base", "mlp", "mean_pooler"),
+    "RoBERTa, pooler": _encoder("roberta-base", "linear", "cls_pooler"),
+    "RoBERTa, no projection": _encoder("roberta-base", None, "cls_last_hidden_state_pooler"),
+    "NLLB": _encoder("facebook/nllb-200-distilled-600M", "linear", "cls_pooler"),
+    "mT5": _encoder("google/mt5-base", "mlp", "mean_pooler"),
+    "ConvNeXt": _trunk("convnext_base", "", "linear", 64, **_CONVNEXT),
+    "ConvNeXt, MLP": _trunk("convnext_large", "", "mlp", 64, **_CONVNEXT),
+    "ConvNeXt, attention": _trunk("convnext_base", "rot_attn", None, 64, **_CONVNEXT),
+    "EVA02": _trunk("eva02_base_patch16_clip_224", "token", None, 64, img_size=64, depth=2, embed_dim=32, num_heads=2),
+}
+
 
 def end_texts(text: np.ndarray, config: dict[str, Any]) -> np.ndarray:
     """The end token and padding of a family in place of CLIP's."""

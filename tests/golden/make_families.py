@@ -6,14 +6,16 @@ Weights and inputs come from `weights.py`; only the features are stored.
 """
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import open_clip
 import timm
 import torch
-from families import FAMILIES, TIMM, end_texts
-from open_clip import timm_model
+import transformers
+from families import ENCODERS, FAMILIES, FOREIGN, TIMM, end_texts
+from open_clip import hf_model, timm_model
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from weights import fill, inputs
 
@@ -23,13 +25,22 @@ OUT = Path(__file__).parents[1] / "fixtures" / "families.npz"
 class SmallTimm:
     """timm, whose models are made small."""
 
-    @staticmethod
-    def create_model(name: str, **given: Any) -> torch.nn.Module:
-        return timm.create_model(name, **given, **TIMM[name])
+    sizes: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def create_model(cls, name: str, **given: Any) -> torch.nn.Module:
+        return timm.create_model(name, **given, **(cls.sizes or TIMM[name]))
+
+
+def describe(name: str) -> transformers.PreTrainedConfig:
+    """The small encoder that has a larger one's name."""
+    return transformers.AutoConfig.for_model(**ENCODERS[name])
 
 
 def build(config: dict[str, Any]) -> torch.nn.Module:
-    vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
+    tower = dict(config["vision_cfg"])
+    SmallTimm.sizes = tower.pop("timm_model_kwargs", {})
+    vision, text = CLIPVisionCfg(**tower), CLIPTextCfg(**config["text_cfg"])
     bias = config.get("init_logit_bias")
     model = CustomTextCLIP(config["embed_dim"], vision, text, init_logit_bias=bias)
     weights = fill({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
@@ -40,9 +51,13 @@ def build(config: dict[str, Any]) -> torch.nn.Module:
 @torch.inference_mode()
 def main() -> None:
     timm_model.timm = SmallTimm
+    hf_model.AutoConfig = SimpleNamespace(from_pretrained=describe)
     features = {}
-    for name, config in FAMILIES.items():
+    for name, config in (FAMILIES | FOREIGN).items():
         model, text_config = build(config), config["text_cfg"]
+        if encoder := text_config.get("hf_model_name"):
+            settings = describe(encoder)
+            text_config = {**text_config, "vocab_size": settings.vocab_size, "pad_id": settings.pad_token_id}
         image, text = inputs(
             config["vision_cfg"]["image_size"], text_config["context_length"], text_config["vocab_size"]
         )

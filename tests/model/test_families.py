@@ -180,7 +180,7 @@ def test_a_tower_without_projection_has_the_width_of_the_space():
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("vision_cfg", "timm_model_name", "convnext_base", "timm's convnext_base"),
+        ("vision_cfg", "timm_model_name", "hf-hub:somebody/model", "timm has no model"),
         ("text_cfg", "norm_kwargs", {"eps": "small"}, "norm_kwargs"),
         ("text_cfg", "act_kwargs", {"approximate": "no"}, "act_kwargs"),
         ("text_cfg", "pool_type", "mean", "pool_type = mean"),

@@ -118,19 +118,24 @@ def print_inspection(found: dict[str, Any]) -> None:
     model, preprocess, tokenizer = found["model"], found["preprocess"], found["tokenizer"]
     vision, text, count = model["vision"], model["text"], found["parameters"]
     evidence = found["evidence"]
-    if vision["type"] == "ResNetConfig":
+    if vision["type"] == "TimmConfig":
+        tower = f"timm's {vision['name']}"
+    elif vision["type"] == "ResNetConfig":
         tower = f"ResNet, blocks {vision['layers']}, width {vision['width']}"
     else:
         blocks = f"{vision['layers']} layers of {vision['heads']} heads"
         tower = f"ViT, patch {vision['patch_size']}, width {vision['width']}, {blocks}"
+    if text["type"] == "TransformersTextConfig":
+        words = f"transformers' {json.loads(text['architecture'])['model_type']}, pool {text['pool']}"
+    else:
+        words = f"width {text['width']}, {text['layers']} layers of {text['heads']} heads"
     resize = {"shorter_side": "shorter side, centre crop", "squash": "squashed to a square"}[preprocess["resize"]]
     lines = {
         "path": found["path"],
         "layout": found["layout"],
         "architecture": found["architecture"],
         "image tower": f"{tower}, {vision['image_size']} px; {count['image']:,} parameters",
-        "text tower": f"width {text['width']}, {text['layers']} layers of {text['heads']} heads, "
-        f"{text['context_length']} tokens; {count['text']:,} parameters",
+        "text tower": f"{words}, {text['context_length']} tokens; {count['text']:,} parameters",
         "embedding": f"{model['embed_dim']} dimensions; {count['total']:,} parameters in all",
         "activation": f"{found['activation'] or 'not known'} ({evidence['activation']})",
         "preprocessing": f"{preprocess['image_size']} px, {preprocess['interpolation']}, {resize}; "

@@ -110,8 +110,8 @@ _REFUSED: Settings = {
 """Settings that make another encoder of it unless they have this value."""
 _WIDTH, _LAYERS = ("hidden_size", "d_model"), ("num_hidden_layers", "encoder_layers", "num_layers")
 _HEADS = ("num_attention_heads", "encoder_attention_heads")
-_MAX = 1 << 20
-"""No size but the vocabulary's is larger."""
+_MOST = {"vocab_size": 1 << 24, "pad_token_id": 1 << 24, "max_position_embeddings": 1 << 14}
+"""The most of what may be more than 65,536, and of what makes buffers that no weights can be held to."""
 
 
 def write_architecture(record: Settings) -> str:
@@ -140,8 +140,8 @@ def read_architecture(architecture: str) -> Settings:
     """The settings of an architecture; UsageError for what `write_architecture` does not write."""
     try:
         record = json.loads(architecture)
-        canonical = write_architecture(record)
-    except (ValueError, AttributeError, RecursionError) as error:
+        canonical = write_architecture(record if isinstance(record, dict) else {})
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"an architecture that cannot be read: {str(error)[:200]}") from None
     if canonical != architecture:
         raise UsageError("an architecture with other keys than those of its model type, or in another order")
@@ -152,7 +152,7 @@ def read_architecture(architecture: str) -> Settings:
         if isinstance(default, float) or key.endswith("dropout_prob"):
             fits = type(value) in (int, float) and 0 <= value < 1
         elif type(default) is int:
-            fits = type(value) is int and 0 < value + (key == "pad_token_id") <= (1 << 24 if "vocab" in key else _MAX)
+            fits = type(value) is int and 0 < value + (key == "pad_token_id") <= _MOST.get(key, 1 << 16)
         else:
             fits = type(value) is type(default) and len(str(value)) < 40
         if not fits:

@@ -185,8 +185,12 @@ class TimmConfig:
             raise UsageError(f"timm has no pool {self.pool[:80]!r}")
         for key, value in self.read_sizes().items():
             numbers = value if isinstance(value, list) else [value]
-            if key not in _TIMM_SIZES or not all(type(n) is int and 0 < n < 1 << 14 for n in numbers):
-                raise UsageError(f"timm_model_kwargs {key[:80]} is not supported; known are {', '.join(_TIMM_SIZES)}")
+            most = _TIMM_SIZES.get(key, 0)
+            if len(numbers) > 16 or not all(type(n) is int and 0 < n <= most for n in numbers):
+                known = ", ".join(f"{name} to {size}" for name, size in _TIMM_SIZES.items())
+                raise UsageError(
+                    f"timm_model_kwargs {key[:80]} = {str(value)[:80]} is not supported; known are {known}"
+                )
 
     def read_sizes(self) -> dict[str, Any]:
         """`sizes` as values."""
@@ -199,7 +203,13 @@ class TimmConfig:
         return sizes
 
 
-_TIMM_SIZES = ("depth", "depths", "layers", "embed_dim", "embed_dims", "dims", "num_heads", "img_size", "patch_size")
+_TIMM_SIZES = {
+    **dict.fromkeys(("depth", "depths", "layers"), 256),
+    **dict.fromkeys(("embed_dim", "embed_dims", "dims"), 1 << 14),
+    **dict.fromkeys(("num_heads", "patch_size"), 256),
+    "img_size": 4096,
+}
+"""What timm may be told, and the most of each: what it computes of them has no shape in the weights to be held to."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,9 @@ class TransformersText(nn.Module):
         """Padding is not seen, and what is padding in every text is not computed."""
         if text.shape[1] > self.context_length:
             raise UsageError(f"texts of {text.shape[1]} tokens do not fit; the text tower takes {self.context_length}")
-        longest = int(find_lengths(text, self.config.pad_id).max()) if len(text) else 1
+        if not len(text):
+            return self.proj(next(self.parameters()).new_zeros(0, self.config.width))
+        longest = int(find_lengths(text, self.config.pad_id).max())
         return self.encode(text[:, : -(-longest // self.length_multiple) * self.length_multiple])
 
     def encode(self, text: Int[Tensor, "N L"]) -> Float[Tensor, "N E"]:

@@ -28,7 +28,8 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     decayed, kept = {}, {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            is_gain_or_bias = isinstance(module, _NORMS) or name.endswith(("bias", "logit_scale"))
+            is_gain = isinstance(module, _NORMS) or (parameter.ndim == 1 and name.endswith(("weight", "gamma")))
+            is_gain_or_bias = is_gain or name.endswith(("bias", "logit_scale"))
             (kept if is_gain_or_bias else decayed)[name] = parameter
     return decayed, kept
 

@@ -36,6 +36,7 @@ from diptych.tokenizer_json import JsonTokenizer
 from diptych.tokens import BaseTokenizer, Clean
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_LAYERS = "vision_model.encoder.layers."
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -49,6 +50,9 @@ def open_folder(folder: Path, weights: Path | None = None) -> Opened:
     config = read_config(path, record)
     kind = _KINDS[record["model_type"]].model
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
+    names = clean_names(file, file.paths[0])
+    if kind == "AltCLIPModel":  # transformers 5 saves it under names that its code does not have
+        names = {name.replace("vision_model.encoder.layer.", _LAYERS): given for name, given in names.items()}
     preprocess, preprocess_files = read_preprocess(folder, config.vision.image_size)
     tokenizer, tokenizer_files = read_tokenizer(folder, config.text, record["model_type"])
     if isinstance(config.text, TransformersTextConfig):
@@ -61,9 +65,7 @@ def open_folder(folder: Path, weights: Path | None = None) -> Opened:
         tokenizer=tokenizer,
         weights=Weights(
             file=file,
-            sources=transformers_sources(
-                clean_names(file, file.paths[0]), file.paths[0], build_meta(config).state_dict(), kind
-            ),
+            sources=transformers_sources(names, file.paths[0], build_meta(config).state_dict(), kind),
         ),
         evidence={"activation": f"{CONFIG} says hidden_act {config.activation}"},
         files=(path, *preprocess_files, *tokenizer_files, *file.paths),
