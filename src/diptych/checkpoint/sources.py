@@ -41,14 +41,7 @@ _FOREIGN = {
     "config.json": (
         (
             *("preprocessor_config.json", "processor_config.json"),
-            *(
-                "tokenizer_config.json",
-                "vocab.json",
-                "merges.txt",
-                "tokenizer.json",
-                "special_tokens_map.json",
-                "vocab.txt",
-            ),
+            *("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"),
         ),
         ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     ),
@@ -245,7 +238,9 @@ def _fetch_rest(repository: str, config: str, path: Path) -> bool:
 
 
 def _has_tokenizer(config: Mapping[str, Any]) -> bool:
-    """Whether an open_clip_config.json asks for a tokenizer other than CLIP's."""
+    """Whether a config asks for a tokenizer other than CLIP's."""
+    if config.get("model_type") not in (None, "clip"):
+        return True
     model = config.get("model_cfg")
     text = model.get("text_cfg") if isinstance(model, dict) else None
     return isinstance(text, dict) and bool(text.get("hf_tokenizer_name"))

@@ -65,7 +65,10 @@ class Crawl:
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Lists of addresses with captions (LAION, DataComp, CC12M, COYO, ...) -> candidates, as crawl makes them."""
+    """Lists of addresses with captions (LAION, DataComp, CC12M, COYO, ...) -> candidates, as crawl makes them.
+
+    Example: diptych curate links --inputs laion/*.parquet --out candidates
+    """
 
     links: LinksConfig
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -20,9 +20,12 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the published weights that have a name, and the architectures that `diptych train` knows."""
+    """List the published weights that have a name, and the architectures that `diptych train` knows.
 
-    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    Example: diptych models siglip --max-parameters 500M
+    """
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORD")] = ()
     """Only those whose name, family or repository hold all these words: `diptych models siglip 384`."""
     max_parameters: str | None = None
     """Only those with at most so many numbers: 200M, 1.5B."""

@@ -221,7 +221,10 @@ Action = (
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """Make shards of what you have (CSV, folders, COCO, Parquet, tars), check them, look at them."""
+    """Make shards of what you have (CSV, folders, COCO, Parquet, tars), check them, look at them.
+
+    Example: diptych shards build pairs.csv --out shards
+    """
 
     action: Action
 

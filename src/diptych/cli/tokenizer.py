@@ -135,7 +135,10 @@ COMMANDS: dict[str, Any] = {"train": Learn, "show": Show}
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenize:
-    """Learn a vocabulary of one's own, or see how texts are cut into tokens."""
+    """Learn a vocabulary of one's own, or see how texts are cut into tokens.
+
+    Example: diptych tokenizer train --data captions.txt --out own
+    """
 
     action: Annotated[Learn, tyro.conf.subcommand("train")] | Annotated[Show, tyro.conf.subcommand("show")]
 
