@@ -316,8 +316,8 @@ def main() -> int:
     print(f"largest distance {largest:.1e}; not within {BOUND:.0e}: {', '.join(failed) or 'none'}")
     if not only:
         print(
-            f"{len(good)} of {len(all_tags)} tags of open_clip {open_clip.__version__} are of architectures that pass "
-            f"(left out: {', '.join(sorted(audio))}, which is for sound)"
+            f"{len(good)} of {len(all_tags)} tags of open_clip {open_clip.__version__} are of architectures that pass; "
+            f"for sound, and left out: {', '.join(sorted(audio)) or 'none'}"
         )
     return bool(failed)
 

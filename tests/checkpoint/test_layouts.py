@@ -476,8 +476,8 @@ def test_what_transformers_writes_for_the_released_vocabulary_is_the_released_fi
 @pytest.mark.parametrize(
     ("section", "change", "reason"),
     [
-        ("vision_cfg", {"timm_model_name": "convnext base"}, "timm has no model"),
-        ("text_cfg", {"hf_model_name": "gpt2"}, "gpt2"),
+        ("vision_cfg", {"timm_model_name": "hf-hub:somebody/model"}, "timm has no model"),
+        ("text_cfg", {"hf_model_name": "somebody/encoder"}, "hf_model_name"),
         ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "all"}}, "clean"),
         ("text_cfg", {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}, "needs a tokenizer.json"),
         ("text_cfg", {"text_arch": "modern"}, "text_arch = modern"),

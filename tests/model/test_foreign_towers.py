@@ -255,6 +255,7 @@ def test_without_timm_the_extra_is_named():
         ("vision_cfg", {"timm_model_name": "hf-hub:somebody/model"}, "timm has no model"),
         ("vision_cfg", {"timm_model_name": "x", "timm_model_kwargs": {"checkpoint_path": "y"}}, "checkpoint_path"),
         ("vision_cfg", {"timm_model_name": "x", "timm_model_kwargs": {"depth": 1 << 20}}, "depth"),
+        ("vision_cfg", {"timm_model_name": "x", "timm_model_kwargs": {"scriptable": []}}, "scriptable"),
         ("vision_cfg", {"timm_model_name": "x", "timm_proj": "conv"}, "timm_proj"),
     ],
 )

@@ -186,11 +186,9 @@ class TimmConfig:
         for key, value in self.read_sizes().items():
             numbers = value if isinstance(value, list) else [value]
             most = _TIMM_SIZES.get(key, 0)
-            if len(numbers) > 16 or not all(type(n) is int and 0 < n <= most for n in numbers):
+            if not 0 < len(numbers) <= 16 or not all(type(n) is int and 0 < n <= most for n in numbers):
                 known = ", ".join(f"{name} to {size}" for name, size in _TIMM_SIZES.items())
-                raise UsageError(
-                    f"timm_model_kwargs {key[:80]} = {str(value)[:80]} is not supported; known are {known}"
-                )
+                raise UsageError(f"timm_model_kwargs has {key[:80]} = {str(value)[:80]}; known are {known}")
 
     def read_sizes(self) -> dict[str, Any]:
         """`sizes` as values."""
