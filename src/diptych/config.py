@@ -25,12 +25,20 @@ LATER = {"later": True}
 """Metadata of a field that came later: left out where it has its default, so that what was written stays equal."""
 
 
+FIRST_UNNAMED = {"first_unnamed": True}
+"""Metadata of a field that came to hold several classes later: the first of them is not named, as it was not before."""
+
+
 def to_dict(config: object) -> dict[str, Any]:
     """Turn a config into plain JSON values."""
     hints = typing.get_type_hints(type(config))
     found = [(f, getattr(config, f.name)) for f in dataclasses.fields(config)]  # type: ignore[arg-type]
     told = [(f.name, value) for f, value in found if not (f.metadata.get("later") and value == f.default)]
-    return {name: _encode(hints[name], value) for name, value in told}
+    encoded = {name: _encode(hints[name], value) for name, value in told}
+    for f, value in found:
+        if f.metadata.get("first_unnamed") and type(value) is next(iter(_dataclasses_in(hints[f.name]).values())):
+            del encoded[f.name]["type"]
+    return encoded
 
 
 def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:

@@ -165,5 +165,5 @@ def test_a_misspelled_option_gets_its_like_and_the_help_of_its_stage(capsys):
     assert call("queries", "--out", "x", "--listz", "a") == 2
     told = capsys.readouterr().err
     assert "--lists" in told
-    assert "run diptych curate queries --help " in told
+    assert "(diptych curate queries --help " in told
     assert len({len(line) for line in told.splitlines()}) == 1

@@ -12,6 +12,11 @@ from diptych.model.vision import VisionTransformer
 from reference.int8 import encode_int8
 from samples import TINY_RESNET, TINY_VIT
 
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 TEXT = TextConfig(width=64, heads=1, layers=1)
 VISION = ViTConfig(image_size=64, patch_size=16, width=128, layers=5, heads=2)

@@ -256,8 +256,10 @@ def locate_picture(row_id: str, value: object, folder: Path) -> Row:
     """Where a picture lies that a table names: its bytes, a path relative to `folder`, or a struct of both."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    elif isinstance(value, list):
-        value = None if None in value else bytes(value)
+    elif isinstance(value, list):  # of bytes, as Arrow's lists of uint8 come
+        value = (
+            None if None in value else bytes(value) if all(type(one) is int and 0 <= one < 256 for one in value) else ""
+        )
     if value is None or isinstance(value, UnicodeDecodeError):
         return Row(row_id, None, "null" if value is None else "bad_text")
     if isinstance(value, bytes):

@@ -210,7 +210,7 @@ def _names() -> frozenset[str]:
 def _repositories() -> dict[str, str]:
     """Repository of the hub -> published name, where a table knows it."""
     published = json.loads(resources.files("diptych.assets").joinpath("published.json").read_text("utf-8"))
-    return {entry["repository"]: name for name, entry in published.items() if name in _names()}
+    return {entry["repository"]: name for name, entry in published["weights"].items() if name in _names()}
 
 
 @cache

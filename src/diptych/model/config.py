@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from diptych.config import LATER, MAY_CHANGE
+from diptych.config import FIRST_UNNAMED, LATER, MAY_CHANGE
 from diptych.errors import UsageError, unknown_name
 from diptych.model.architectures import get_layers, get_positions, get_width, read_architecture
 from diptych.templates import fill_template
@@ -324,7 +324,7 @@ class CLIPConfig:
     """E: width of the shared embedding space."""
     vision: ViTConfig | ResNetConfig | TimmConfig = field(default_factory=ViTConfig)
     """The image tower."""
-    text: TextConfig | TransformersTextConfig = field(default_factory=TextConfig)
+    text: TextConfig | TransformersTextConfig = field(default_factory=TextConfig, metadata=FIRST_UNNAMED)
     """The text tower."""
     activation: Activation = "quick_gelu"
     """Activation of every Transformer MLP. OpenAI's weights need `quick_gelu`; most of OpenCLIP's need `gelu`."""
