@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, install
 from diptych.model.architectures import read_architecture
 from diptych.model.config import TransformersTextConfig
 
@@ -81,7 +81,7 @@ def import_transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except (ImportError, RuntimeError) as error:
-        raise UsageError(f"transformers cannot be imported ({error}); pip install 'diptych[transformers]'") from None
+        raise UsageError(f"transformers cannot be imported ({error}); {install('transformers')}") from None
 
 
 def _build_projection(config: TransformersTextConfig, embed_dim: int) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, install
 from diptych.model.config import TimmConfig
 
 
@@ -47,7 +47,7 @@ def import_timm() -> Any:
         return importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:  # torchvision of another torch fails in its own ways
         raise UsageError(
-            f"timm cannot be imported ({error}); pip install 'diptych[timm]' beside a torchvision that fits your torch"
+            f"timm cannot be imported ({error}); {install('timm')} beside a torchvision that fits your torch"
         ) from None
 
 
