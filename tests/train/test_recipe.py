@@ -65,7 +65,7 @@ def test_without_a_recipe_the_defaults_are_the_fields_own():
         (("ViT-B-32", "--recipe", "papr"), f"unknown recipe 'papr'; did you mean paper? Known: {', '.join(NAMES)}"),
         (("ViT-S-16", "--recipe", "paper"), "the paper did not train ViT-S-16"),
         (("ViT-L-14-336", "--recipe", "paper"), "train ViT-L-14, give it larger pictures with"),
-        (("ViT-B-33", "--recipe", "paper"), "unknown preset 'ViT-B-33'; did you mean ViT-B-32"),
+        (("ViT-B-33", "--recipe", "paper"), "unknown architecture 'ViT-B-33'; did you mean ViT-B-32"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_explained(arguments, message, capsys):

@@ -178,7 +178,7 @@ def test_configs_from_before_fine_tuning_are_read(data, tmp_path):
 def test_what_cannot_be_is_said_in_three_parts(data, start, tmp_path):
     with pytest.raises(NotFoundError, match=r"gone"):
         loop.run(train_config(data, tmp_path / "run", start_model=str(tmp_path / "gone")))
-    with pytest.raises(NotFoundError, match=r"no such dataset: .*a folder of \.tar shards, or one \.tar"):
+    with pytest.raises(NotFoundError, match=r"no such dataset: .*a folder of \.tar shards, one \.tar"):
         tune(tmp_path / "nowhere", tmp_path / "run", start)
     with pytest.raises(UsageError, match=r"layer_decay 2.0 is not a share in \(0, 1\]; 1 is the same rate for all"):
         StartConfig(layer_decay=2.0)

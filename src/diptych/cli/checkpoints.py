@@ -125,7 +125,7 @@ def print_inspection(found: dict[str, Any]) -> None:
     else:
         blocks = f"{vision['layers']} layers of {vision['heads']} heads"
         tower = f"ViT, patch {vision['patch_size']}, width {vision['width']}, {blocks}"
-    if text["type"] == "TransformersTextConfig":
+    if text.get("type") == "TransformersTextConfig":
         words = f"transformers' {json.loads(text['architecture'])['model_type']}, pool {text['pool']}"
     else:
         words = f"width {text['width']}, {text['layers']} layers of {text['heads']} heads"
