@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diptych import files
 from diptych.checkpoint.layouts import open_checkpoint
-from diptych.checkpoint.loaded import Loaded, Opened, build, build_meta
+from diptych.checkpoint.loaded import Loaded, Opened, build, build_meta, check_depth
 from diptych.checkpoint.sources import expected_sha256
 from diptych.checkpoint.weights import archive
 from diptych.checkpoint.weights.tensors import short
@@ -31,6 +31,7 @@ def inspect(source: str | Path, *, activation: Activation | None = None, preset:
         opened = open_checkpoint(source, activation=activation, preset=preset)
     except ActivationUnknownError:  # everything else is there to be told
         opened, known = open_checkpoint(source, activation="gelu", preset=preset), False
+    check_depth(opened.config, opened.weights.file)
     model = build_meta(opened.config)
     unknown = {} if known else {"activation": "nothing shows it: --activation quick_gelu or --activation gelu"}
     numbers = opened.weights.dtypes

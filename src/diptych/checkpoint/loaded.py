@@ -158,10 +158,18 @@ def check_agreement(opened: Opened) -> None:
             f"{where}: the tokenizer makes {opened.tokenizer.context_length} tokens a text, "
             f"the model takes {config.text.context_length}"
         )
+    check_depth(config, opened.weights.file)
+
+
+def check_depth(config: CLIPConfig, file: TensorFile) -> None:
+    """Raise CheckpointError if a config names more blocks than the file has tensors: before a model of that many is
+    built, even without memory."""
     layers = 0 if isinstance(config.vision, TimmConfig) else config.vision.layers
     blocks = config.text.layers + (layers if isinstance(layers, int) else sum(layers))
-    if blocks > len(opened.weights.file.entries):  # before a model of that many blocks is built
-        raise CheckpointError(f"{where}: the config names {blocks} blocks, the weights hold fewer tensors than that")
+    if blocks > len(file.entries):
+        raise CheckpointError(
+            f"{file.paths[0]}: the config names {blocks} blocks, the weights hold fewer tensors than that"
+        )
 
 
 def check_shapes(where: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

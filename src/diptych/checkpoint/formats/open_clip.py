@@ -21,7 +21,7 @@ from diptych.checkpoint.formats.conventions import (
     write_foreign_tokenizer,
 )
 from diptych.checkpoint.formats.open_clip_config import timm_name
-from diptych.checkpoint.loaded import Loaded, Opened, build_meta
+from diptych.checkpoint.loaded import Loaded, Opened, build_meta, check_depth
 from diptych.checkpoint.sources import Published
 from diptych.checkpoint.weights.read import Source, Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import read_json, short
@@ -57,6 +57,7 @@ def open_folder(
     record = read_json(path)
     config, reason = read_config(path, record, activation, published)
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
+    check_depth(config, file)
     names = clean_names(file, file.paths[0])
     config = replace(config, logit_bias="logit_bias" in names)  # open_clip_train writes it beside a config without
     section = {} if record.get("preprocess_cfg") is None else _section(path, record, "preprocess_cfg")

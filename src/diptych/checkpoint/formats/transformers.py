@@ -23,7 +23,7 @@ from diptych.checkpoint.formats.conventions import (
     transformers_sources,
     write_foreign_tokenizer,
 )
-from diptych.checkpoint.loaded import Loaded, Opened, build_meta, why_not_paper
+from diptych.checkpoint.loaded import Loaded, Opened, build_meta, check_depth, why_not_paper
 from diptych.checkpoint.weights.read import Weights, clean_names, find_weights, read_tensor_file
 from diptych.checkpoint.weights.tensors import MAX_JSON, is_count, open_file, read_json, short
 from diptych.checkpoint.weights.write import save_tensors
@@ -50,6 +50,7 @@ def open_folder(folder: Path, weights: Path | None = None) -> Opened:
     config = read_config(path, record)
     kind = _KINDS[record["model_type"]].model
     file = read_tensor_file(weights or find_weights(folder, WEIGHTS, CONFIG))
+    check_depth(config, file)
     names = clean_names(file, file.paths[0])
     if kind == "AltCLIPModel":  # transformers 5 saves it under names that its code does not have
         names = {name.replace("vision_model.encoder.layer.", _LAYERS): given for name, given in names.items()}
