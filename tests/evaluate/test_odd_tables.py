@@ -108,9 +108,10 @@ def test_any_bytes_are_read_or_refused(data, name):
         opened(place / name, "single")
 
 
-def test_a_cell_beyond_all_measure_is_refused(tmp_path):
-    (tmp_path / "test.csv").write_text(f"image,label\na.png,{'x' * 200_000}\n")
-    assert opened(tmp_path / "test.csv", "single") is None
+def test_a_cell_beyond_all_measure_is_counted(tmp_path):
+    (tmp_path / "test.csv").write_text(f"image,label\na.png,cat\nb.png,{'x' * 2_000_000}\nc.png,dog\n")
+    samples = opened(tmp_path / "test.csv", "single")
+    assert (samples.labels, samples.skipped) == (["cat", "dog"], {"bad_row": 1})
 
 
 # --- Parquet ---

@@ -119,7 +119,7 @@ def test_wrong_input_is_said_in_one_line(start, data, tmp_path, capsys):
     assert "vision" in error
     assert "text" in error
     assert finetune(start, data, tmp_path / "run", "--stop-when-lost", 1) == 2
-    assert "stop_when_lost needs something to be lost; add --evaluate NAME=PATH" in capsys.readouterr().err
+    assert "stop-when-lost needs something to be lost; add --evaluate NAME=PATH" in capsys.readouterr().err
 
 
 def test_an_evaluation_set_that_changed_is_not_compared_with_what_it_was(start, data, tmp_path, capsys):

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diptych.config import to_dict
+from diptych.model.config import PRESETS, CLIPConfig
 from diptych.train.plan import PlanConfig, PlanReport
 
 
@@ -27,15 +28,22 @@ class Plan:
     """Print one JSON object instead of a table."""
 
     def __call__(self) -> int:
-        from diptych.checkpoint.architectures import find_architecture
         from diptych.train import plan
 
-        report = plan.run(self.plan, find_architecture(self.preset))
+        report = plan.run(self.plan, _find(self.preset))
         if self.json:
             print(json.dumps({"preset": self.preset, "config": to_dict(self.plan), **dataclasses.asdict(report)}))
         else:
             print_plan(self.preset, self.plan, report)
         return 0
+
+
+def _find(preset: str) -> CLIPConfig:
+    if preset in PRESETS:  # known without torch
+        return PRESETS[preset]
+    from diptych.checkpoint.architectures import find_architecture
+
+    return find_architecture(preset)
 
 
 def print_plan(preset: str, config: PlanConfig, report: PlanReport) -> None:
