@@ -1,14 +1,11 @@
 import json
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
 from diptych.cli import main
-from diptych.errors import UsageError
 from diptych.model.config import PRESETS
 from diptych.tokenizer import Tokenizer, train_bpe
-from diptych.train.setup import fit_vocabulary, load_tokenizer, read_tokenizer
+from diptych.train.setup import fit_vocabulary, read_tokenizer
 from samples import write_samples
 
 KOREAN = ["작은 고양이 두 마리", "웃는 고양이 얼굴", "고양이 두 마리가 웃는다", "빨간 자전거"] * 4
@@ -55,9 +52,6 @@ def test_a_tokenizer_whose_end_is_not_its_highest_id_is_found_by_its_id(tmp_path
     monkeypatch.setattr(Tokenizer, "end_token_id", 7)
     text = fit_vocabulary(PRESETS["RN-Ti"].text, read_tokenizer(tmp_path / "own"))
     assert (text.end_id, text.vocab_size) == (7, own.vocab_size)
-    config = SimpleNamespace(model=SimpleNamespace(text=replace(text, end_id=None)), tokenizer=tmp_path / "own")
-    with pytest.raises(UsageError, match="ends a caption with the id 7"):
-        load_tokenizer(config)
 
 
 def test_a_place_that_holds_a_tokenizer_or_nothing_to_learn_from_is_refused(tmp_path, korean, capsys):
