@@ -139,7 +139,7 @@ def test_timm_s_errors_are_ours(timm):
 def test_without_timm_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UsageError, match=r"nms does not exist.*diptych\[timm\]"):
+    with pytest.raises(UsageError, match=r"nms does not exist.*'\.\[timm\]'"):
         load_baseline("timm:resnet50")
 
 

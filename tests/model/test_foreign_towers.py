@@ -242,7 +242,7 @@ def test_layers_that_are_not_ours_have_no_decay(roberta):
 
 @pytest.mark.skipif(HAS_TIMM, reason="timm is installed")
 def test_without_timm_the_extra_is_named():
-    with pytest.raises(UsageError, match=r"diptych\[timm\]"):
+    with pytest.raises(UsageError, match=r"'\.\[timm\]'"):
         CLIP(CLIPConfig(vision=TimmConfig(name="convnext_base")))
 
 

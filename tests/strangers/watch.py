@@ -7,6 +7,7 @@ Python tells of what it opens and starts; what libraries write by themselves is 
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def watch(report: Path, roots: Sequence[Path]) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return
         where = os.path.join(os.path.realpath(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(path))
-        if where in ("/dev/null", "/dev/tty") or where.startswith(("/dev/shm/", "/dev/null/", "/proc/")):
+        compiler = os.path.join(tempfile.gettempdir(), "torchinductor_")  # torch's own, made when it is imported
+        if where in ("/dev/null", "/dev/tty") or where.startswith(("/dev/shm/", "/dev/null/", "/proc/", compiler)):
             return
         if not any(os.path.commonpath((where, root)) == root for root in allowed):
             note(f"{event} {where}")
