@@ -34,8 +34,8 @@ def watch(report: Path, roots: Sequence[Path]) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return
         where = os.path.join(os.path.realpath(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(path))
-        compiler = os.path.join(tempfile.gettempdir(), "torchinductor_")  # torch's own, made when it is imported
-        if where in ("/dev/null", "/dev/tty") or where.startswith(("/dev/shm/", "/dev/null/", "/proc/", compiler)):
+        compiler = (os.path.join(tempfile.gettempdir(), "torchinductor_"), "/tmp/torchinductor_")  # torch makes it
+        if where in ("/dev/null", "/dev/tty") or where.startswith(("/dev/shm/", "/dev/null/", "/proc/", *compiler)):
             return
         if not any(os.path.commonpath((where, root)) == root for root in allowed):
             note(f"{event} {where}")
