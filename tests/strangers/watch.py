@@ -19,6 +19,9 @@ _STARTS = frozenset({"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system
 _CHANGES = {"os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.mkdir": 1, "os.chmod": 1, "os.link": 2, "os.symlink": 2}
 _CHANGES |= {"os.truncate": 1, "shutil.rmtree": 1, "os.chown": 1}
 """Event -> how many of its arguments are paths that change."""
+_COMPILER = os.path.join(tempfile.gettempdir(), "torchinductor_")
+"""A folder that torch's compiler makes when it is imported. Asked here, since the hook may be called while tempfile
+holds its lock."""
 
 
 def watch(report: Path, roots: Sequence[Path]) -> None:
@@ -34,8 +37,7 @@ def watch(report: Path, roots: Sequence[Path]) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return
         where = os.path.join(os.path.realpath(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(path))
-        compiler = (os.path.join(tempfile.gettempdir(), "torchinductor_"), "/tmp/torchinductor_")  # torch makes it
-        if where in ("/dev/null", "/dev/tty") or where.startswith(("/dev/shm/", "/dev/null/", "/proc/", *compiler)):
+        if where in ("/dev/null", "/dev/tty") or where.startswith(("/dev/shm/", "/dev/null/", "/proc/", _COMPILER)):
             return
         if not any(os.path.commonpath((where, root)) == root for root in allowed):
             note(f"{event} {where}")
